@@ -1,0 +1,180 @@
+"""`tutelage/Math-v0`: one problem, one response, one grade.
+
+`reset` gives the prompt, `step` takes the whole response and ends the episode with reward 1.0 or
+0.0.
+Problems come by index from a source: generated arithmetic (the default) or a file.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any, ClassVar, Protocol
+
+import gymnasium as gym
+from gymnasium import spaces
+
+from tutelage.envs.grading import judge
+from tutelage.envs.math.arithmetic import ArithmeticProblems, sizes
+from tutelage.envs.math.problems import Problem
+from tutelage.envs.names import unknown
+
+BARE_PROMPT = "{problem}"  # a model of a million parameters has no budget for boilerplate
+PAPER_PROMPT = (
+    "Math problem: {problem}\n\n"
+    "Please carefully reason through the math problem step by step and derive the correct answer. "
+    "You must conduct reasoning inside <think> and </think> and give the final answer within "
+    "\\boxed{}."
+)
+MAX_CHARACTERS = (
+    1_000_000  # of an observation or action; a bound that Gymnasium wants, not a limit on models
+)
+
+_ARITHMETIC_OPTIONS = ("preset", "kinds", "digits", "length")
+_FILE_OPTIONS = ("problem_column", "answer_column", "solution_column", "kind_column", "gold_format")
+_OPTIONS = (
+    "problems", "split", "prompt", "expert", "require_box", "timeout",
+    *_ARITHMETIC_OPTIONS, *_FILE_OPTIONS,
+)  # fmt: skip
+
+
+class Problems(Protocol):
+    """A source of problems."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Problem: ...
+
+
+class AnyText(spaces.Text):
+    """Text in any script: problems and responses hold more than a fixed alphabet. Samples stay
+    printable.
+    """
+
+    def __init__(self) -> None:
+        # Samples are short; `contains` is what the checkers and wrappers ask.
+        super().__init__(max_length=64, min_length=0, charset=string.printable)
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str) and len(x) <= MAX_CHARACTERS
+
+
+class MathEnv(gym.Env[str, str]):
+    """A single-turn environment over mathematics problems.
+
+    Args:
+        problems: "arithmetic", a .jsonl/.json/.parquet path, or the name of a data set on the
+            Hugging Face hub.
+        split: which disjoint part: train, valid or test for arithmetic; the split or a `{split}` in
+            the path for files.
+        prompt: a template with `{problem}`; the default is the bare problem for arithmetic and the
+            paper's prompt for files.
+        expert: put a worked solution into info["expert_action"].
+        require_box: grade only what stands in a `\\boxed{}`.
+        timeout: seconds that grading one response may take.
+        preset, kinds, digits, length: the size of generated arithmetic, see `arithmetic.sizes`.
+        problem_column, answer_column, solution_column, kind_column, gold_format: see
+            `problems.load`.
+
+    Raises ValueError, in one line, for unknown options, splits, presets or kinds (naming the
+    nearest one) and for files that can't be read.
+
+    `num_episodes` is how many indexes `reset(options={"index": i})` takes; without an index one is
+    drawn.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(
+        self,
+        problems: str = "arithmetic",
+        *,
+        split: str = "train",
+        prompt: str | None = None,
+        expert: bool = False,
+        require_box: bool = True,
+        timeout: float = 5.0,
+        render_mode: None = None,
+        **options: Any,
+    ) -> None:
+        self.render_mode = render_mode
+        self.observation_space = AnyText()
+        self.action_space = AnyText()
+        self._problems = _source(problems, split, options)
+        self._prompt = _template(prompt, BARE_PROMPT if problems == "arithmetic" else PAPER_PROMPT)
+        self._expert = expert
+        self._require_box = require_box
+        self._timeout = timeout
+        self._current: Problem | None = None
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self._problems)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._current = self._problems[self._index(options or {})]
+        return self._prompt.replace("{problem}", self._current.question), self._info(self._current)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if self._current is None:
+            raise gym.error.ResetNeeded("a problem takes one response: call reset for the next one")
+        problem, self._current = self._current, None
+        verdict = judge(
+            action, problem.answer, timeout=self._timeout, require_box=self._require_box
+        )
+        info = self._info(problem)
+        info |= {"success": verdict.correct, "reason": verdict.reason}
+        said = "Correct." if verdict.correct else f"Wrong: the answer is {problem.answer}."
+        return said, float(verdict.correct), True, False, info
+
+    def _index(self, options: dict[str, Any]) -> int:
+        for name in options:
+            if name != "index":
+                raise ValueError(unknown("reset option", name, ["index"]))
+        index = options.get("index")
+        if index is None:
+            return int(self.np_random.integers(self.num_episodes))
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise ValueError(f"index {index!r} is no whole number")
+        if not 0 <= int(index) < self.num_episodes:
+            raise ValueError(f"index {index} is outside 0..{self.num_episodes - 1}")
+        return int(index)
+
+    def _info(self, problem: Problem) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "success": False,
+            "task_type": problem.kind,
+            "answer": problem.answer,
+        }
+        if self._expert:
+            info["expert_action"] = problem.solution
+        return info
+
+
+def _source(problems: str, split: str, options: dict[str, Any]) -> Problems:
+    for name in options:
+        if name not in _OPTIONS:
+            raise ValueError(unknown("option", name, _OPTIONS) + " (tutelage/Math-v0)")
+    mine, others, what = _ARITHMETIC_OPTIONS, _FILE_OPTIONS, "problem files"
+    if problems != "arithmetic":
+        mine, others, what = others, mine, "generated arithmetic"
+    for name in options:
+        if name in others:
+            raise ValueError(f"{name} is an option of {what}, and problems is {problems!r}")
+    if problems == "arithmetic":
+        return ArithmeticProblems(split, sizes(**options))
+    from tutelage.envs.math.problems import load
+
+    return load(problems, split=split, **options)
+
+
+def _template(prompt: str | None, default: str) -> str:
+    if prompt is None:
+        return default
+    if not isinstance(prompt, str) or "{problem}" not in prompt:
+        raise ValueError(
+            f"prompt {prompt!r} has no {{problem}} in it, so the problem would not be shown"
+        )
+    return prompt
