@@ -102,8 +102,7 @@ CAN_CONTAIN: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 
 LAMP: Final = "DeskLamp"
 LAMP_SPOTS: Final = frozenset({"Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable"})
-"""Where a desk lamp may stand (as in the released games). It can't be picked up, so nothing holds it
-in the table above."""
+"""Where a desk lamp may stand, as in the released games. No table above holds it: it stays there."""
 
 
 def _words(text: str) -> frozenset[str]:

@@ -206,7 +206,7 @@ def _draw_world(rng: random.Random, goal: Goal, knobs: Difficulty) -> World | No
 
 
 def _needed_receptacles(rng: random.Random, goal: Goal, knobs: Difficulty) -> set[str] | None:
-    """The classes without which the goal can't be reached: goal, appliance, a home, a lamp's spot."""
+    """The classes that reaching the goal takes: its place, an appliance, a home, a lamp's spot."""
     chances = {kind: chance for kind, (chance, _, _) in rooms.RECEPTACLES[goal.room].items()}
     homes = [r for r in chances if _may_start_in(goal, goal.target, r, knobs)]
     if not homes:
@@ -260,7 +260,7 @@ def _place(
     receptacles: tuple[Thing, ...],
     knobs: Difficulty,
 ) -> tuple[Thing, ...]:
-    """Put each object somewhere: uniform over classes first, or drawers would swallow everything."""
+    """Put each object somewhere: uniform over classes first, or drawers would swallow most."""
     by_class: dict[str, list[Thing]] = {}
     for receptacle in receptacles:
         by_class.setdefault(receptacle.kind, []).append(receptacle)

@@ -1,11 +1,12 @@
 """The rooms that generated games are drawn from, shaped on the statistics of the released games.
 
 Probabilities and counts were read off the 3,553 released train games: how often a room has a
-receptacle class and how many of it, which objects lie in it, and how often a task type is set in it.
+receptacle class and how many of it, which objects lie in it, how often a task type is set in it.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, Mapping
+from typing import Final
 
 RECEPTACLES: Final[Mapping[str, Mapping[str, tuple[float, int, int]]]] = MappingProxyType(
     {
@@ -79,8 +80,8 @@ OBJECTS: Final[Mapping[str, Mapping[str, float]]] = MappingProxyType(
     {
         "kitchen": _shares(
             """Tomato SaltShaker Potato Spatula Spoon Bread Bowl Apple Plate DishSponge PepperShaker
-            Knife Mug Fork Lettuce Cup Pot SoapBottle Egg Pan ButterKnife:.96 Kettle:.5 WineBottle:.4
-            Ladle:.33 Glassbottle:.24 Vase:.15 CellPhone:.1 Book:.1"""
+            Knife Mug Fork Lettuce Cup Pot SoapBottle Egg Pan ButterKnife:.96 Kettle:.5
+            WineBottle:.4 Ladle:.33 Glassbottle:.24 Vase:.15 CellPhone:.1 Book:.1"""
         ),
         "living": _shares(
             """Pillow Laptop CreditCard KeyChain RemoteControl Box Statue:.97 Newspaper:.6 Vase:.6
