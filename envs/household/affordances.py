@@ -102,7 +102,7 @@ CAN_CONTAIN: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 
 LAMP: Final = "DeskLamp"
 LAMP_SPOTS: Final = frozenset({"Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable"})
-"""Where a desk lamp may stand, as in the released games. No table above holds it: it stays there."""
+"""Where a desk lamp may stand, as in the released games. The table has none: it stays put."""
 
 
 def _words(text: str) -> frozenset[str]:

@@ -3,7 +3,9 @@
 It knows what a player knows: the task's sentence, the texts and the admissible commands so far.
 From these it keeps a belief (what lies where, what is open, what it holds, what it has changed) and
 acts by a fixed rule without chance: look through the plausible places in the order in which the
-first text lists them, take the object, change it, bring it. The belief is built from the texts
+first text lists them, those that need no opening first, take the object, change it, bring it.
+(Opening cabinets as they come in the list loses 2 % of the released games to the limit of 50 steps,
+and takes 14 steps on average where this order takes 8.5.) The belief is built from the texts
 alone and not from its own intentions, so it gives the right action in any state that a learner got
 itself into (on-policy imitation, DAgger), and the same history always gives the same action.
 
@@ -250,7 +252,7 @@ class Explorer:
     # --- what the phases share
 
     def _explore(self, plausible: Callable[[str], bool], *, for_lamp: bool = False) -> str:
-        """Go on looking: the plausible places first, each group in listing order."""
+        """Go on looking: plausible places first, then open ones, each group in listing order."""
         belief = self.belief
         known = belief.visited if for_lamp else belief.contents
         unknown = [r for r in belief.receptacles if r not in known]
@@ -258,7 +260,11 @@ class Explorer:
             return "look"  # everything was seen: no game that can be won gets here
         receptacle = min(
             unknown,
-            key=lambda r: (not plausible(kind_of(r)), r not in belief.here),
+            key=lambda r: (
+                not plausible(kind_of(r)),
+                r not in belief.here,
+                kind_of(r) in _OPENABLE,
+            ),
         )
         return self._at(receptacle) or f"examine {receptacle}"
 

@@ -2,8 +2,9 @@
 
 `make_game(index, split, difficulty)` draws a goal, then a room around it, writes both as the PDDL
 problem that ALFWorld's engine plays, and replays a walkthrough of it in the engine before the game
-is handed out. A draw that can't be won (or that is of another split) is drawn again, all from
-random streams that are seeded with SHA-256, so that a game is the same in every process.
+is handed out. A draw that can't be won, or not within the turns by looking everywhere, or that is
+of another split, is drawn again, all from one random stream that is seeded with SHA-256, so that a
+game is the same in every process.
 
 Splits are disjoint by construction, because what a game *is* decides where it belongs:
 
@@ -43,6 +44,7 @@ SPLITS: Final = ("train", "valid_seen", "valid_unseen")
 UNSEEN_GOALS: Final = 1 / 6  # enough goals of every task type, and every word is still in train
 SEEN_WORLDS: Final = 1 / 5  # five draws for a valid_seen game; train has no end anyway
 MAX_DRAWS: Final = 1000
+TURNS: Final = 50  # ALFWorld's limit on an episode
 
 _WORDINGS: Final = {  # ALFWorld's own templates
     "pick_and_place_simple": ("put a {o} in {r}", "put some {o} on {r}"),
@@ -115,6 +117,8 @@ def make_game(
         if world is None or split_of(goal, world) != split:
             continue
         game = _write_game(rng, goal, world)
+        if _search_cost(goal, world) + len(game.walkthrough) > TURNS:
+            continue  # no luck needed: who looks everywhere before acting must still win in time
         if wins_by_walkthrough(game):
             return game
     raise ValueError(
@@ -279,6 +283,13 @@ def _may_start_in(goal: Goal, kind: str, receptacle: str, knobs: Difficulty) -> 
         return False
     # Where a target belongs it needn't be looked for: it never starts there.
     return _holds(receptacle, kind) and receptacle != goal.place
+
+
+def _search_cost(goal: Goal, world: World) -> int:
+    """The steps that it takes to look into every place where the target, or the lamp, may be."""
+    kinds = [r.kind for r in world.receptacles]
+    cost = sum(1 + (kind in OPENABLE) for kind in kinds if _holds(kind, goal.target))
+    return cost + sum(kind in LAMP_SPOTS for kind in kinds if goal.place == LAMP)
 
 
 def _holds(receptacle: str, kind: str) -> bool:
