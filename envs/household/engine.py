@@ -1,19 +1,25 @@
-"""ALFWorld's text game, played natively: the same bytes as TextWorld with Fast Downward, a thousand times faster.
+"""ALFWorld's text game, played natively: the same bytes as TextWorld with Fast Downward, a thousand
+times faster.
 
-The rules are those of ALFRED's domain and grammar, written out in Python. What was copied on purpose:
+The rules are those of ALFRED's domain and grammar, written out in Python. What was copied on
+purpose:
 
-- A command counts only if it equals one of the admissible ones after `strip()`; all else is "Nothing happens.".
-- Every list is in the order of the identifiers. Numbers were given counting down, hence "drawer 4, a drawer 3, ...".
-- Locations may be shared by receptacles: "go to" works only towards another location, and everything that stands at a
-  location is within reach (`examine`, `open`, `take` and `move` name the receptacle).
+- A command counts only if it equals one of the admissible ones after `strip()`; all else is
+  "Nothing happens.".
+- Every list is in the order of the identifiers. Numbers were given counting down, hence "drawer 4,
+  a drawer 3, ...".
+- Locations may be shared by receptacles: "go to" works only towards another location, and
+  everything that stands at a location is within reach (`examine`, `open`, `take` and `move` name
+  the receptacle).
 - Objects that a problem puts into two receptacles stay in the second when taken from the first.
-- `look` lists what was taken from a receptacle of this location and put into another one of it; before the first `go to`
-  it says "you see nothing".
-- Only the object in hand can be examined (the domain's condition for others holds a stray comma and never applies).
+- `look` lists what was taken from a receptacle of this location and put into another one of it;
+  before the first `go to` it says "you see nothing".
+- Only the object in hand can be examined (the domain's condition for others holds a stray comma and
+  never applies).
 - `slice` needs no open receptacle; `use` always turns on.
 
-Left out: the planner, TextWorld's other infos, every domain and grammar but the two below (released games, alfworld's
-package). Those differ only in whether a bare sink can clean.
+Left out: the planner, TextWorld's other infos, every domain and grammar but the two below (released
+games, alfworld's package). Those differ only in whether a bare sink can clean.
 """
 
 from __future__ import annotations
@@ -31,15 +37,21 @@ from tutelage.envs.household.world import State, UnsupportedGame, World, read_wo
 NOTHING_HAPPENS = "Nothing happens."
 
 _CLEANERS_OF_DOMAIN = {  # SHA-256 of the domain's text -> the receptacle types that clean
-    "f1473041ed01da514de1f87adfd7ef0804862361f83ccf63c75e43633b0eb280": frozenset({"sinkbasintype"}),
-    "0af55e7f92d12b09d28515aa730e4d03fddd17228ef1fd7b18a3ee8ba49b27b9": frozenset({"sinktype", "sinkbasintype"}),
+    "f1473041ed01da514de1f87adfd7ef0804862361f83ccf63c75e43633b0eb280": frozenset(
+        {"sinkbasintype"}
+    ),
+    "0af55e7f92d12b09d28515aa730e4d03fddd17228ef1fd7b18a3ee8ba49b27b9": frozenset(
+        {"sinktype", "sinkbasintype"}
+    ),
 }
 _GRAMMARS = {  # SHA-256 of the grammar's text without the goal
     "c294eb280206a4428664cdb4e2037e267e86de5b7fa862212718a961513a7de4",  # alfworld's package
     "10da93e13b58e1a6039723f5d4a59ceae7c60772515bfab9fc603bafa7f8ee06",  # the released games
 }
 _GOAL_OPENS, _GOAL_CLOSES = '"rhs": "Your task is to: ', '"\n'
-_GRAMMAR_SIGNS = frozenset(';|"<>[]#{}\\\n\r\t')  # a goal with one of these is code to TextWorld's grammar
+_GRAMMAR_SIGNS = frozenset(
+    ';|"<>[]#{}\\\n\r\t'
+)  # a goal with one of these is code to TextWorld's grammar
 _KNIVES = frozenset({"knifetype", "butterknifetype"})
 _MICROWAVES = frozenset({"microwavetype"})
 _FRIDGES = frozenset({"fridgetype"})
@@ -117,7 +129,9 @@ class NativeEngine:
         self.state = self.world.start.copy()
         self._travel = _travel(self.world)
         self._refresh()
-        self._show(f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(everywhere=True)}\n\nYour task is to: {task}")
+        self._show(
+            f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(everywhere=True)}\n\nYour task is to: {task}"
+        )
         return self._view
 
     def step(self, command: str) -> View:
@@ -135,7 +149,7 @@ class NativeEngine:
     def close(self) -> None:
         """Nothing to release; here for the engines that hold something."""
 
-    # --- what experts may ask -------------------------------------------------------------------------------------
+    # --- what experts may ask
 
     @property
     def holding(self) -> str | None:
@@ -152,15 +166,22 @@ class NativeEngine:
     def visible(self) -> dict[str, tuple[str, ...]]:
         """Receptacle name -> object names, for what stands here and isn't closed."""
         names, contents = self.world.names, self.state.contents
-        return {names[r]: tuple(names[o] for o in contents[r]) for r in self._here() if self._reachable(r)}
+        return {
+            names[r]: tuple(names[o] for o in contents[r])
+            for r in self._here()
+            if self._reachable(r)
+        }
 
     @property
     def contents(self) -> dict[str, tuple[str, ...]]:
         """Receptacle name -> object names, everywhere, closed ones too: for planners, not for explorers."""
         names = self.world.names
-        return {names[r]: tuple(names[o] for o in self.state.contents[r]) for r in self.world.receptacles}
+        return {
+            names[r]: tuple(names[o] for o in self.state.contents[r])
+            for r in self.world.receptacles
+        }
 
-    # --- what is possible -----------------------------------------------------------------------------------------
+    # --- what is possible
 
     def _here(self) -> tuple[str, ...]:
         return self.world.at.get(self.state.location, ())
@@ -177,7 +198,11 @@ class NativeEngine:
 
     def _refresh(self) -> None:
         """Work out the commands and the outcome of the state as it is now."""
-        actions: dict[str, Action] = {"help": lambda: _HELP, "inventory": self._inventory, "look": self._look}
+        actions: dict[str, Action] = {
+            "help": lambda: _HELP,
+            "inventory": self._inventory,
+            "look": self._look,
+        }
         for receptacle in self._here():
             self._offer_receptacle(receptacle, actions)
         if self.state.holding is not None:
@@ -192,7 +217,9 @@ class NativeEngine:
         name, held, reachable = names[r], state.holding, self._reachable(r)
         actions[f"examine {name}"] = partial(self._contents, r)
         if r in world.openable:
-            actions[f"close {name}" if reachable else f"open {name}"] = partial(self._close if reachable else self._open, r)
+            actions[f"close {name}" if reachable else f"open {name}"] = partial(
+                self._close if reachable else self._open, r
+            )
         for o in state.contents[r]:
             if reachable and held is None and o in world.pickupable:
                 actions[f"take {names[o]} from {name}"] = partial(self._take, o, r)
@@ -218,7 +245,7 @@ class NativeEngine:
                 if o in world.sliceable:
                     actions[f"slice {names[o]} with {names[held]}"] = partial(self._slice, o, held)
 
-    # --- what happens ---------------------------------------------------------------------------------------------
+    # --- what happens
 
     def _go(self, command: str) -> str:
         receptacle = self._travel.receptacles[command]
@@ -282,7 +309,7 @@ class NativeEngine:
         self._refresh()
         return f"You sliced the {self.world.names[o]} with the {self.world.names[knife]}."
 
-    # --- what is seen ---------------------------------------------------------------------------------------------
+    # --- what is seen
 
     def _show(self, observation: str) -> None:
         self._view = View(observation=observation, admissible=self._admissible, won=self._won)
@@ -293,11 +320,19 @@ class NativeEngine:
         if not self._reachable(r):
             return f"The {name} is closed."
         seen = _listed([f"a {self.world.names[o]}" for o in self.state.contents[r]])
-        return f"The {name} is open. In it, you see {seen}." if r in self.world.openable else f"On the {name}, you see {seen}."
+        return (
+            f"The {name} is open. In it, you see {seen}."
+            if r in self.world.openable
+            else f"On the {name}, you see {seen}."
+        )
 
     def _inventory(self) -> str:
         held = self.state.holding
-        return "You are not carrying anything." if held is None else f"You are carrying: a {self.world.names[held]}."
+        return (
+            "You are not carrying anything."
+            if held is None
+            else f"You are carrying: a {self.world.names[held]}."
+        )
 
     def _look(self, everywhere: bool = False) -> str:
         """What `look` shows; `everywhere` in the opening text, where the grammar has no location bound yet."""
@@ -319,7 +354,9 @@ class NativeEngine:
         if o in world.vessels:
             inside = _listed([f"a {world.names[inner]}" for inner in world.nested.get(o, ())])
             return f"This is a normal {name}. In it, you see {inside}."
-        clean, hot, cool, is_sliced = (o in kept for kept in (state.clean, state.hot, state.cool, state.sliced))
+        clean, hot, cool, is_sliced = (
+            o in kept for kept in (state.clean, state.hot, state.cool, state.sliced)
+        )
         warmth = "hot" if hot else "cool" if cool else ""
         if clean or (warmth and is_sliced):
             looks = " and ".join(filter(None, [warmth, "clean" if clean else ""]))
@@ -353,7 +390,8 @@ def _travel(world: World) -> _Travel:
     commands = {f"go to {world.names[r]}": r for r in world.receptacles}
     everywhere = tuple(sorted(commands))
     elsewhere = {
-        place: tuple(c for c in everywhere if world.receptacles[commands[c]] != place) for place in world.at
+        place: tuple(c for c in everywhere if world.receptacles[commands[c]] != place)
+        for place in world.at
     }
     return _Travel(commands, everywhere, elsewhere)
 
@@ -363,7 +401,9 @@ def _cleaners(domain: str) -> frozenset[str]:
     """The receptacle types that clean in this domain, which must be one of the two known texts."""
     cleaners = _CLEANERS_OF_DOMAIN.get(hashlib.sha256(domain.encode()).hexdigest())
     if cleaners is None:
-        raise UnsupportedGame("its PDDL domain is neither that of the released games nor alfworld's own")
+        raise UnsupportedGame(
+            "its PDDL domain is neither that of the released games nor alfworld's own"
+        )
     return cleaners
 
 
@@ -374,11 +414,15 @@ def _task(grammar: str) -> str:
     goal, closes, after = rest.partition(_GOAL_CLOSES)
     skeleton = before + opens + closes + after
     if hashlib.sha256(skeleton.encode()).hexdigest() not in _GRAMMARS:
-        raise UnsupportedGame("its grammar (the goal aside) is neither that of the released games nor alfworld's own")
+        raise UnsupportedGame(
+            "its grammar (the goal aside) is neither that of the released games nor alfworld's own"
+        )
     try:
         text = str(json.loads(f'"{goal}"'))
     except json.JSONDecodeError:
         raise UnsupportedGame(f"its goal {goal!r} is not a JSON string") from None
     if _GRAMMAR_SIGNS & set(text):
-        raise UnsupportedGame(f"its goal {text!r} holds a sign that TextWorld's grammar reads as code")
+        raise UnsupportedGame(
+            f"its goal {text!r} holds a sign that TextWorld's grammar reads as code"
+        )
     return text

@@ -1,6 +1,8 @@
-"""TextWorld's own engine behind the native engine's interface: the reference, and the cure for games of other grammars.
+"""TextWorld's own engine behind the native engine's interface: the reference, and the cure for
+games of other grammars.
 
-Slow (over a second for a new game, 20 steps a second) and not thread-safe; needs the `alfworld` extra.
+Slow (over a second for a new game, 20 steps a second) and not thread-safe; needs the `alfworld`
+extra.
 """
 
 from __future__ import annotations
@@ -26,20 +28,26 @@ class StockEngine:
             from textworld.envs.pddl import PddlEnv
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"engine=\"textworld\" needs {error.name}: pip install 'tutelage[alfworld]'", name=error.name
+                f"engine=\"textworld\" needs {error.name}: pip install 'tutelage[alfworld]'",
+                name=error.name,
             ) from None
         infos = textworld.EnvInfos(won=True, admissible_commands=True)
         self._env: Any = AlfredDemangler(PddlEnv(infos))
 
     def reset(self, game: Game) -> View:
-        """Start the game; whatever TextWorld raises on a broken one comes as a ValueError naming it."""
+        """Start the game;
+
+        whatever TextWorld raises on a broken one comes as a ValueError naming it.
+        """
         data = {"pddl_domain": game.domain, "grammar": game.grammar, "pddl_problem": game.problem}
         try:
             with _own_argv():
                 self._env.load(data)
                 return self._view(self._env.reset())
         except (Exception, SystemExit) as error:  # the translator exits on some syntax errors
-            raise ValueError(f"{game.name}: TextWorld can't load it ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{game.name}: TextWorld can't load it ({type(error).__name__}: {error})"
+            ) from error
 
     def step(self, command: str) -> View:
         """Carry out the command, or let nothing happen."""
@@ -53,7 +61,9 @@ class StockEngine:
     @staticmethod
     def _view(state: Any) -> View:
         return View(
-            observation=state.feedback, admissible=tuple(state["admissible_commands"]), won=bool(state["won"])
+            observation=state.feedback,
+            admissible=tuple(state["admissible_commands"]),
+            won=bool(state["won"]),
         )
 
 

@@ -1,10 +1,11 @@
 """An ALFRED problem in PDDL, read once into a `World`: the things of one household and its goal.
 
-Read here: objects and their types, the initial facts, names as ALFWorld's demangler gives them, and the goal. Identifiers
-are lower-cased, as Fast Downward does. Everything is checked against the one domain that the native engine knows; a
-problem outside it is refused, never guessed at.
+Read here: objects and their types, the initial facts, names as ALFWorld's demangler gives them, and
+the goal. Identifiers are lower-cased, as Fast Downward does. Everything is checked against the one
+domain that the native engine knows; a problem outside it is refused, never guessed at.
 
-Left out: type hierarchies, costs, distances, and goals over facts that no text and no action looks at (`checked`, `isOn`).
+Left out: type hierarchies, costs, distances, and goals over facts that no text and no action looks
+at (`checked`, `isOn`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ _SIGNATURES = {  # every predicate that an initial fact may use, with the types 
     "sliceable": ("object",),
     "issliced": ("object",),
 }
-_CHANGING: dict[str, Callable[[State, tuple[str, ...]], bool]] = {  # what actions change, and how a goal reads it
+_CHANGING: dict[
+    str, Callable[[State, tuple[str, ...]], bool]
+] = {  # what actions change, and how a goal reads it
     "atlocation": lambda s, a: s.location == a[1],
     "objectatlocation": lambda s, a: a[0] in s.lying.get(a[1], ()),
     "opened": lambda s, a: a[0] in s.opened,
@@ -101,10 +104,12 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What never changes in one household. Sequences are sorted by identifier, the order of every list in the texts.
+    """What never changes in one household. Sequences are sorted by identifier, the order of every
+    list in the texts.
 
-    `names` maps identifiers to the names in the texts ("sidetable 2"); `at` maps a location to the receptacles there;
-    `holds_types` maps a receptacle to the object types that fit; `nested` maps an object to the objects inside it.
+    `names` maps identifiers to the names in the texts ("sidetable 2"); `at` maps a location to the
+    receptacles there; `holds_types` maps a receptacle to the object types that fit; `nested` maps
+    an object to the objects inside it.
     """
 
     names: Mapping[str, str]
@@ -127,13 +132,17 @@ class World:
 
     def fits(self, thing: str, receptacle: str) -> bool:
         """Whether the object may be put into the receptacle (when that is open)."""
-        return not self.object_types.get(thing, _NONE).isdisjoint(self.holds_types.get(receptacle, _NONE))
+        return not self.object_types.get(thing, _NONE).isdisjoint(
+            self.holds_types.get(receptacle, _NONE)
+        )
 
 
 _NONE: frozenset[str] = frozenset()
 
 
-@lru_cache(maxsize=64)  # a group of episodes plays one game again and again; a world takes about 0.2 MB
+@lru_cache(
+    maxsize=64
+)  # a group of episodes plays one game again and again; a world takes about 0.2 MB
 def read_world(problem: str) -> World:
     """The world that a PDDL problem describes.
 
@@ -149,22 +158,35 @@ def read_world(problem: str) -> World:
     start = State()
     start.location = _start(facts)
     start.holding = None
-    start.contents = {r: sorted(objects_in.get(r, ())) for r, kind in types.items() if kind == "receptacle"}
+    start.contents = {
+        r: sorted(objects_in.get(r, ())) for r, kind in types.items() if kind == "receptacle"
+    }
     start.lying = {place: set(things) for place, things in lying.items()}
     start.taken = set()
-    start.opened, start.clean, start.hot = (set(_ones(facts, p)) for p in ("opened", "isclean", "ishot"))
-    start.cool, start.toggled, start.sliced = (set(_ones(facts, p)) for p in ("iscool", "istoggled", "issliced"))
+    start.opened, start.clean, start.hot = (
+        set(_ones(facts, p)) for p in ("opened", "isclean", "ishot")
+    )
+    start.cool, start.toggled, start.sliced = (
+        set(_ones(facts, p)) for p in ("iscool", "istoggled", "issliced")
+    )
     return World(
-        names=_names({thing for arguments in facts.values() for fact in arguments for thing in fact}),
+        names=_names(
+            {thing for arguments in facts.values() for fact in arguments for thing in fact}
+        ),
         receptacles=homes,
-        at={place: tuple(sorted(found)) for place, found in _grouped(facts, "receptacleatlocation", 0, 1).items()},
+        at={
+            place: tuple(sorted(found))
+            for place, found in _grouped(facts, "receptacleatlocation", 0, 1).items()
+        },
         receptacle_types=receptacle_types,
         object_types=_grouped_forward(facts, "objecttype"),
         holds_types={
             r: frozenset(itertools.chain.from_iterable(fitting.get(kind, ()) for kind in kinds))
             for r, kinds in receptacle_types.items()
         },
-        nested={o: tuple(sorted(inner)) for o, inner in _grouped(facts, "inreceptacleobject").items()},
+        nested={
+            o: tuple(sorted(inner)) for o, inner in _grouped(facts, "inreceptacleobject").items()
+        },
         vessels=_ones(facts, "isreceptacleobject"),
         openable=_ones(facts, "openable"),
         pickupable=_ones(facts, "pickupable"),
@@ -178,7 +200,7 @@ def read_world(problem: str) -> World:
     )
 
 
-# --- reading PDDL ---------------------------------------------------------------------------------------------------
+# --- reading PDDL
 
 Facts = Mapping[str, set[tuple[str, ...]]]
 
@@ -231,9 +253,13 @@ def _facts(init: list[Expression], types: Mapping[str, str]) -> Facts:
             continue
         signature = _SIGNATURES.get(predicate)
         if signature is None:
-            raise UnsupportedGame(f"the initial fact ({predicate} {' '.join(map(str, arguments))}) is not in the domain")
+            raise UnsupportedGame(
+                f"the initial fact ({predicate} {' '.join(map(str, arguments))}) is not in the domain"
+            )
         if tuple(types.get(a) for a in arguments) != signature:
-            raise UnsupportedGame(f"({predicate} {' '.join(map(str, arguments))}) should be of types {signature}")
+            raise UnsupportedGame(
+                f"({predicate} {' '.join(map(str, arguments))}) should be of types {signature}"
+            )
         facts[predicate].add(tuple(arguments))
     return facts
 
@@ -255,7 +281,7 @@ def _grouped_forward(facts: Facts, predicate: str) -> dict[str, frozenset[str]]:
 
 def _one_each(facts: Facts, predicate: str) -> dict[str, str]:
     pairs = sorted(facts.get(predicate, ()))
-    found = dict(pairs)
+    found = {pair[0]: pair[1] for pair in pairs}
     if len(found) != len(pairs):
         raise UnsupportedGame("a receptacle stands at two locations")
     return found
@@ -269,7 +295,10 @@ def _start(facts: Facts) -> str:
 
 
 def _names(identifiers: Iterable[str]) -> dict[str, str]:
-    """Names as ALFWorld's demangler makes them: per class, numbers count down over the sorted identifiers."""
+    """Names as ALFWorld's demangler makes them:
+
+    per class, numbers count down over the sorted identifiers.
+    """
     ordered = sorted(identifiers)
     count: defaultdict[str, int] = defaultdict(int)
     for identifier in ordered:
@@ -292,7 +321,7 @@ def _class_of(identifier: str) -> str:
     return kind + "basin" if bar and "basin" in identifier else kind
 
 
-# --- the goal -------------------------------------------------------------------------------------------------------
+# --- the goal
 
 Node = Goal | bool  # True and False where the initial facts settle it for good
 
@@ -333,10 +362,11 @@ def _negation(node: Node) -> Node:
 
 
 class _Grounding:
-    """A goal formula with its variables filled in: what can never change is settled here, the rest becomes closures.
+    """A goal formula with its variables filled in: what can never change is settled here, the rest
+    becomes closures.
 
-    Quantifiers range over the objects that the constant facts of their body leave possible, so that a formula over
-    a hundred objects and thirty receptacles comes down to a handful of atoms.
+    Quantifiers range over the objects that the constant facts of their body leave possible, so that
+    a formula over a hundred objects and thirty receptacles comes down to a handful of atoms.
     """
 
     def __init__(self, types: Mapping[str, str], facts: Facts) -> None:
@@ -358,10 +388,14 @@ class _Grounding:
         if head == "imply":
             return _any([_negation(self._ground(rest[0], bound)), self._ground(rest[1], bound)])
         if head == "exists":
-            return _any(self._ground(rest[1], chosen) for chosen in self._choices(rest[0], rest[1], bound))
+            return _any(
+                self._ground(rest[1], chosen) for chosen in self._choices(rest[0], rest[1], bound)
+            )
         if head == "forall":
             # every binding counts, so no body may narrow the range
-            return _all(self._ground(rest[1], chosen) for chosen in self._choices(rest[0], ["and"], bound))
+            return _all(
+                self._ground(rest[1], chosen) for chosen in self._choices(rest[0], ["and"], bound)
+            )
         return self._atom(head, tuple(bound.get(name, name) for name in rest))
 
     def _atom(self, predicate: str, arguments: tuple[str, ...]) -> Node:
@@ -371,32 +405,51 @@ class _Grounding:
         if reads is not None:
             return lambda state: reads(state, arguments)
         if predicate not in _SIGNATURES:
-            raise UnsupportedGame(f"the goal uses ({predicate}), which the native engine does not follow")
+            raise UnsupportedGame(
+                f"the goal uses ({predicate}), which the native engine does not follow"
+            )
         return arguments in self._facts.get(predicate, ())
 
     def _choices(
         self, variables: list[str], body: Expression, bound: Mapping[str, str]
     ) -> Iterator[Mapping[str, str]]:
         typed = dict(_typed(variables))
-        needed = [atom for atom in _needed(body) if atom[0] in _SIGNATURES and atom[0] not in _CHANGING]
+        needed = [
+            atom for atom in _needed(body) if atom[0] in _SIGNATURES and atom[0] not in _CHANGING
+        ]
         ranges = [self._range(name, kind, needed, bound, typed) for name, kind in typed.items()]
         for values in itertools.product(*ranges):
             yield {**bound, **dict(zip(typed, values, strict=True))}
 
     def _range(
-        self, name: str, kind: str, needed: list[list[str]], bound: Mapping[str, str], free: Mapping[str, str]
+        self,
+        name: str,
+        kind: str,
+        needed: list[list[str]],
+        bound: Mapping[str, str],
+        free: Mapping[str, str],
     ) -> list[str]:
         values = {v for v, its in self._types.items() if kind in (its, "object")}
         for predicate, *arguments in needed:
             if name in arguments:
                 where = arguments.index(name)
-                fixed = [(i, bound.get(a, a)) for i, a in enumerate(arguments) if a[0] != "?" or (a in bound and a not in free)]
-                values &= {f[where] for f in self._facts.get(predicate, ()) if all(f[i] == v for i, v in fixed)}
+                fixed = [
+                    (i, bound.get(a, a))
+                    for i, a in enumerate(arguments)
+                    if a[0] != "?" or (a in bound and a not in free)
+                ]
+                values &= {
+                    f[where]
+                    for f in self._facts.get(predicate, ())
+                    if all(f[i] == v for i, v in fixed)
+                }
         return sorted(values)
 
 
 def _needed(formula: Expression, hidden: frozenset[str] = frozenset()) -> Iterator[list[str]]:
-    """The atoms that must hold for the formula to hold and speak of no variable that it binds itself."""
+    """The atoms that must hold for the formula to hold and speak of no variable that it binds
+    itself.
+    """
     head, *rest = formula
     if head == "and":
         for part in rest:
