@@ -1,18 +1,17 @@
 """How hard a generated household is: the knobs, and three named settings of them."""
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
 from tutelage.envs.household import rooms as room_tables
+from tutelage.envs.names import unknown
 
 
-def _known(name: str, known: Any, what: str) -> str:
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
-    raise ValueError(f"unknown {what} {name!r}: did you mean {near[0]!r}? ({', '.join(known)})")
+def _known(name: str, known: Iterable[str], what: str) -> str:
+    if name not in known:
+        raise ValueError(unknown(what, name, known))
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
