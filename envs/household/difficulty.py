@@ -14,6 +14,13 @@ def _known(name: str, known: Iterable[str], what: str) -> str:
     return name
 
 
+def _at_least(least: int, name: str, value: int | None) -> None:
+    if value is None and name != "instances":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} {value!r} should be a whole number from {least}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difficulty:
     """Bounds on one household. `None` means: as many as the released games have.
@@ -48,16 +55,14 @@ class Difficulty:
                 raise ValueError(f"{task_type} needs one of the rooms {cure}; rooms={self.rooms}")
         if not self.task_types:
             raise ValueError("task_types is empty: name at least one task type")
-        if self.receptacles is not None and self.receptacles < 4:
-            raise ValueError(f"receptacles={self.receptacles}: the longest tasks need at least 4")
-        if self.per_class is not None and self.per_class < 1:
-            raise ValueError(f"per_class={self.per_class}: must be at least 1")
-        if not 0 <= self.object_share <= 1:
-            raise ValueError(f"object_share={self.object_share}: must lie between 0 and 1")
-        if self.distractors is not None and self.distractors < 0:
-            raise ValueError(f"distractors={self.distractors}: must be at least 0")
-        if self.instances < 1:
-            raise ValueError(f"instances={self.instances}: must be at least 1")
+        _at_least(4, "receptacles", self.receptacles)  # the longest tasks need so many classes
+        _at_least(1, "per_class", self.per_class)
+        _at_least(0, "distractors", self.distractors)
+        _at_least(1, "instances", self.instances)
+        if not isinstance(self.object_share, float | int) or not 0 <= self.object_share <= 1:
+            raise ValueError(f"object_share {self.object_share!r} should lie between 0 and 1")
+        if not isinstance(self.closed, bool):
+            raise ValueError(f"closed {self.closed!r} should be true or false")
 
 
 PRESETS: Final[Mapping[str, Difficulty]] = {
@@ -81,13 +86,15 @@ def resolve(difficulty: "str | Mapping[str, Any] | Difficulty") -> Difficulty:
         return difficulty
     if isinstance(difficulty, str):
         return PRESETS[_known(difficulty, PRESETS, "difficulty")]
+    if not isinstance(difficulty, Mapping):
+        raise ValueError(f"difficulty {difficulty!r} should be a name or a mapping of knobs")
     knobs = dict(difficulty)
     preset = PRESETS[_known(str(knobs.pop("preset", "full")), PRESETS, "difficulty")]
     names = [field.name for field in fields(Difficulty)]
     for name, value in knobs.items():
         _known(name, ["preset", *names], "difficulty knob")
-        if isinstance(value, list):  # YAML has no tuples
-            knobs[name] = tuple(value)
+        if name in ("rooms", "task_types"):  # YAML has no tuples
+            knobs[name] = (value,) if isinstance(value, str) else tuple(value)
     return replace(preset, **knobs)
 
 

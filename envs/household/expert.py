@@ -15,24 +15,15 @@ network is to imitate must follow from few facts in view.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from tutelage.envs.household.affordances import CAN_CONTAIN, CHANGES, LAMP_SPOTS, OPENABLE
 from tutelage.envs.household.engine import Game, View
+from tutelage.envs.household.planner import Planner
+from tutelage.envs.household.task import Task, kind_of
 
-_GOALS: Final = (  # ALFWorld's templates; the more specific ones first
-    ("look_at_obj_in_light", r"(?:look at|examine the) (\w+) (?:under|with) the (\w+)"),
-    ("pick_clean_then_place_in_recep", r"put a clean (\w+) in (\w+)"),
-    ("pick_clean_then_place_in_recep", r"clean some (\w+) and put it in (\w+)"),
-    ("pick_heat_then_place_in_recep", r"put a hot (\w+) in (\w+)"),
-    ("pick_heat_then_place_in_recep", r"heat some (\w+) and put it in (\w+)"),
-    ("pick_cool_then_place_in_recep", r"put a cool (\w+) in (\w+)"),
-    ("pick_cool_then_place_in_recep", r"cool some (\w+) and put it in (\w+)"),
-    ("pick_two_obj_and_place", r"(?:find|put) two (\w+) (?:and put them )?in (\w+)"),
-    ("pick_and_place_simple", r"put (?:a|some) (\w+) (?:in|on) (\w+)"),
-)
-_TASK: Final = re.compile(r"Your task is to: (.*?)\.?\s*$", re.MULTILINE)
+__all__ = ["Belief", "Explorer", "Planner"]
+
 _ROOM: Final = re.compile(r"Looking quickly around you, you see (.*?)\.")
 _CONTENTS: Final = re.compile(
     r"(?:On the (.+?), you see|The (.+?) is open\. In it, you see) (.*?)\."
@@ -48,34 +39,6 @@ _HOMES: Final = {
 }
 _OPENABLE: Final = frozenset(kind.lower() for kind in OPENABLE)
 _LAMP_SPOTS: Final = frozenset(kind.lower() for kind in LAMP_SPOTS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """The task's sentence, understood. `place` is a receptacle class, or the lamp's."""
-
-    task_type: str
-    target: str
-    place: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Task":
-        """Read the sentence after "Your task is to:".
-
-        Raises:
-            ValueError: a sentence of none of ALFWorld's templates.
-        """
-        found = _TASK.search(text)
-        sentence = found.group(1) if found else text
-        for task_type, pattern in _GOALS:
-            if match := re.fullmatch(pattern, sentence):
-                return cls(task_type=task_type, target=match[1], place=match[2])
-        raise ValueError(f"the explorer can't read the task {sentence!r}")
-
-
-def kind_of(name: str) -> str:
-    """The class of a numbered thing: "mug 2" is a "mug"."""
-    return name.rpartition(" ")[0]
 
 
 class Belief:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from tutelage.envs.household.affordances import CHANGES
 from tutelage.envs.household.engine import Game, NativeEngine, View
-from tutelage.envs.household.expert import Task, kind_of
+from tutelage.envs.household.task import Task, kind_of
 from tutelage.envs.household.world import State, World
 
 
