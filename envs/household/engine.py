@@ -1,5 +1,4 @@
-"""ALFWorld's text game, played natively: the same bytes as TextWorld with Fast Downward, a thousand
-times faster.
+"""ALFWorld's text game, played natively: TextWorld's bytes, a thousand times faster.
 
 The rules are those of ALFRED's domain and grammar, written out in Python. What was copied on
 purpose:
@@ -49,9 +48,8 @@ _GRAMMARS = {  # SHA-256 of the grammar's text without the goal
     "10da93e13b58e1a6039723f5d4a59ceae7c60772515bfab9fc603bafa7f8ee06",  # the released games
 }
 _GOAL_OPENS, _GOAL_CLOSES = '"rhs": "Your task is to: ', '"\n'
-_GRAMMAR_SIGNS = frozenset(
-    ';|"<>[]#{}\\\n\r\t'
-)  # a goal with one of these is code to TextWorld's grammar
+# A goal with one of these is code to TextWorld's grammar.
+_GRAMMAR_SIGNS = frozenset(';|"<>[]#{}\\\n\r\t')
 _KNIVES = frozenset({"knifetype", "butterknifetype"})
 _MICROWAVES = frozenset({"microwavetype"})
 _FRIDGES = frozenset({"fridgetype"})
@@ -76,7 +74,9 @@ Available commands:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Game:
-    """Plain data of one game: three texts as in `game.tw-pddl` (the goal already in the grammar), and what came along."""
+    """Plain data of one game: the texts of `game.tw-pddl` (the goal already in the grammar), and
+    what came along with them.
+    """
 
     name: str
     domain: str
@@ -108,7 +108,10 @@ Action = Callable[[], str]  # carries itself out and returns the feedback
 
 
 class NativeEngine:
-    """Plays one game at a time. `world` and `state` are open to experts; only `reset` and `step` change them."""
+    """Plays one game at a time.
+
+    `world` and `state` are open to experts; only `reset` and `step` change them.
+    """
 
     def __init__(self) -> None:
         self.game: Game | None = None
@@ -116,7 +119,10 @@ class NativeEngine:
         self.state: State
 
     def reset(self, game: Game) -> View:
-        """Start the game. UnsupportedGame (a ValueError) if it isn't one that this engine plays to the byte."""
+        """Start the game.
+
+        Raises UnsupportedGame (a ValueError) if it isn't one that this engine plays to the byte.
+        """
         try:
             self._cleaners = _cleaners(game.domain)
             task = _task(game.grammar)
@@ -129,13 +135,12 @@ class NativeEngine:
         self.state = self.world.start.copy()
         self._travel = _travel(self.world)
         self._refresh()
-        self._show(
-            f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(everywhere=True)}\n\nYour task is to: {task}"
-        )
+        room = self._look(everywhere=True)
+        self._show(f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {task}")
         return self._view
 
     def step(self, command: str) -> View:
-        """Carry out the command, or let nothing happen. Playing on after a win is allowed, as in TextWorld."""
+        """Carry out the command, or let nothing happen. A won game plays on, as in TextWorld."""
         command = command.strip()
         action = self._actions.get(command)
         if action is not None:
@@ -174,7 +179,7 @@ class NativeEngine:
 
     @property
     def contents(self) -> dict[str, tuple[str, ...]]:
-        """Receptacle name -> object names, everywhere, closed ones too: for planners, not for explorers."""
+        """Receptacle name -> object names, closed ones too: for planners, not for explorers."""
         names = self.world.names
         return {
             names[r]: tuple(names[o] for o in self.state.contents[r])
@@ -335,7 +340,7 @@ class NativeEngine:
         )
 
     def _look(self, everywhere: bool = False) -> str:
-        """What `look` shows; `everywhere` in the opening text, where the grammar has no location bound yet."""
+        """What `look` shows; `everywhere` in the opening text, before a location is bound."""
         here, names = self._here(), self.world.names
         if not here:
             room = _listed([f"a {names[r]}" for r in self.world.receptacles] if everywhere else [])
@@ -346,10 +351,11 @@ class NativeEngine:
             for r in here
             if (o, r) in self.state.taken
         ]
-        return f"You are facing the {_listed([names[r] for r in here])}. Next to it, you see {_listed(moved)}."
+        faced = _listed([names[r] for r in here])
+        return f"You are facing the {faced}. Next to it, you see {_listed(moved)}."
 
     def _examine(self, o: str) -> str:
-        """What examining the object in hand shows; the first line that applies, in the grammar's order."""
+        """What examining the object in hand shows: the grammar's first line that applies."""
         world, state, name = self.world, self.state, self.world.names[o]
         if o in world.vessels:
             inside = _listed([f"a {world.names[inner]}" for inner in world.nested.get(o, ())])
@@ -379,7 +385,7 @@ def _listed(parts: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Travel:
-    """The `go to` commands of a world: what each means, and those that lead away from a location."""
+    """The `go to` commands of a world: what each means, and which lead away from a location."""
 
     receptacles: Mapping[str, str]
     everywhere: tuple[str, ...]

@@ -68,7 +68,8 @@ class HouseholdGameEnv(gym.Env[str, str]):
     unknown names and values, and at `reset` for a game that can't be read or played.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  # Gymnasium's own type
+    # Gymnasium's own type for it, hence no ClassVar.
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012
 
     def __init__(
         self,
@@ -84,7 +85,8 @@ class HouseholdGameEnv(gym.Env[str, str]):
         if render_mode not in (None, "ansi"):
             raise ValueError(unknown("render_mode", render_mode, ["ansi"]))
         self.render_mode = render_mode
-        # Bounds that Gymnasium wants, far above the longest text (about 2,000 characters); step refuses no action.
+        # Bounds that Gymnasium wants, far above the longest text (about 2,000 characters); `step`
+        # refuses no action.
         self.observation_space = spaces.Text(100_000, min_length=0, charset=string.printable)
         self.action_space = spaces.Text(1_000, min_length=0, charset=string.printable)
         self._games = games

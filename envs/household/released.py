@@ -67,8 +67,8 @@ class ReleasedGames:
         folder = _root(path) / RELEASE / split
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"no ALFWorld games: {folder} is not a folder; run alfworld-download, or set $ALFWORLD_DATA or path= "
-                f"to the folder that holds {RELEASE}"
+                f"no ALFWorld games: {folder} is not a folder; run alfworld-download, or set "
+                f"$ALFWORLD_DATA or path= to the folder that holds {RELEASE}"
             )
         self.files = sorted(_playable(folder, wanted))
         if not self.files:

@@ -76,7 +76,8 @@ class State:
     """What changes while one game is played. Identifiers are the problem's own, in lower case."""
 
     __slots__ = (
-        "clean", "contents", "cool", "holding", "hot", "location", "lying", "opened", "sliced", "taken", "toggled",
+        "clean", "contents", "cool", "holding", "hot", "location", "lying", "opened", "sliced",
+        "taken", "toggled",
     )  # fmt: skip
 
     location: str
@@ -140,14 +141,22 @@ class World:
 _NONE: frozenset[str] = frozenset()
 
 
-@lru_cache(
-    maxsize=64
-)  # a group of episodes plays one game again and again; a world takes about 0.2 MB
+@lru_cache(maxsize=64)  # groups of episodes replay one game; a world takes about 0.2 MB
 def read_world(problem: str) -> World:
     """The world that a PDDL problem describes.
 
     Raises UnsupportedGame for text that isn't PDDL and for problems outside the ALFRED domain.
     """
+    try:
+        return _world(problem)
+    except UnsupportedGame:
+        raise
+    except (IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        # The text closes its parentheses but is no problem: lists where words belong, and the like.
+        raise UnsupportedGame(f"its PDDL problem is malformed ({error})") from error
+
+
+def _world(problem: str) -> World:
     parts = _sections(problem)
     types = dict(_typed(parts[":objects"]))
     facts = _facts(parts[":init"], types)
@@ -251,15 +260,14 @@ def _facts(init: list[Expression], types: Mapping[str, str]) -> Facts:
             if not str(arguments[-1]).isdigit():  # TextWorld makes an odd fact of a fraction
                 raise UnsupportedGame(f"the initial value {arguments} is not a whole number")
             continue
+        fact = f"({' '.join([predicate, *map(str, arguments)])})"
         signature = _SIGNATURES.get(predicate)
         if signature is None:
             raise UnsupportedGame(
-                f"the initial fact ({predicate} {' '.join(map(str, arguments))}) is not in the domain"
+                f"the initial fact {fact} is not in the domain, or can't start so"
             )
         if tuple(types.get(a) for a in arguments) != signature:
-            raise UnsupportedGame(
-                f"({predicate} {' '.join(map(str, arguments))}) should be of types {signature}"
-            )
+            raise UnsupportedGame(f"the initial fact {fact} should be of types {signature}")
         facts[predicate].add(tuple(arguments))
     return facts
 
@@ -430,13 +438,14 @@ class _Grounding:
         free: Mapping[str, str],
     ) -> list[str]:
         values = {v for v, its in self._types.items() if kind in (its, "object")}
+        known = {variable: value for variable, value in bound.items() if variable not in free}
         for predicate, *arguments in needed:
             if name in arguments:
                 where = arguments.index(name)
                 fixed = [
-                    (i, bound.get(a, a))
+                    (i, known.get(a, a))
                     for i, a in enumerate(arguments)
-                    if a[0] != "?" or (a in bound and a not in free)
+                    if a[0] != "?" or a in known
                 ]
                 values &= {
                     f[where]
