@@ -64,7 +64,7 @@ class HouseholdGameEnv(gym.Env[str, str]):
         max_steps: commands an episode, those that did nothing included.
         render_mode: None or "ansi", which returns the episode's transcript.
 
-    `info` holds success, task_type, admissible_actions and game (its name). Raises ValueError for
+    `info` holds success, task_type, task (the sentence that sets it), admissible_actions and game (its name). Raises ValueError for
     unknown names and values, and at `reset` for a game that can't be read or played.
     """
 
@@ -116,6 +116,7 @@ class HouseholdGameEnv(gym.Env[str, str]):
         if self._expert is not None:
             self._expert.reset(game, view)
         self._game, self._steps, self._transcript = game, 0, [view.observation]
+        self._task = view.observation.rpartition("\n\n")[2]  # "Your task is to: ..."
         return view.observation, self._info(game, view)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -160,6 +161,7 @@ class HouseholdGameEnv(gym.Env[str, str]):
         info: dict[str, Any] = {
             "success": view.won,
             "task_type": game.task_type,
+            "task": self._task,
             "admissible_actions": list(view.admissible),
             "game": game.name,
         }
