@@ -1,0 +1,103 @@
+"""Rows packed into padded batches, and the hidden states that predict their chosen tokens.
+
+Letters: B rows, T tokens a row (padded), N chosen tokens of the batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.scheduler.episodes import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some rows as tensors. `members`: which of the packed rows, in order; tokens N run row by row."""
+
+    members: tuple[int, ...]
+    ids_BT: torch.Tensor
+    positions_BT: torch.Tensor | None  # None: 0, 1, 2, ...
+    mask_B1TT: torch.Tensor | None  # None: causal
+    rows_N: torch.Tensor
+    sources_N: torch.Tensor  # index of the hidden state that predicts each chosen token
+    targets_N: torch.Tensor
+    behaviour_N: torch.Tensor
+
+    def hidden(self, model: Any) -> torch.Tensor:
+        """The hidden states [N, D] that predict the chosen tokens."""
+        given = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
+        hidden_BTD = model.base_model(
+            input_ids=self.ids_BT, attention_mask=self.mask_B1TT, use_cache=False, **given
+        ).last_hidden_state
+        chosen: torch.Tensor = hidden_BTD[self.rows_N, self.sources_N]
+        return chosen
+
+
+def pack(rows: Sequence[Row], *, max_tokens: int, device: torch.device) -> list[Batch]:
+    """Batches of rows of like length, each at most `max_tokens` with padding (a longer row goes alone).
+
+    Rows are padded on the right: under the causal mask no real token sees the padding.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids_T), i))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and len(rows[i].ids_T) * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [_batch(rows, tuple(group), device) for group in groups]
+
+
+def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) -> Batch:
+    chosen = [rows[i] for i in members]
+    width = max(len(row.ids_T) for row in chosen)
+    ids_BT = np.zeros((len(chosen), width), dtype=np.int64)
+    for b, row in enumerate(chosen):
+        ids_BT[b, : len(row.ids_T)] = row.ids_T
+    branched = any(row.branches_T.any() for row in chosen)
+    where = [np.flatnonzero(row.chosen_T) for row in chosen]
+    return Batch(
+        members=members,
+        ids_BT=torch.from_numpy(ids_BT).to(device),
+        positions_BT=_positions(chosen, width).to(device) if branched else None,
+        mask_B1TT=_branch_mask(chosen, width).to(device) if branched else None,
+        rows_N=torch.from_numpy(
+            np.concatenate([np.full(len(at), b) for b, at in enumerate(where)])
+        ).to(device),
+        sources_N=_joined(
+            [row.sources_T()[at] for row, at in zip(chosen, where, strict=True)], device
+        ),
+        targets_N=_joined(
+            [row.ids_T[at] for row, at in zip(chosen, where, strict=True)], device
+        ).long(),
+        behaviour_N=_joined(
+            [row.logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
+        ),
+    )
+
+
+def _joined(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def _positions(rows: Sequence[Row], width: int) -> torch.Tensor:
+    positions_BT = np.zeros((len(rows), width), dtype=np.int64)
+    for b, row in enumerate(rows):
+        positions_BT[b, : len(row.ids_T)] = row.positions_T()
+    return torch.from_numpy(positions_BT)
+
+
+def _branch_mask(rows: Sequence[Row], width: int) -> torch.Tensor:
+    """[B, 1, T, T] True where a query may look: earlier, and on the trunk or on its own branch."""
+    branches_BT = np.zeros((len(rows), width), dtype=np.int64)
+    for b, row in enumerate(rows):
+        branches_BT[b, : len(row.ids_T)] = row.branches_T
+    branches = torch.from_numpy(branches_BT)
+    key_B1T, query_BT1 = branches[:, None, :], branches[:, :, None]
+    earlier_TT = torch.ones(width, width, dtype=torch.bool).tril()
+    return (earlier_TT & ((key_B1T == 0) | (key_B1T == query_BT1)))[:, None]

@@ -1,0 +1,123 @@
+"""Checkpoints: whole or not at all. Hugging Face format beside what the trainer needs to go on.
+
+A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a folder with a number for its name is
+complete. Random states need not be saved: every random draw is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.distill.config import ConfigError
+
+STATE = "trainer.pt"
+
+
+def save(
+    folder: Path, *, step: int, model: Any, tokenizer: Any, state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `folder/NNNNNN`; delete the oldest beyond `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable; the part that was written is gone again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{step:06d}"
+    partial = folder / f".{step:06d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        torch.save(dict(state), partial / STATE)
+        _flush(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (
+            isinstance(error, OSError)
+            or "No space left" in str(error)
+            or "PytorchStreamWriter" in str(error)
+        ):
+            raise OSError(
+                f"checkpoint {final} could not be saved ({_first_line(error)}): nothing half-written is left and"
+                " earlier checkpoints are whole; free some space and run the same command again"
+            ) from error
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync_folder(folder)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as `state`."""
+    state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_weights(checkpoint: Path, model: Any) -> None:
+    """Put a checkpoint's weights into `model`.
+
+    Raises:
+        ConfigError: the checkpoint is of another architecture or vocabulary.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            have = "nothing" if name not in own else str(tuple(own[name].shape))
+            raise ConfigError(
+                f"{checkpoint}: {name} has shape {tuple(tensor.shape)} there and {have} in this run's student: the"
+                " checkpoint is of another model or vocabulary; choose another run folder"
+            )
+    model.load_state_dict(weights, strict=False)  # tied weights are stored once
+    model.tie_weights()
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / STATE).is_file())
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

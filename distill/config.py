@@ -1,0 +1,351 @@
+"""The run's configuration: plain data, read once, checked whole, before anything heavy loads.
+
+Unknown keys are refused with the nearest known one. Every default has its reason beside it; what has no sensible default
+is required.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tutelage.distill.objectives import build
+from tutelage.envs.names import unknown
+from tutelage.scheduler.contexts import ContextSettings
+from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.rollouts import TaskRollout
+
+
+class ConfigError(ValueError):
+    """The user's mistake: its text names the file, the key and the cure."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class StudentConfig(_Section):
+    """`model` (a folder or hub id), or `init` (architecture from scratch) with `tokenizer`."""
+
+    model: str | None = None
+    init: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bf16 weights lose AdamW's small updates
+    device: str = "auto"  # cuda where there is one
+    threads: Positive | None = None  # of torch in this process; none: every core
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentConfig:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("give exactly one of student.model and student.init")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("student.init needs student.tokenizer")
+        return self
+
+
+class TeacherConfig(_Section):
+    model: str
+    engine: Literal["transformers"] = "transformers"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+
+
+class ObjectiveConfig(_Section):
+    """`name` and its options; every further key goes to the objective, which refuses what it does not know."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "local_support"
+    mask_tokens: tuple[
+        str, ...
+    ] = ()  # texts whose ids take no loss where they first occur in a turn
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> ObjectiveConfig:
+        build(self.name, **self.options)
+        return self
+
+
+class ContextConfig(_Section):
+    kind: Literal["full", "window"] = "full"
+    repeat_task: bool = False
+    turns: Annotated[int, Field(ge=0)] = 4
+    admissible: bool = False
+    system: str | None = None
+
+
+class RolloutConfig(_Section):
+    engine: Literal["transformers"] = "transformers"
+    temperature: float = 1.0  # the policy itself: what on-policy distillation is about
+    top_p: float = 1.0
+    max_turns: Positive = 30
+    max_new_tokens: Positive = 32
+    context: ContextConfig = ContextConfig()
+    max_live: Positive = 128
+    processes: Annotated[int, Field(ge=0)] = (
+        1  # environment processes a task and worker; 0: in the worker itself
+    )
+    timeout: Annotated[float, Field(gt=0)] = (
+        60.0  # seconds an environment may take for one batch of steps
+    )
+    attempts: Positive = 3  # of an episode whose environment died or hung
+
+
+class TaskConfig(_Section):
+    env: str
+    env_args: dict[str, Any] = {}
+    eval_args: dict[str, Any] = {}  # replace env_args' keys in evaluation, such as the split
+    teacher: str | None = None
+    episodes: Positive = 16
+    group: Positive = 1  # episodes of one game or problem
+    expert_share: Annotated[float, Field(ge=0, le=1)] = (
+        1.0  # imitation: episodes that the expert plays itself
+    )
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of this task's loss
+    objective: dict[str, Any] | None = None  # replaces the run's objective
+    rollout: dict[str, Any] = {}  # replaces keys of the run's rollout section
+
+
+class ScheduleConfig(_Section):
+    policy: Literal["alternate"] = "alternate"
+
+
+class OptimizerConfig(_Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0  # of the gradient's norm
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    decay: Literal["constant", "cosine"] = "constant"
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine: share of lr left at the end
+    micro_tokens: Positive = 16_384  # tokens, padding included, in one forward and backward
+    aggregate: Literal["token", "sequence"] = "token"
+
+
+class EvaluationConfig(_Section):
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only when asked
+    episodes: Positive | Literal["all"] = 100
+    final: bool = False  # also after the last step
+    modes: tuple[Literal["greedy", "sampled"], ...] = ("greedy", "sampled")
+    live_modes: tuple[Literal["greedy", "sampled"], ...] = (
+        "greedy",
+    )  # while training: half the time
+
+
+class CheckpointConfig(_Section):
+    every: Positive = 50
+    keep: Positive = 2
+
+
+class JournalConfig(_Section):
+    tensorboard: bool = True
+    episodes_every: Positive = 1  # steps between episode files
+
+
+class ClusterConfig(_Section):
+    address: str = "local"
+    workers: Positive = 1
+    threads: Positive = 1  # of torch in each actor
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    run: str
+    seed: int = 0
+    steps: Positive
+    student: StudentConfig
+    teachers: dict[str, TeacherConfig] = {}
+    tasks: dict[str, TaskConfig]
+    objective: ObjectiveConfig = ObjectiveConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
+    cluster: ClusterConfig | None = None
+
+    @model_validator(mode="after")
+    def _routes(self) -> RunConfig:
+        if not self.tasks:
+            raise ValueError("tasks is empty: name at least one")
+        used = set()
+        for name, task in self.tasks.items():
+            objective = build_objective(self.objective_of(name))
+            self.rollout_of(name)
+            if task.teacher is not None:
+                used.add(task.teacher)
+                if task.teacher not in self.teachers:
+                    raise ValueError(
+                        f"tasks.{name}.teacher: " + unknown("teacher", task.teacher, self.teachers)
+                        if self.teachers
+                        else f"tasks.{name}.teacher is {task.teacher!r}, but teachers is empty"
+                    )
+            elif objective.needs_teacher:
+                raise ValueError(
+                    f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
+                    f" tasks.{name}.teacher"
+                )
+        if idle := sorted(set(self.teachers) - used):
+            raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
+        return self
+
+    def objective_of(self, task: str) -> ObjectiveConfig:
+        """The task's own objective, or the run's."""
+        own = self.tasks[task].objective
+        return self.objective if own is None else ObjectiveConfig.model_validate(own)
+
+    def rollout_of(self, task: str) -> RolloutConfig:
+        """The run's rollout section with the task's keys in place."""
+        return RolloutConfig.model_validate(
+            _merged(self.rollout.model_dump(), self.tasks[task].rollout)
+        )
+
+    def task_rollout(self, task: str, *, evaluation: bool = False) -> TaskRollout:
+        """How the task is played, as the scheduler takes it."""
+        how, config = self.rollout_of(task), self.tasks[task]
+        args = config.env_args
+        if evaluation:
+            args = {key: value for key, value in args.items() if key != "expert"} | config.eval_args
+        return TaskRollout(
+            env=config.env,
+            env_args=args,
+            context=ContextSettings(**how.context.model_dump()),
+            law=SamplingLaw(temperature=how.temperature, top_p=how.top_p),
+            max_turns=how.max_turns,
+            max_new_tokens=how.max_new_tokens,
+            max_live=how.max_live,
+            processes=how.processes,
+            timeout=how.timeout,
+            attempts=how.attempts,
+        )
+
+
+def build_objective(config: ObjectiveConfig) -> Any:
+    """The objective that a section names."""
+    return build(config.name, **config.options)
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` overrides, check everything.
+
+    Raises:
+        ConfigError: with the file, the key and the cure in one line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, not {type(data).__name__}")
+    for override in overrides or []:
+        _override(data, override, path)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], source: str) -> RunConfig:
+    """Check plain data; `source` is named in messages."""
+    data = _numbers(data)
+    if found := _unknown_key(RunConfig, data, ""):
+        raise ConfigError(f"{source}: {found}")
+    for name, task in (data.get("tasks") or {}).items():
+        if isinstance(task, dict) and isinstance(task.get("rollout"), dict):
+            if found := _unknown_key(RolloutConfig, task["rollout"], f"tasks.{name}.rollout."):
+                raise ConfigError(f"{source}: {found}")
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        value = first.get("input")
+        shown = "" if isinstance(value, dict) or first["type"] == "missing" else f" (got {value!r})"
+        raise ConfigError(f"{source}: {key + ': ' if key else ''}{message}{shown}") from None
+
+
+def _override(data: dict[str, Any], override: str, path: Path) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{path}: override {override!r}: write it as key.path=value")
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        child = place.get(parent)
+        if not isinstance(child, dict):
+            child = place[parent] = {}
+        place = child
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: override {override!r}: the value is not YAML") from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = (
+            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return merged
+
+
+def _unknown_key(section: type[BaseModel], data: Any, prefix: str) -> str | None:
+    """The first key that no field bears, with the nearest one; None when all are known."""
+    if not isinstance(data, dict):
+        return None
+    for key, value in data.items():
+        field = section.model_fields.get(str(key))
+        if field is None:
+            if section.model_config.get("extra") == "allow":
+                continue
+            return f"{prefix}{key}: {unknown('key', key, section.model_fields)}"
+        inner, many = _sections_of(field.annotation)
+        if inner is None or not isinstance(value, dict):
+            continue
+        children = value.items() if many else [(None, value)]
+        for name, child in children:
+            where = f"{prefix}{key}." + (f"{name}." if many else "")
+            if found := _unknown_key(inner, child, where):
+                return found
+    return None
+
+
+def _sections_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """(the section class inside an annotation, whether it is a mapping of them)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    many = get_origin(annotation) is dict
+    for argument in get_args(annotation):
+        if isinstance(argument, type) and issubclass(argument, BaseModel):
+            return argument, many
+    return None, False

@@ -1,0 +1,322 @@
+"""The transformers rollout engine: many multi-turn sessions in one batch, each keeping its keys and values.
+
+A session owns a slot of one big cache, and a token's place in the slot is its position. So one rule, key <= query,
+masks padding, ragged lengths, prefill and decoding alike, and a turn's new tokens are all that is ever prefilled.
+Left out: paged memory and mixed prefill/decode batches; for those there is vLLM.
+
+Letters: B batch rows, Q query tokens, H key-value heads, P positions in a slot, V vocabulary, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.scheduler.engine import Completion, Request
+
+CHUNK = 256
+"""A slot's room grows by at least this many positions."""
+
+
+class SlotCache:
+    """Keys and values of every session: per layer [slots, H, P, D]. What a transformers model calls a cache.
+
+    Before a forward set `positions_BQ` (where the tokens go) and `reach` (how many positions the queries may look at).
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.slots, self.room = 0, 0
+        self.positions_BQ: torch.Tensor | None = None
+        self.reach = 0
+
+    def reserve(self, slots: int, room: int) -> None:
+        """Grow to at least `slots` x `room`; what is stored stays."""
+        if slots > self.slots or room > self.room:
+            slots = max(slots, self.slots)
+            room = max(room, self.room) if room <= self.room else max(room, self.room + CHUNK)
+            self.keys = [self._grown(old, slots, room) for old in self.keys]
+            self.values = [self._grown(old, slots, room) for old in self.values]
+            self.slots, self.room = slots, room
+
+    @staticmethod
+    def _grown(old: torch.Tensor, slots: int, room: int) -> torch.Tensor:
+        new = old.new_zeros(slots, old.shape[1], room, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
+
+    def swap(self, left: Sequence[int], right: Sequence[int]) -> None:
+        """Exchange slots pairwise."""
+        to, source = [*left, *right], [*right, *left]
+        for tensor in (*self.keys, *self.values):
+            tensor[to] = tensor[source]
+
+    def update(
+        self, keys_BHQD: torch.Tensor, values_BHQD: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values; return all that the queries may look at."""
+        if layer == len(self.keys):  # the first forward tells heads, head size, dtype and device
+            shape = (self.slots, keys_BHQD.shape[1], self.room, keys_BHQD.shape[3])
+            self.keys.append(keys_BHQD.new_zeros(shape))
+            self.values.append(values_BHQD.new_zeros(shape))
+        rows, heads, _, size = keys_BHQD.shape
+        assert self.positions_BQ is not None
+        index = self.positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
+        self.keys[layer][:rows].scatter_(2, index, keys_BHQD)
+        self.values[layer][:rows].scatter_(2, index, values_BHQD)
+        return self.keys[layer][:rows, :, : self.reach], self.values[layer][:rows, :, : self.reach]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Asked by models that build their own masks; ours comes with the call."""
+        return 0
+
+
+@dataclass(slots=True)
+class _Session:
+    slot: int
+    cached: list[int] = field(default_factory=list)  # ids whose keys and values the slot holds
+
+
+@dataclass(slots=True)
+class _Running:
+    request: Request
+    session: _Session
+    draws: np.ndarray  # one uniform number per token to come
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    done: bool = False
+
+
+class TransformersEngine:
+    """Generates with a transformers causal language model, shared with the learner or loaded apart.
+
+    Args:
+        model: a causal LM. Its weights are used as they are at each call: a shared model needs no copy.
+        vocabulary: ids at or above it (the embedding's padding) are never sampled and take no probability.
+        prefill_tokens: at most about this many tokens go through one prefill forward.
+    """
+
+    lockstep = True
+
+    def __init__(self, model: Any, *, vocabulary: int, prefill_tokens: int = 16_384) -> None:
+        self.model, self.version = model, 0
+        self._vocabulary, self._prefill_tokens = vocabulary, prefill_tokens
+        self.max_context = int(model.config.max_position_embeddings)
+        self._cache = SlotCache()
+        self._sessions: dict[int, _Session] = {}
+        self._free: list[int] = []
+        self._queue: list[Request] = []
+        self._batch: list[_Running] = []
+        self.generated_tokens = 0
+        self.prefilled_tokens = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue) + sum(not row.done for row in self._batch)
+
+    def load(self, weights: dict[str, np.ndarray] | None, version: int) -> None:
+        """Take weights by name (None: the model is the learner's own). Caches of older weights are dropped."""
+        if self.pending:
+            raise RuntimeError(
+                f"{self.pending} requests are in flight: load weights between rollouts"
+            )
+        if weights is not None:
+            own = self.model.state_dict()
+            if missing := sorted(set(own) - set(weights)):
+                raise ValueError(
+                    f"weights for version {version} lack {missing[0]!r} and {len(missing) - 1} more"
+                )
+            for name, tensor in own.items():
+                tensor.copy_(torch.from_numpy(weights[name]))
+        self._sessions.clear()
+        self._free = list(range(self._cache.slots))
+        self._batch.clear()
+        self.version = version
+
+    def submit(self, request: Request) -> None:
+        session = self._sessions.get(request.session)
+        cached = session.cached if session else []
+        if list(request.ids[: len(cached)]) != cached or len(request.ids) <= len(cached):
+            raise ValueError(
+                f"session {request.session}: its {len(request.ids)} ids do not extend the {len(cached)} cached ones:"
+                " history is append-only, so release the session or keep its ids"
+            )
+        room = self.max_context - len(request.ids)
+        if request.max_new_tokens < 1 or request.max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens={request.max_new_tokens} after {len(request.ids)} ids: the model's context of"
+                f" {self.max_context} leaves 1 to {room}"
+            )
+        self._queue.append(request)
+
+    def release(self, session: int) -> None:
+        owned = self._sessions.pop(session, None)
+        if owned is not None:
+            self._free.append(owned.slot)
+            self._batch = [row for row in self._batch if row.session is not owned or row.done]
+        self._queue = [request for request in self._queue if request.session != session]
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        running = [row for row in self._batch if not row.done]
+        if self._queue and len(self._queue) >= len(running):
+            self._prefill(running)
+        elif running:
+            self._decode(running)
+        return self._collect()
+
+    def _prefill(self, running: list[_Running]) -> None:
+        """Feed every queued request's new ids and sample its first token."""
+        fresh = [self._admit(request) for request in self._queue]
+        self._queue.clear()
+        self._batch = fresh + running
+        reach = max(len(row.request.ids) + row.request.max_new_tokens for row in fresh)
+        self._cache.reserve(self._cache.slots, reach)
+        width = max(len(row.request.ids) - len(row.session.cached) for row in fresh)
+        part = max(1, self._prefill_tokens // width)
+        for start in range(0, len(fresh), part):
+            rows = fresh[start : start + part]
+            self._bring_to_front([row.session for row in rows])
+            self._feed(rows, [row.request.ids[len(row.session.cached) :] for row in rows])
+        self._bring_to_front([row.session for row in self._batch])
+
+    def _admit(self, request: Request) -> _Running:
+        session = self._sessions.get(request.session)
+        if session is None:
+            if not self._free:
+                old = self._cache.slots
+                self._cache.reserve(max(8, 2 * old), self._cache.room)
+                self._free = list(range(old, self._cache.slots))
+            self._free.sort(reverse=True)
+            session = self._sessions[request.session] = _Session(slot=self._free.pop())
+        draws = np.random.default_rng(request.seed).random(request.max_new_tokens, dtype=np.float32)
+        return _Running(request, session, draws)
+
+    def _decode(self, running: list[_Running]) -> None:
+        # A finished row rides along, its output unread, until half the batch is done: moving slots costs more.
+        if 2 * len(running) <= len(self._batch):
+            self._batch = running
+            self._bring_to_front([row.session for row in running])
+        self._feed(self._batch, [row.ids[-1:] for row in self._batch])
+
+    def _bring_to_front(self, sessions: Sequence[_Session]) -> None:
+        """Make `sessions` occupy slots 0..n-1, in that order as far as no slot must move."""
+        count = len(sessions)
+        taken = {session.slot for session in sessions}
+        holes = [slot for slot in range(count) if slot not in taken]
+        outside = [session for session in sessions if session.slot >= count]
+        if not holes:
+            return
+        self._cache.swap(holes, [session.slot for session in outside])
+        owners = {session.slot: session for session in self._sessions.values()}
+        for hole, session in zip(holes, outside, strict=True):
+            if hole in owners:
+                owners[hole].slot = session.slot
+            else:
+                self._free[self._free.index(hole)] = session.slot
+            session.slot = hole
+
+    def _feed(self, rows: list[_Running], chunks: list[Sequence[int]]) -> None:
+        """One forward over rows that occupy the first slots; each row that still runs samples a token."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
+        rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
+        device = self.model.device
+        lengths = [len(chunk) for chunk in chunks]
+        past = [len(row.session.cached) for row in rows]
+        width, reach = max(lengths), max(p + n for p, n in zip(past, lengths, strict=True))
+        ids_BQ = np.zeros((len(rows), width), dtype=np.int64)
+        for i, chunk in enumerate(chunks):
+            ids_BQ[i, : lengths[i]] = chunk
+        positions = np.asarray(past)[:, None] + np.arange(width)
+        self._cache.reserve(self._cache.slots, max(reach, int(positions.max()) + 1))
+        positions_BQ = torch.from_numpy(positions).to(device)
+        mask_B1QP = torch.arange(reach, device=device) <= positions_BQ[:, None, :, None]
+        self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
+        hidden_BQD = self.model.base_model(
+            input_ids=torch.from_numpy(ids_BQ).to(device),
+            attention_mask=mask_B1QP,
+            position_ids=positions_BQ,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+        logits_BV = self.model.get_output_embeddings()(last_BD)[:, : self._vocabulary].float()
+        tokens, logprobs = _sample(logits_BV, rows)
+        self.prefilled_tokens += sum(lengths) if width > 1 else 0
+        for row, chunk, token, logprob in zip(rows, chunks, tokens, logprobs, strict=True):
+            if row.done:
+                continue
+            row.session.cached.extend(chunk)
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            self.generated_tokens += 1
+
+    def _collect(self) -> list[Completion]:
+        finished = []
+        for row in self._batch:
+            if row.done or not row.ids:
+                continue
+            stopped = row.ids[-1] in row.request.stop_ids
+            if stopped or len(row.ids) == row.request.max_new_tokens:
+                row.done = True
+                finished.append(
+                    Completion(
+                        session=row.request.session,
+                        ids=row.ids,
+                        logprobs=row.logprobs,
+                        stopped=stopped,
+                    )
+                )
+        return finished
+
+
+def _sample(logits_BV: torch.Tensor, rows: Sequence[_Running]) -> tuple[list[int], list[float]]:
+    """Draw one token a row by its own law and its own next uniform number: no row's draw depends on another's."""
+    if not torch.isfinite(logits_BV).all():
+        raise FloatingPointError(
+            "the student's logits hold NaN or infinity during a rollout: its weights are broken"
+            " (lower optimizer.lr, or go back to an earlier checkpoint)"
+        )
+    logprobs_BV = logits_BV.log_softmax(-1)
+    device = logits_BV.device
+    laws = [row.request.law for row in rows]
+    if all(law.temperature == 0 for law in laws):
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        draw = [row.draws[min(len(row.ids), len(row.draws) - 1)] for row in rows]
+        tokens_B = _draw(
+            logits_BV,
+            temperature_B=torch.tensor([law.temperature for law in laws], device=device),
+            top_p_B=torch.tensor([law.top_p for law in laws], device=device),
+            uniform_B=torch.tensor(np.asarray(draw), device=device),
+        )
+    chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    return tokens_B.tolist(), chosen_B.tolist()
+
+
+def _draw(
+    logits_BV: torch.Tensor,
+    *,
+    temperature_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    uniform_B: torch.Tensor,
+) -> torch.Tensor:
+    """Inverse-CDF sampling from the top-p nucleus: the smallest set of most probable tokens with mass >= top_p."""
+    greedy_B = temperature_B == 0
+    scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    probs_BV, order_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative_BV = probs_BV.cumsum(-1)
+    outside_BV = cumulative_BV - probs_BV >= top_p_B[:, None]
+    outside_BV[:, 0] = False
+    mass_B = probs_BV.masked_fill(outside_BV, 0.0).sum(-1)
+    rank_B = (cumulative_BV <= (uniform_B * mass_B)[:, None]).sum(-1)
+    kept_B = (~outside_BV).sum(-1) - 1
+    rank_B = torch.minimum(rank_B, kept_B).masked_fill(greedy_B, 0)
+    return order_BV.gather(1, rank_B[:, None])[:, 0]

@@ -1,0 +1,144 @@
+"""The run's diary: metrics.jsonl first; TensorBoard and people read from what stands there.
+
+One JSON object a step. Fields under time/, perf/ and memory/ are the only ones in which two runs of one configuration may
+differ. Episodes go to episodes/NNNNNN.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.distill.learner import Lesson
+from tutelage.scheduler.episodes import Dropped, Episode
+
+
+class Journal:
+    """Appends to a run folder.
+
+    Args:
+        folder: the run's. position: bytes of metrics.jsonl that are to stand (a resumed run cuts off what came after
+            its checkpoint). tensorboard: also write event files.
+    """
+
+    def __init__(self, folder: Path, *, position: int = 0, tensorboard: bool = True) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        self._path.touch()
+        os.truncate(self._path, position)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    @property
+    def position(self) -> int:
+        """Bytes of metrics.jsonl that are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def write(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics, flushed."""
+        record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
+        self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{task}/{name}", value, step)
+
+    def write_episodes(
+        self, step: int, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
+    ) -> None:
+        """The step's episodes with ids, masks, sampled and teacher log-probabilities."""
+        by_row = {id(lesson.row): lesson for lesson in lessons}
+        path = self.folder / "episodes" / f"{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for outcome in outcomes:
+                record = (
+                    _dropped(outcome) if isinstance(outcome, Dropped) else _episode(outcome, by_row)
+                )
+                file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _dropped(outcome: Dropped) -> dict[str, Any]:
+    order = outcome.order
+    return {
+        "task": order.task,
+        "seed": order.seed,
+        "index": order.index,
+        "dropped": outcome.reason,
+        "detail": outcome.detail,
+        "attempts": outcome.attempts,
+    }
+
+
+def _episode(episode: Episode, lessons: Mapping[int, Lesson]) -> dict[str, Any]:
+    order = episode.order
+    return {
+        "task": order.task,
+        "seed": order.seed,
+        "index": order.index,
+        "actor": order.actor,
+        "task_type": episode.task_type,
+        "success": episode.success,
+        "reward": episode.reward,
+        "ended": episode.ended,
+        "version": episode.version,
+        "attempts": episode.attempts,
+        "temperature": episode.law.temperature,
+        "top_p": episode.law.top_p,
+        "turns": [
+            {
+                "observation": turn.observation,
+                "action": turn.action,
+                **({} if turn.expert_action is None else {"expert_action": turn.expert_action}),
+            }
+            for turn in episode.turns
+        ],
+        "final_observation": episode.final_observation,
+        "rows": [_row(lessons[id(row)]) for row in episode.rows if id(row) in lessons],
+    }
+
+
+def _row(lesson: Lesson) -> dict[str, Any]:
+    row = lesson.row
+    chosen = row.chosen_T.nonzero()[0]
+    teacher: list[float | None] = [None] * len(row.ids_T)
+    if lesson.scores is not None:
+        for at, value in zip(chosen, lesson.scores.sampled_N.tolist(), strict=True):
+            teacher[at] = _number(value)
+    return {
+        "ids": row.ids_T.tolist(),
+        "turn": row.turns_T.tolist(),
+        "mask": [int(m) for m in lesson.mask_T],
+        "branch": row.branches_T.tolist() if row.branches_T.any() else None,
+        "sampled_logprob": [_number(value) for value in row.logprobs_T.tolist()],
+        "teacher_logprob": teacher,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity: what was not sampled is null, and -inf is the largest negative float32."""
+    if math.isnan(value):
+        return None
+    return round(value, 6) if math.isfinite(value) else -3.4e38

@@ -1,0 +1,169 @@
+"""Loading and checking models and tokenizers: the one place that knows where weights come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.distill.config import ConfigError, RunConfig, StudentConfig
+
+BUILTIN = "builtin:"
+"""`builtin:NAME` names a tiny model that ships with the package, in distill/tiny/NAME."""
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def resolve(reference: str) -> str:
+    """A folder for `builtin:NAME`, else the path or hub id itself.
+
+    Raises:
+        ConfigError: no such built-in model, or a path that is no folder.
+    """
+    if reference.startswith(BUILTIN):
+        folder = TINY / reference.removeprefix(BUILTIN)
+        if not (folder / "tokenizer.json").is_file():
+            known = sorted(p.parent.name for p in TINY.glob("*/tokenizer.json"))
+            raise ConfigError(f"model {reference!r} is not built in: there are {', '.join(known)}")
+        return str(folder)
+    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") != 1
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return str(path)
+    if looks_like_path:
+        raise ConfigError(f"model {reference!r}: there is no such folder")
+    return reference
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The tokenizer of a folder, hub id or built-in model."""
+    from transformers import AutoTokenizer
+
+    return _loading(reference, "tokenizer", AutoTokenizer.from_pretrained)
+
+
+def load_settings(reference: str) -> Any:
+    """A model's configuration, without weights."""
+    from transformers import AutoConfig
+
+    return _loading(reference, "configuration", AutoConfig.from_pretrained)
+
+
+def _loading(reference: str, what: str, load: Any) -> Any:
+    try:
+        return load(resolve(reference))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {reference!r}: its {what} does not load: {first}") from None
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def load_model(reference: str, *, dtype: str, device: str) -> Any:
+    """A causal language model, in evaluation mode (no dropout anywhere: rollouts and updates must agree)."""
+    from transformers import AutoModelForCausalLM
+
+    model = _loading(
+        reference,
+        "weights",
+        lambda path: AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ),
+    )
+    return _checked(model.to(device_of(device)).eval(), reference)
+
+
+def load_student(config: StudentConfig, *, seed: int) -> Any:
+    """The student's model: from a checkpoint, or from scratch with weights drawn from `seed`."""
+    if config.model is not None:
+        return load_model(config.model, dtype=config.dtype, device=config.device)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(student_tokenizer(config))
+    init = {"model_type": "qwen2", "vocab_size": len(tokenizer), **(config.init or {})}
+    kind = init.pop("model_type")
+    settings = AutoConfig.for_model(
+        kind, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **init
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+    model = model.to(getattr(torch, config.dtype))
+    return _checked(model.to(device_of(config.device)).eval(), "student.init")
+
+
+def student_tokenizer(config: StudentConfig) -> str:
+    """Where the student's tokenizer is."""
+    reference = config.tokenizer or config.model
+    assert reference is not None
+    return reference
+
+
+@torch.inference_mode()
+def _checked(model: Any, reference: str) -> Any:
+    """Refuse a model whose logits are not its head applied to its last hidden state (soft caps, logit scales)."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    logits = model(input_ids=ids).logits
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    if not torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"model {reference!r} ({type(model).__name__}) does more to its logits than its output embedding"
+            " does: not supported"
+        )
+    return model
+
+
+def check_vocabularies(config: RunConfig) -> int:
+    """The number of ids that student and teachers share. Reads tokenizers and configurations, no weights.
+
+    Raises:
+        ConfigError: a teacher whose tokenizer gives any token another id.
+    """
+    tokenizer = load_tokenizer(student_tokenizer(config.student))
+    vocabulary = tokenizer.get_vocab()
+    size = len(tokenizer)
+    if config.student.model is not None:
+        _check_room(config.student.model, size, "student.model")
+    for name, teacher in config.teachers.items():
+        other = load_tokenizer(teacher.model)
+        theirs = other.get_vocab()
+        if theirs != vocabulary:
+            token = min(
+                (t for t in {*vocabulary, *theirs} if vocabulary.get(t) != theirs.get(t)), key=str
+            )
+            raise ConfigError(
+                f"teachers.{name}: its vocabulary differs from the student's: token {token!r} is id"
+                f" {vocabulary.get(token)} for the student and {theirs.get(token)} for {teacher.model!r};"
+                " choose a teacher with the student's tokenizer"
+            )
+        if other.eos_token_id != tokenizer.eos_token_id:
+            raise ConfigError(
+                f"teachers.{name}: it ends with {other.eos_token!r}, the student with {tokenizer.eos_token!r}: on"
+                f" that token the teacher misleads; set eos_token in {teacher.model!r}, or mask it with"
+                " objective.mask_tokens and give the teacher a tokenizer with the student's EOS"
+            )
+        _check_room(teacher.model, size, f"teachers.{name}.model")
+    return size
+
+
+def _check_room(reference: str, size: int, key: str) -> None:
+    rows = load_settings(reference).get_text_config().vocab_size
+    if rows < size:
+        raise ConfigError(
+            f"{key}: {reference!r} has {rows} embedding rows for a tokenizer of {size} ids: it belongs to another"
+            " vocabulary"
+        )
+
+
+def limit_threads(count: int | None) -> None:
+    """Threads of torch in this process. Two processes with two threads each on two cores ran 11 times slower."""
+    torch.set_num_threads(count or os.cpu_count() or 1)

@@ -1,0 +1,34 @@
+"""Imitation: the negative log-likelihood of given tokens, for warm starts and expert labels."""
+
+from __future__ import annotations
+
+import torch
+
+from tutelage.distill.objectives.scores import TeacherScores
+from tutelage.distill.objectives.students import Student
+
+
+class Imitation:
+    """loss = -beta log pi(y), y an expert's token. On expert episodes this is behaviour cloning; on the states that the
+    student itself reaches it is DAgger (Ross et al. 2011, arXiv:1011.0686)."""
+
+    name = "imitation"
+    needs_teacher = False
+    k = 0
+
+    def __init__(self, beta: float = 1.0) -> None:
+        if beta <= 0:
+            raise ValueError(f"imitation: beta={beta}: it must be positive")
+        self.beta = beta
+
+    def __call__(
+        self,
+        student: Student,
+        scores: TeacherScores | None,
+        sampled_ids_N: torch.Tensor,
+        behaviour_logprobs_N: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logprobs_N = student.logprobs_at(sampled_ids_N[:, None])[:, 0]
+        return -self.beta * logprobs_N, {}

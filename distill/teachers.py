@@ -1,0 +1,52 @@
+"""Teachers score what the student said, in one batched forward; they never speak themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tutelage.distill.batches import pack
+from tutelage.distill.objectives import TeacherScores
+from tutelage.scheduler.episodes import Row
+
+HEAD_TOKENS = 4096
+"""Positions whose whole logits exist at once: 4096 x 152,064 x 4 bytes = 2.5 GB at the largest vocabulary."""
+
+
+class TransformersTeacher:
+    """A frozen transformers model. A plain class: the scheduler runs it in this process or as a Ray actor.
+
+    Args:
+        model: a causal LM.
+        vocabulary: ids that take probability; the embedding's padding beyond them does not.
+        max_tokens: tokens, padding included, in one forward.
+    """
+
+    def __init__(self, model: Any, *, vocabulary: int, max_tokens: int = 32_768) -> None:
+        self.model, self.vocabulary, self._max_tokens = model, vocabulary, max_tokens
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Row], *, k: int) -> list[TeacherScores]:
+        """The scores of each row's chosen tokens, in the rows' order."""
+        k = min(k, self.vocabulary)
+        scores: dict[int, TeacherScores] = {}
+        head = self.model.get_output_embeddings()
+        for batch in pack(rows, max_tokens=self._max_tokens, device=self.model.device):
+            hidden_ND = batch.hidden(self.model)
+            parts = [
+                TeacherScores.from_logits(
+                    head(hidden_ND[at : at + HEAD_TOKENS])[:, : self.vocabulary],
+                    batch.targets_N[at : at + HEAD_TOKENS],
+                    k=k,
+                    keep_full=False,
+                )
+                for at in range(0, len(hidden_ND), HEAD_TOKENS)
+            ]
+            joined, start = TeacherScores.join(parts), 0
+            for member in batch.members:
+                count = int(rows[member].chosen_T.sum())
+                scores[member] = joined.take(torch.arange(start, start + count))
+                start += count
+        return [scores[i] for i in range(len(rows))]

@@ -1,0 +1,342 @@
+"""The training loop, and what it is put together from.
+
+for step, task in timetable:                       # a pure function of (seed, step)
+    placement.sync(learner)                        # rollouts use this version of the student
+    episodes = placement.collect(orders)           # complete, token-exact; failures are counted records
+    lessons  = placement.score(teacher, episodes)
+    metrics  = learner.update(lessons, objective)
+    journal.write(step, task, metrics)
+    checkpoint / evaluate where due
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tutelage.distill import checkpoints
+from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, build_objective
+from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.journal import Journal
+from tutelage.distill.learner import Learner, Lesson
+from tutelage.distill.masks import loss_mask, special_ids
+from tutelage.distill.models import (
+    check_vocabularies,
+    limit_threads,
+    load_model,
+    load_student,
+    load_tokenizer,
+    student_tokenizer,
+)
+from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.teachers import TransformersTeacher
+from tutelage.evaluation.evaluate import evaluate, law_of
+from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
+from tutelage.scheduler.episodes import Dropped, Episode
+from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
+from tutelage.scheduler.timetable import TaskPlan, Timetable
+
+EVALUATION = "evaluation:"
+"""Prefix of a task's name when it is played for evaluation, with its eval_args."""
+
+
+class Run:
+    """Everything a run holds. Use as a context manager: what it starts, it stops.
+
+    Args:
+        config: the checked configuration.
+        watch: told of progress (see Watcher); None: silent.
+    """
+
+    def __init__(self, config: RunConfig, *, watch: Watcher | None = None) -> None:
+        self.config, self.watch = config, watch or Watcher()
+        self.folder = Path(config.run)
+        self.vocabulary = check_vocabularies(config)
+        limit_threads(config.student.threads)
+        self.tokenizer = load_tokenizer(student_tokenizer(config.student))
+        self._objectives = {
+            name: build_objective(config.objective_of(name)) for name in config.tasks
+        }
+        self._special = {
+            name: special_ids(self.tokenizer, config.objective_of(name).mask_tokens)
+            for name in config.tasks
+        }
+        self.timetable = Timetable(
+            {name: self._plan(name) for name in config.tasks}, steps=config.steps, seed=config.seed
+        )
+        model = load_student(config.student, seed=config.seed)
+        self.learner = Learner(
+            model, vocabulary=self.vocabulary, config=config.optimizer, steps=config.steps
+        )
+        self.placement = _placement(config, self.learner, self.tokenizer, self.vocabulary)
+        self._games: dict[str, int | None] = {}
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.placement.close()
+
+    def train(self) -> None:
+        """Train to the last step, from where the run folder left off."""
+        config = self.config
+        start, position = self._resume()
+        _write_config(self.folder, config)
+        journal = Journal(self.folder, position=position, tensorboard=config.journal.tensorboard)
+        try:
+            self.watch.start(config, start)
+            for step, task in self.timetable.walk(start):
+                metrics = self._step(step, task, journal)
+                journal.write(step, task, metrics)
+                self.watch.step(step, task, metrics)
+                done = step + 1
+                if config.evaluation.every and done % config.evaluation.every == 0:
+                    self.evaluate(config.evaluation.live_modes)
+                if done % config.checkpoint.every == 0 or done == config.steps:
+                    self._save(done, journal)
+            if config.evaluation.final:
+                scores = self.evaluate(config.evaluation.modes)
+                checkpoints.write_json(self.folder / "eval.json", scores)
+        finally:
+            journal.close()
+
+    def evaluate(self, modes: Sequence[str]) -> dict[str, Any]:
+        """Scores of the student as it is, by task and mode."""
+        self.placement.sync(self.learner.version)
+        scores: dict[str, Any] = {}
+        for task in self.config.tasks:
+            name = EVALUATION + task
+            sampled = self.config.task_rollout(task, evaluation=True).law
+            for mode in modes:
+                found = evaluate(
+                    name,
+                    lambda orders, law: self.placement.collect(orders, law=law),
+                    law=law_of(mode, sampled),
+                    episodes=self.config.evaluation.episodes,
+                    num_games=self._num_games(name),
+                    progress=partial(self.watch.evaluating, task, mode),
+                )
+                scores.setdefault(task, {"metric": self._metric(task)})[mode] = found
+                self.watch.score(task, mode, found)
+        return scores
+
+    def _metric(self, task: str) -> str:
+        return "pass@1" if self.config.rollout_of(task).max_turns == 1 else "success rate"
+
+    def _step(self, step: int, task: str, journal: Journal) -> dict[str, Any]:
+        clock = _Clock()
+        self.placement.sync(self.learner.version)
+        clock.lap("sync")
+        outcomes = self.placement.collect(self.timetable.orders(step, self._num_games(task)))
+        clock.lap("rollout")
+        lessons = self._lessons(task, outcomes)
+        clock.lap("score")
+        update = self.learner.update(
+            lessons,
+            self._objectives[task],
+            weight=self.config.tasks[task].weight,
+            seed=self.config.seed * 1_000_003 + step,
+        )
+        clock.lap("update")
+        if step % self.config.journal.episodes_every == 0:
+            journal.write_episodes(step, outcomes, lessons)
+        clock.lap("journal")
+        return _outcome_metrics(outcomes) | update | clock.metrics(outcomes, lessons)
+
+    def _lessons(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[Lesson]:
+        episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+        if not episodes:
+            first = outcomes[0]
+            assert isinstance(first, Dropped)
+            raise RuntimeError(
+                f"task {task!r}: all {len(outcomes)} episodes were dropped, the first ({first.order.name}) because its"
+                f" environment {first.reason}: {first.detail}"
+            )
+        rows = [row for episode in episodes for row in episode.rows]
+        objective, teacher = self._objectives[task], self.config.tasks[task].teacher
+        scores: list[TeacherScores | None] = [None] * len(rows)
+        if objective.needs_teacher:
+            assert teacher is not None
+            scores = list(self.placement.score(teacher, rows, k=objective.k))
+        special = self._special[task]
+        return [
+            Lesson(task=task, row=row, scores=score, mask_T=loss_mask(row, special))
+            for row, score in zip(rows, scores, strict=True)
+        ]
+
+    def _plan(self, task: str) -> TaskPlan:
+        config = self.config.tasks[task]
+        labels = not self._objectives[task].needs_teacher
+        return TaskPlan(
+            episodes=config.episodes,
+            group=config.group,
+            labels=labels,
+            expert_share=config.expert_share if labels else 0.0,
+        )
+
+    def _num_games(self, name: str) -> int | None:
+        if name not in self._games:
+            self._games[name] = self.placement.num_episodes(name)
+        return self._games[name]
+
+    def _save(self, done: int, journal: Journal) -> None:
+        checkpoints.save(
+            self.folder / "checkpoints",
+            step=done,
+            model=self.learner.model,
+            tokenizer=self.tokenizer,
+            state={
+                "step": done,
+                "version": self.learner.version,
+                "position": journal.position,
+                "optimizer": self.learner.optimizer.state_dict(),
+            },
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _resume(self) -> tuple[int, int]:
+        """(the first step to do, the bytes of metrics.jsonl that stand)."""
+        _refuse_other_config(self.folder, self.config)
+        checkpoint = checkpoints.newest(self.folder / "checkpoints")
+        if checkpoint is None:
+            return 0, 0
+        state = checkpoints.load_state(checkpoint)
+        checkpoints.load_weights(checkpoint, self.learner.model)
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.version = state["version"]
+        return state["step"], state["position"]
+
+
+class Watcher:
+    """Told what a run does, as it does it. This one keeps silent; the command line's draws it."""
+
+    def start(self, config: RunConfig, step: int) -> None:
+        """Training begins at `step`."""
+
+    def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+        """A step is done."""
+
+    def evaluating(self, task: str, mode: str, done: int, total: int) -> None:
+        """Evaluation has played `done` of `total` episodes."""
+
+    def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
+        """A task has been evaluated."""
+
+
+class _Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self._last = self._begun = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def metrics(
+        self, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
+    ) -> dict[str, float]:
+        tokens = sum(len(lesson.row.ids_T) for lesson in lessons)
+        chosen = sum(o.num_chosen for o in outcomes if isinstance(o, Episode))
+        return {
+            **{f"time/{name}": round(seconds, 4) for name, seconds in self._laps.items()},
+            "time/step": round(time.perf_counter() - self._begun, 4),
+            "perf/rollout_tokens_per_s": round(chosen / max(self._laps["rollout"], 1e-9), 1),
+            "perf/score_tokens_per_s": round(tokens / max(self._laps["score"], 1e-9), 1),
+            "perf/update_tokens_per_s": round(tokens / max(self._laps["update"], 1e-9), 1),
+            "memory/peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        }
+
+
+def _outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
+    episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+    count = len(episodes)
+    replies = [turn for episode in episodes for turn in episode.turns]
+    return {
+        "reward/success": sum(episode.success for episode in episodes) / count,
+        "episodes/played": count,
+        "episodes/dropped": len(outcomes) - count,
+        "episodes/retried": sum(episode.attempts > 1 for episode in episodes),
+        "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
+        "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
+        "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
+        "tokens/chosen": sum(episode.num_chosen for episode in episodes),
+        "tokens/seen": sum(len(row.ids_T) for episode in episodes for row in episode.rows),
+    }
+
+
+def _rollouts(config: RunConfig) -> dict[str, TaskRollout]:
+    tasks = {}
+    for name in config.tasks:
+        tasks[name] = config.task_rollout(name)
+        tasks[EVALUATION + name] = config.task_rollout(name, evaluation=True)
+    return tasks
+
+
+def _placement(config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int) -> Placement:
+    if config.cluster is None:
+        engine = TransformersEngine(learner.model, vocabulary=vocabulary)
+        worker = RolloutWorker(engine, tokenizer, _rollouts(config))
+        teachers = {
+            name: _make_teacher(teacher, vocabulary) for name, teacher in config.teachers.items()
+        }
+        return InProcess(worker, teachers)
+    return RayCluster(
+        address=config.cluster.address,
+        workers=config.cluster.workers,
+        threads=config.cluster.threads,
+        make_worker=partial(_make_worker, config, vocabulary),
+        make_teachers={
+            name: partial(_make_teacher, teacher, vocabulary)
+            for name, teacher in config.teachers.items()
+        },
+        weights=lambda: {
+            name: tensor.detach().cpu().numpy()
+            for name, tensor in learner.model.state_dict().items()
+        },
+    )
+
+
+def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
+    """A rollout worker with its own copy of the student (in a Ray actor)."""
+    model = load_student(config.student, seed=config.seed)
+    tokenizer = load_tokenizer(student_tokenizer(config.student))
+    engine = TransformersEngine(model, vocabulary=vocabulary)
+    return RolloutWorker(engine, tokenizer, _rollouts(config))
+
+
+def _make_teacher(config: TeacherConfig, vocabulary: int) -> TransformersTeacher:
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+FREE_TO_CHANGE = ("run", "cluster", "journal", "checkpoint", "evaluation")
+"""Sections that may differ when a run goes on: they do not touch what is learned."""
+
+
+def _refuse_other_config(folder: Path, config: RunConfig) -> None:
+    path = folder / "config.yaml"
+    if not path.is_file() or checkpoints.newest(folder / "checkpoints") is None:
+        return
+    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump(mode="json")
+    for key in new:
+        if key not in FREE_TO_CHANGE and old.get(key) != new[key]:
+            raise ConfigError(
+                f"{path}: the run there was made with another {key!r} ({old.get(key)!r}, now {new[key]!r}): choose"
+                " another run folder, or delete that one"
+            )

@@ -1,0 +1,107 @@
+"""Scores of a student: every game once, fixed seeds, greedy and sampled, per task type, with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tutelage.evaluation.metrics import mean_and_interval, wilson
+from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
+
+Collect = Callable[[Sequence[Order], SamplingLaw], list[Episode | Dropped]]
+
+EVALUATION_SEED = 20_251_107
+"""Fixed: the same games with the same draws, whoever is evaluated, whatever seed trained it."""
+
+
+def orders(
+    task: str, *, episodes: int | str, num_games: int | None, samples: int = 1
+) -> list[Order]:
+    """Games 0..n-1, each `samples` times. episodes: how many games, or `all` of the split.
+
+    Raises:
+        ValueError: `all` of an environment that does not say how many it has.
+    """
+    if episodes == "all":
+        if num_games is None:
+            raise ValueError(
+                f"task {task!r}: evaluation.episodes is 'all', but the environment does not say how many it has:"
+                " give a number"
+            )
+        count = num_games
+    else:
+        count = int(episodes) if num_games is None else min(int(episodes), num_games)
+    return [
+        Order(task=task, number=game * samples + s, seed=EVALUATION_SEED + s, index=game)
+        for game in range(count)
+        for s in range(samples)
+    ]
+
+
+def evaluate(
+    task: str,
+    collect: Collect,
+    *,
+    law: SamplingLaw,
+    episodes: int | str,
+    num_games: int | None,
+    progress: Callable[[int, int], None] | None = None,
+    part: int = 64,
+) -> dict[str, Any]:
+    """Play the games and summarise. `progress(done, total)` is called after every `part` of them."""
+    wanted = orders(task, episodes=episodes, num_games=num_games)
+    outcomes: list[Episode | Dropped] = []
+    for start in range(0, len(wanted), part):
+        outcomes += collect(wanted[start : start + part], law)
+        if progress is not None:
+            progress(len(outcomes), len(wanted))
+    return summarise(outcomes) | {
+        "seed": EVALUATION_SEED,
+        "temperature": law.temperature,
+        "top_p": law.top_p,
+    }
+
+
+def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
+    """Success rate with its Wilson interval, overall and per task type. Dropped episodes are counted apart.
+
+    A reply cut off at a limit is a failure in the denominator like any other.
+    """
+    played = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+    if not played:
+        raise RuntimeError(
+            f"all {len(outcomes)} evaluation episodes were dropped"
+            + (f": {outcomes[0].reason}: {outcomes[0].detail}" if outcomes else "")  # type: ignore[union-attr]
+        )
+    by_type: dict[str, list[Episode]] = defaultdict(list)
+    for episode in played:
+        by_type[episode.task_type].append(episode)
+    turns = [float(len(episode.turns)) for episode in played]
+    mean_turns, _ = mean_and_interval(turns)
+    replies = [turn for episode in played for turn in episode.turns]
+    return {
+        **_rate(played),
+        "dropped": len(outcomes) - len(played),
+        "turns": round(mean_turns, 2),
+        "cut_off": round(sum(not turn.complete for turn in replies) / max(1, len(replies)), 4),
+        "unfinished": round(
+            sum(episode.ended != "terminated" for episode in played) / len(played), 4
+        ),
+        "by_type": {name: _rate(episodes) for name, episodes in sorted(by_type.items())},
+    }
+
+
+def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
+    wins = sum(episode.success for episode in episodes)
+    low, high = wilson(wins, len(episodes))
+    return {
+        "value": wins / len(episodes),
+        "n": len(episodes),
+        "interval": [round(low, 4), round(high, 4)],
+    }
+
+
+def law_of(mode: str, sampled: SamplingLaw) -> SamplingLaw:
+    """`greedy`, or the rollouts' own law."""
+    return GREEDY if mode == "greedy" else sampled

@@ -1,0 +1,184 @@
+"""What the student sees each turn: the whole history in one row, or a window with one row per turn.
+
+`full` appends: one prompt grows, the engine keeps its key-value cache, one training row per episode. `window` shows the
+task, the last turns, the current observation and (on request) the admissible actions, afresh each turn, the way
+step-independent agents are prompted; one training row per turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tutelage.scheduler.chat import Chat
+from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+
+CONTEXTS = ("full", "window")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSettings:
+    """kind: `full` or `window`. repeat_task: (full) say the task again with every observation, so that it stays in
+    view. turns: (window) how many past turns are shown. admissible: list the admissible actions."""
+
+    kind: str = "full"
+    repeat_task: bool = False
+    turns: int = 4
+    admissible: bool = False
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What was chosen in one turn: ids with the student's log-probabilities (NaN for an expert's)."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    closed: bool  # ends with an end-of-turn token
+
+
+class _RowBuilder:
+    """Grows one row, token by token, and freezes it."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._turns: list[int] = []
+        self._logprobs: list[float] = []
+        self._branches: list[int] = []
+
+    def prompt(self, ids: Sequence[int]) -> None:
+        self._add(ids, NOT_CHOSEN, [float("nan")] * len(ids), 0)
+
+    def trunk(self, reply: Reply, turn: int) -> None:
+        self._add(reply.ids, turn, reply.logprobs, 0)
+
+    def given(self, ids: Sequence[int], turn: int) -> None:
+        self._add(ids, turn, [float("nan")] * len(ids), 0)
+
+    def branch(self, ids: Sequence[int], turn: int) -> None:
+        self._add(ids, turn, [float("nan")] * len(ids), turn + 1)
+
+    def _add(self, ids: Sequence[int], turn: int, logprobs: Sequence[float], branch: int) -> None:
+        self._ids.extend(ids)
+        self._turns.extend([turn] * len(ids))
+        self._logprobs.extend(logprobs)
+        self._branches.extend([branch] * len(ids))
+
+    def row(self) -> Row:
+        return Row(
+            ids_T=np.asarray(self._ids, dtype=np.int32),
+            turns_T=np.asarray(self._turns, dtype=np.int32),
+            logprobs_T=np.asarray(self._logprobs, dtype=np.float32),
+            branches_T=np.asarray(self._branches, dtype=np.int32),
+        )
+
+
+class Context:
+    """One episode's conversation. Call `observe`, read `prompt_ids`, then `reply`; `rows` at the end."""
+
+    def __init__(self, chat: Chat, settings: ContextSettings) -> None:
+        if settings.kind not in CONTEXTS:
+            raise ValueError(
+                f"context kind {settings.kind!r}: it must be one of {', '.join(CONTEXTS)}"
+            )
+        self._chat, self._settings = chat, settings
+        self._task = ""
+        self._history: list[tuple[str, str]] = []  # (observation, action), oldest first
+        self._observation = ""
+        self._closed = True
+        self._builder = _RowBuilder()
+        self._rows: list[Row] = []
+        self._trunk: list[int] = []
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """All ids that the next reply is conditioned on."""
+        return self._trunk
+
+    @property
+    def appends(self) -> bool:
+        """True when each prompt extends the last one, so that an engine can keep its cache."""
+        return self._settings.kind == "full"
+
+    def observe(self, observation: str, info: Mapping[str, Any]) -> None:
+        """The environment's text becomes the next prompt."""
+        if not self._history and not self._task:
+            self._task = str(info.get("task") or "")
+        self._observation = observation
+        if self._settings.kind == "full":
+            text = self._full_text(observation, info)
+            first = not self._trunk
+            ids = (
+                self._chat.opening(text)
+                if first
+                else self._chat.following(text, closed=self._closed)
+            )
+        else:
+            ids = self._chat.opening(self._window_text(observation, info))
+            self._builder, self._trunk = _RowBuilder(), []
+        self._builder.prompt(ids)
+        self._trunk = self._trunk + ids
+
+    def reply(self, reply: Reply, *, action: str, expert_ids: Sequence[int] | None = None) -> None:
+        """Record a turn. With `expert_ids` (the expert's action where the student acted) the loss falls on those
+        instead: on a branch beside the student's words, or in their place in a window's row."""
+        turn = len(self._history)
+        if expert_ids is None:
+            self._builder.trunk(reply, turn)
+        elif self._settings.kind == "window":
+            self._builder.given(expert_ids, turn)
+        else:
+            self._builder.branch(expert_ids, turn)
+            self._builder.prompt(reply.ids)  # the student's own words: seen, without loss
+        self._trunk = self._trunk + list(reply.ids)
+        self._closed = reply.closed
+        self._history.append((self._observation, action))
+        if self._settings.kind == "window":
+            self._rows.append(self._builder.row())
+
+    def rows(self) -> tuple[Row, ...]:
+        """The training rows so far; a trailing observation that nobody answered is left out."""
+        if self._settings.kind == "window":
+            return tuple(self._rows)
+        row = self._builder.row()
+        chosen = np.flatnonzero(row.chosen_T)
+        if not len(chosen):
+            return ()
+        end = int(chosen[-1]) + 1
+        return (
+            Row(
+                ids_T=row.ids_T[:end],
+                turns_T=row.turns_T[:end],
+                logprobs_T=row.logprobs_T[:end],
+                branches_T=row.branches_T[:end],
+            ),
+        )
+
+    def _full_text(self, observation: str, info: Mapping[str, Any]) -> str:
+        parts = [observation]
+        if self._settings.repeat_task and self._history and self._task:
+            parts.append(self._task)
+        parts.extend(self._admissible(info))
+        return "\n".join(parts)
+
+    def _window_text(self, observation: str, info: Mapping[str, Any]) -> str:
+        if not self._history:
+            return "\n".join([observation, *self._admissible(info)])
+        task = self._task or self._history[0][0]
+        shown = self._history[-self._settings.turns :] if self._settings.turns else []
+        past = [line for seen, action in shown for line in (seen, f"> {action}")]
+        return "\n".join([task, *past, observation, *self._admissible(info)])
+
+    def _admissible(self, info: Mapping[str, Any]) -> list[str]:
+        if not self._settings.admissible:
+            return []
+        actions = info.get("admissible_actions")
+        if actions is None:
+            raise ValueError(
+                "rollout.context.admissible is on, but the environment's info has no 'admissible_actions':"
+                " turn it off for this task"
+            )
+        return ["Admissible actions: " + ", ".join(actions)]

@@ -1,0 +1,68 @@
+"""What a rollout needs of an inference engine: token ids in, token ids out, many requests in flight.
+
+The shape is that of a continuous-batching server's own loop (add a request, step, collect what finished), so that vLLM
+and the transformers engine stand behind the same three calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tutelage.scheduler.episodes import SamplingLaw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Continue `ids` by at most `max_new_tokens`, ending with one of `stop_ids` (which is kept).
+
+    session: requests of one session extend each other's ids, so the engine may keep their keys and values.
+    seed: all randomness of this reply. The same request gives the same reply whatever else is in flight.
+    """
+
+    session: int
+    ids: Sequence[int]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    law: SamplingLaw
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The sampled ids, with natural log-probabilities over the full vocabulary at temperature 1."""
+
+    session: int
+    ids: list[int]
+    logprobs: list[float]
+    stopped: bool  # ended by a stop id, not by the length limit
+
+
+class Engine(Protocol):
+    """An inference engine that holds one version of the student."""
+
+    version: int
+    max_context: int
+    lockstep: bool
+    """True: results depend (in the last bits) on what shares a batch, so the caller should answer all sessions
+    before it steps again; then a run repeats exactly."""
+
+    def load(self, weights: dict[str, npt.NDArray[np.generic]] | None, version: int) -> None:
+        """Take the learner's weights (None: they are shared in memory already)."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+
+    def step(self) -> list[Completion]:
+        """Advance; return what finished. Empty only when nothing is queued or something still runs."""
+
+    def release(self, session: int) -> None:
+        """Forget a session and its cache."""
+
+    @property
+    def pending(self) -> int:
+        """Requests not yet completed."""

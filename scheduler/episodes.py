@@ -1,0 +1,145 @@
+"""The records that travel: what was asked for, what was sampled, what went wrong. No torch, no Ray.
+
+Letters of shape suffixes: T tokens of a row, N tokens that take loss, K support size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+NOT_CHOSEN = -1
+"""The turn number of a token that nobody chose: prompt, observation, template."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingLaw:
+    """How actions are drawn. `temperature=0` is greedy; `top_p` cuts the tail and renormalises."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: it must be 0 (greedy) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: it must be in (0, 1]")
+
+
+GREEDY = SamplingLaw(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One training row: the exact ids that a model saw and chose.
+
+    ids_T: token ids, int32. turns_T: the turn that chose the token, NOT_CHOSEN elsewhere.
+    logprobs_T: the student's natural log-probability of a token it sampled, over the full vocabulary at
+    temperature 1; NaN where nothing was sampled (a stored 0.0 would look like certainty).
+    branches_T: 0 on the trunk. A token of branch b > 0 (an expert's action in a state where the student
+    acted otherwise) sees the trunk before it and its own branch; nothing else sees it.
+    """
+
+    ids_T: npt.NDArray[np.int32]
+    turns_T: npt.NDArray[np.int32]
+    logprobs_T: npt.NDArray[np.float32]
+    branches_T: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.ids_T), len(self.turns_T), len(self.logprobs_T), len(self.branches_T)}
+        if len(lengths) != 1:
+            raise ValueError(f"a row's fields differ in length: {sorted(lengths)}")
+        if len(self.ids_T) and self.turns_T[0] != NOT_CHOSEN:
+            raise ValueError(
+                "a row must begin with a prompt: its first token was chosen from nothing"
+            )
+
+    @property
+    def chosen_T(self) -> npt.NDArray[np.bool_]:
+        """True on the tokens that take loss before the special-token mask."""
+        return self.turns_T != NOT_CHOSEN
+
+    def positions_T(self) -> npt.NDArray[np.int64]:
+        """Position ids: the trunk counts on as if the branches were not there."""
+        on_trunk_T = self.branches_T == 0
+        before_T = np.cumsum(on_trunk_T) - on_trunk_T  # trunk tokens before each token
+        since_T = np.zeros(len(self.ids_T), dtype=np.int64)
+        run = 0
+        for t, branch in enumerate(self.branches_T):
+            run = 0 if branch == 0 else (run + 1 if branch == self.branches_T[t - 1] else 0)
+            since_T[t] = run
+        return before_T + since_T
+
+    def sources_T(self) -> npt.NDArray[np.int64]:
+        """For each token, the index of the token whose hidden state predicts it (-1 for the first)."""
+        sources_T = np.arange(len(self.ids_T), dtype=np.int64) - 1
+        if not self.branches_T.any():
+            return sources_T
+        last_trunk = -1
+        for t, branch in enumerate(self.branches_T):
+            same = t > 0 and branch != 0 and branch == self.branches_T[t - 1]
+            if not same:
+                sources_T[t] = last_trunk
+            if branch == 0:
+                last_trunk = t
+        return sources_T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One episode to play. Everything random in it follows from `seed`; `name` says it in messages."""
+
+    task: str
+    number: int  # its place in the step's batch
+    seed: int
+    index: int  # which game or problem: the environment's options["index"]
+    actor: str = "student"  # or "expert": who acts
+    labels: bool = False  # also record the expert's action in every state
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}[{self.index}] seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One exchange, in words, for people and for reports; training uses the rows."""
+
+    observation: str
+    action: str
+    expert_action: str | None = None
+    complete: bool = True  # False: the length limit cut the action off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """A finished episode. Its task's name travels with it, so that no index can lose its teacher."""
+
+    order: Order
+    rows: tuple[Row, ...]
+    turns: tuple[Turn, ...]
+    success: bool
+    reward: float
+    task_type: str
+    ended: str  # "terminated" | "truncated" | "max_turns" | "context"
+    law: SamplingLaw
+    version: int  # of the student's weights
+    attempts: int = 1
+    final_observation: str = ""
+
+    @property
+    def num_chosen(self) -> int:
+        """Tokens that take loss, before the special-token mask."""
+        return int(sum(row.chosen_T.sum() for row in self.rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """An episode that could not be played: after the last retry it is counted and named, not fatal."""
+
+    order: Order
+    reason: str  # "died" | "timeout" | "raised" | "garbage"
+    detail: str
+    attempts: int

@@ -1,0 +1,267 @@
+"""Plays episodes: many at once, token-exact, each bounded by its limits, each fault bounded and counted."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
+from tutelage.scheduler.chat import Chat
+from tutelage.scheduler.contexts import Context, ContextSettings, Reply
+from tutelage.scheduler.engine import Completion, Engine, Request
+from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw, Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRollout:
+    """How one task is played. Times in seconds, lengths in tokens."""
+
+    env: str
+    env_args: Mapping[str, Any] = field(default_factory=dict)
+    context: ContextSettings = field(default_factory=ContextSettings)
+    law: SamplingLaw = field(default_factory=SamplingLaw)
+    max_turns: int = 30
+    max_new_tokens: int = 32
+    max_live: int = 64
+    """Episodes in flight at once: bounds the engine's cache."""
+    processes: int = 1
+    timeout: float = 30.0
+    attempts: int = 3
+
+
+class _Live:
+    """One episode in flight."""
+
+    def __init__(self, order: Order, session: int, context: Context, attempts: int) -> None:
+        self.order, self.session, self.context, self.attempts = order, session, context, attempts
+        self.turns: list[Turn] = []
+        self.reward = 0.0
+        self.observation = ""
+        self.info: Mapping[str, Any] = {}
+
+
+class RolloutWorker:
+    """Plays orders with one engine. A plain class: the scheduler runs it in this process or as a Ray actor.
+
+    Args:
+        engine: the inference engine.
+        tokenizer: the student's.
+        tasks: how each task is played, by name.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, tasks: Mapping[str, TaskRollout]) -> None:
+        self.engine = engine
+        self._tokenizer = tokenizer
+        self._tasks = dict(tasks)
+        self._pools: dict[str, EnvironmentPool] = {}
+        self._sessions = 0
+
+    def collect(
+        self, orders: Sequence[Order], *, law: SamplingLaw | None = None
+    ) -> list[Episode | Dropped]:
+        """Play every order (all of one task) and return the outcomes in the orders' order.
+
+        law: replaces the task's sampling law (evaluation).
+        """
+        if not orders:
+            return []
+        (task,) = {order.task for order in orders}
+        play = _Play(self, task, law or self._tasks[task].law)
+        return play.run(orders)
+
+    def pool(self, task: str) -> EnvironmentPool:
+        """The task's environment processes, started on first use and kept."""
+        if task not in self._pools:
+            how = self._tasks[task]
+            self._pools[task] = EnvironmentPool(
+                how.env, how.env_args, processes=how.processes, timeout=how.timeout
+            )
+        return self._pools[task]
+
+    def num_episodes(self, task: str) -> int | None:
+        """How many distinct games or problems the task's environment has; None: it does not say."""
+        count = self.pool(task).probe["num_episodes"]
+        return None if count is None else int(count)
+
+    def load(self, weights: Any, version: int) -> None:
+        """Give the engine the learner's weights."""
+        self.engine.load(weights, version)
+
+    def close(self) -> None:
+        """Stop the environment processes."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+class _Play:
+    """One call of `collect`: the loop between an engine and an environment pool."""
+
+    def __init__(self, worker: RolloutWorker, task: str, law: SamplingLaw) -> None:
+        self._worker, self._engine, self._law = worker, worker.engine, law
+        self._how = worker._tasks[task]
+        self._pool = worker.pool(task)
+        self._chat = Chat(worker._tokenizer, system=self._how.context.system)
+        self._live: dict[int, _Live] = {}
+        self._done: dict[int, Episode | Dropped] = {}
+        self._waiting: deque[tuple[Order, int]] = deque()
+
+    def run(self, orders: Sequence[Order]) -> list[Episode | Dropped]:
+        self._waiting.extend((order, 1) for order in orders)
+        try:
+            while self._waiting or self._live:
+                self._admit()
+                idle = self._engine.pending == 0
+                while self._pool.outstanding:
+                    self._take(self._pool.receive(block=idle or self._engine.lockstep))
+                    if not self._engine.lockstep:
+                        break
+                self._act(self._engine.step())
+        finally:
+            for live in list(self._live.values()):  # only after an error
+                self._leave(live)
+        return [self._done[order.number] for order in orders]
+
+    def _admit(self) -> None:
+        resets = []
+        while self._waiting and len(self._live) < self._how.max_live:
+            order, attempts = self._waiting.popleft()
+            self._worker._sessions += 1
+            session = self._worker._sessions
+            context = Context(self._chat, self._how.context)
+            self._live[session] = _Live(order, session, context, attempts)
+            resets.append(Reset(episode=session, seed=order.seed, options={"index": order.index}))
+        if resets:
+            self._pool.send(resets)
+
+    def _take(self, results: Iterable[Observed | Failed]) -> None:
+        """Environment results become prompts, ends, or another attempt."""
+        acts: list[Act] = []
+        for result in sorted(results, key=lambda r: r.episode):
+            live = self._live.get(result.episode)
+            if live is None:
+                continue
+            if isinstance(result, Failed):
+                self._retry(live, result)
+                continue
+            live.reward += result.reward
+            live.observation, live.info = result.observation, result.info
+            if result.terminated or result.truncated:
+                self._finish(live, "terminated" if result.terminated else "truncated")
+                continue
+            live.context.observe(result.observation, result.info)
+            if len(live.turns) >= self._how.max_turns:
+                self._finish(live, "max_turns")
+            elif self._room(live) < 1:
+                self._finish(live, "context")
+            elif live.order.actor == "expert":
+                acts.append(self._expert_acts(live))
+            else:
+                self._ask(live)
+        if acts:
+            self._pool.send(acts)
+
+    def _room(self, live: _Live) -> int:
+        return min(
+            self._how.max_new_tokens, self._engine.max_context - len(live.context.prompt_ids)
+        )
+
+    def _ask(self, live: _Live) -> None:
+        turn = len(live.turns)
+        self._engine.submit(
+            Request(
+                session=live.session if live.context.appends else -live.session,
+                ids=live.context.prompt_ids,
+                max_new_tokens=self._room(live),
+                stop_ids=self._chat.eos_ids,
+                law=self._law,
+                seed=int(
+                    np.random.SeedSequence([live.order.seed, turn]).generate_state(1, np.uint64)[0]
+                ),
+            )
+        )
+
+    def _act(self, completions: Iterable[Completion]) -> None:
+        """Sampled ids become actions."""
+        acts = []
+        for completion in sorted(completions, key=lambda c: abs(c.session)):
+            live = self._live[abs(completion.session)]
+            if completion.session < 0:  # a window's prompt is never extended
+                self._engine.release(completion.session)
+            reply = Reply(
+                ids=completion.ids, logprobs=completion.logprobs, closed=completion.stopped
+            )
+            action = self._chat.text(completion.ids)
+            expert = self._expert_action(live) if live.order.labels else None
+            live.context.reply(
+                reply,
+                action=action,
+                expert_ids=None if expert is None else self._chat.reply(expert),
+            )
+            live.turns.append(
+                Turn(
+                    observation=live.observation,
+                    action=action,
+                    expert_action=expert,
+                    complete=completion.stopped,
+                )
+            )
+            acts.append(Act(episode=live.session, action=action))
+        if acts:
+            self._pool.send(acts)
+
+    def _expert_acts(self, live: _Live) -> Act:
+        action = self._expert_action(live)
+        ids = self._chat.reply(action)
+        live.context.reply(
+            Reply(ids=ids, logprobs=[float("nan")] * len(ids), closed=True), action=action
+        )
+        live.turns.append(Turn(observation=live.observation, action=action, expert_action=action))
+        return Act(episode=live.session, action=action)
+
+    def _expert_action(self, live: _Live) -> str:
+        action = live.info.get("expert_action")
+        if action is None:
+            raise ValueError(
+                f"task {live.order.task!r}: imitation needs info['expert_action'] from {self._how.env!r}:"
+                " give the environment expert=True under env_args, or another objective"
+            )
+        return str(action)
+
+    def _finish(self, live: _Live, ended: str) -> None:
+        # An order that every attempt failed has no success; an env that says nothing of it: reward > 0 at the end.
+        self._done[live.order.number] = Episode(
+            order=live.order,
+            rows=live.context.rows(),
+            turns=tuple(live.turns),
+            success=bool(live.info.get("success", live.reward > 0)),
+            reward=live.reward,
+            task_type=str(live.info.get("task_type", "")),
+            ended=ended,
+            law=self._law,
+            version=self._engine.version,
+            attempts=live.attempts,
+            final_observation=live.observation,
+        )
+        self._leave(live)
+
+    def _retry(self, live: _Live, failure: Failed) -> None:
+        if live.attempts < self._how.attempts:
+            self._waiting.append((live.order, live.attempts + 1))
+        else:
+            self._done[live.order.number] = Dropped(
+                order=live.order,
+                reason=failure.reason,
+                detail=failure.detail,
+                attempts=live.attempts,
+            )
+        self._leave(live)
+
+    def _leave(self, live: _Live) -> None:
+        del self._live[live.session]
+        self._engine.release(live.session)
+        self._pool.abandon([live.session])

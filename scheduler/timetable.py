@@ -1,0 +1,109 @@
+"""Which task is next, and which of its games: a pure function of (seed, step), so that a resumed run goes on exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tutelage.scheduler.episodes import Order
+
+ENDLESS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPlan:
+    """How many episodes one of a task's steps plays, and of what.
+
+    group: episodes of one game. expert_share: share of episodes that the expert plays itself. labels: the expert's
+    action is recorded in every state (imitation).
+    """
+
+    episodes: int
+    group: int = 1
+    labels: bool = False
+    expert_share: float = 0.0
+
+
+class Timetable:
+    """Alternates the tasks in their given order, one a step (Revisiting-OPD's round robin).
+
+    A task's n-th step is the same whatever else is in the run: its seeds come from (seed, task, n) alone.
+
+    Args:
+        tasks: by name, in order. steps: of the run. seed: the run's.
+    """
+
+    def __init__(self, tasks: Mapping[str, TaskPlan], *, steps: int, seed: int) -> None:
+        if not tasks:
+            raise ValueError("a timetable needs at least one task")
+        self._tasks, self._names = dict(tasks), tuple(tasks)
+        self.steps, self._seed = steps, seed
+
+    def task_at(self, step: int) -> str:
+        """The task of a step (0-based)."""
+        return self._names[step % len(self._names)]
+
+    def steps_of(self, task: str) -> int:
+        """How many of the run's steps are the task's."""
+        return len(range(self._names.index(task), self.steps, len(self._names)))
+
+    def walk(self, start: int = 0) -> Iterator[tuple[int, str]]:
+        """(step, task) from `start` on."""
+        for step in range(start, self.steps):
+            yield step, self.task_at(step)
+
+    def orders(self, step: int, num_games: int | None) -> list[Order]:
+        """The episodes of a step. num_games: how many distinct games the task's environment has; None: unknown.
+
+        Games come in passes: each once in an order shuffled anew, before any comes again.
+        """
+        task = self.task_at(step)
+        plan, turn = self._tasks[task], step // len(self._names)
+        games = -(-plan.episodes // plan.group)
+        first = turn * games
+        indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
+        by_expert = round(plan.expert_share * plan.episodes) if plan.labels else 0
+        orders = []
+        for number in range(plan.episodes):
+            entropy = np.random.SeedSequence([self._seed, _key(task), turn, number])
+            orders.append(
+                Order(
+                    task=task,
+                    number=number,
+                    seed=int(entropy.generate_state(1)[0]),
+                    index=indexes[number // plan.group],
+                    # spread evenly, so that no kind of game goes to the expert alone
+                    actor="expert" if _spread(number, by_expert, plan.episodes) else "student",
+                    labels=plan.labels,
+                )
+            )
+        return orders
+
+
+def _spread(number: int, count: int, total: int) -> bool:
+    """True for `count` of `total` numbers, evenly spaced."""
+    return (number + 1) * count // total > number * count // total
+
+
+def _passes(first: int, count: int, num_games: int | None, *, entropy: Sequence[int]) -> list[int]:
+    """The games at places first..first+count-1 of an endless sequence of shuffled passes."""
+    if num_games is None:
+        return list(range(first, first + count))
+    if num_games >= ENDLESS:  # generated games: no pass will end, and a permutation would cost more
+        return [place % num_games for place in range(first, first + count)]
+    shuffled: dict[int, np.ndarray] = {}
+    games = []
+    for place in range(first, first + count):
+        turn, at = divmod(place, num_games)
+        if turn not in shuffled:
+            shuffled[turn] = np.random.default_rng([*entropy, turn]).permutation(num_games)
+        games.append(int(shuffled[turn][at]))
+    return games
+
+
+def _key(name: str) -> int:
+    """A stable number for a name; the built-in hash differs from process to process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
