@@ -1,4 +1,4 @@
-"""Does a response answer the gold? Exactly where possible, by algebra in killable processes, no eval.
+"""Whether a response equals the gold answer: exactly where possible, else by algebra, killable.
 
 Three tiers, cheapest first:
 

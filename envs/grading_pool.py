@@ -42,7 +42,7 @@ class _Worker:
             "OMP_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tutelage.envs.grading_worker"],
+            [sys.executable, "-P", "-m", "tutelage.envs.grading_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -79,16 +79,20 @@ def _add(rng: random.Random, size: Size) -> Draft:
     return Draft(question=f"{a}+{b}=", answer=str(a + b), work=_columns(a, b), key=f"{low}+{high}=")
 
 
-def _sub(rng: random.Random, size: Size) -> Draft:
-    """The columns borrow: 42-17 -> `12-7=5,3-1=2`."""
-    a, b = sorted((_number(rng, size.digits), _number(rng, size.digits)), reverse=True)
+def _borrowing(a: int, b: int) -> str:
+    """Schoolbook subtraction, units first, a >= b: 42-17 -> `12-7=5,3-1=2`."""
     steps, borrow = [], 0
     for digit_a, digit_b in zip(reversed(str(a)), reversed(f"{b:0{len(str(a))}}"), strict=True):
         top, bottom = int(digit_a) - borrow, int(digit_b)
         borrow = int(top < bottom)
         top += 10 * borrow
         steps.append(f"{top}-{bottom}={top - bottom}")
-    return Draft(question=f"{a}-{b}=", answer=str(a - b), work=",".join(steps))
+    return ",".join(steps)
+
+
+def _sub(rng: random.Random, size: Size) -> Draft:
+    a, b = sorted((_number(rng, size.digits), _number(rng, size.digits)), reverse=True)
+    return Draft(question=f"{a}-{b}=", answer=str(a - b), work=_borrowing(a, b))
 
 
 def _mul(rng: random.Random, size: Size) -> Draft:
@@ -118,23 +122,25 @@ def _lin(rng: random.Random, size: Size) -> Draft:
     x, a = _number(rng, size.digits), _number(rng, size.digits)
     if rng.random() < 0.5:
         x, a = max(x, a), min(x, a)  # no negative numbers in the easy kinds
-        return Draft(question=f"x-{a}={x - a}", answer=str(x), work=f"x={x - a}+{a}")
+        work = f"{x - a}+{a},{_columns(x - a, a)}"
+        return Draft(question=f"x-{a}={x - a}", answer=str(x), work=work)
     left = f"x+{a}" if rng.random() < 0.5 else f"{a}+x"
-    return Draft(
-        question=f"{left}={x + a}", answer=str(x), work=f"x={x + a}-{a}", key=f"x+{a}={x + a}"
-    )
+    work = f"{x + a}-{a},{_borrowing(x + a, a)}"
+    return Draft(question=f"{left}={x + a}", answer=str(x), work=work, key=f"x+{a}={x + a}")
 
 
 def _seq(rng: random.Random, size: Size) -> Draft:
     """The next term of an arithmetic progression that stays positive."""
     terms = rng.randint(*size.length)
-    step, start = rng.randint(1, 12), _number(rng, size.digits)
+    step, start = rng.randint(1, 9), _number(rng, size.digits)
     values = [start + step * i for i in range(terms + 1)]
     if rng.random() < 0.5:
         values.reverse()
-    sign = values[1] - values[0]
+    low, high = sorted(values[-3:-1])
+    sign = "+" if values[1] > values[0] else "-"
     shown = ",".join(map(str, values[:-1]))
-    return Draft(question=f"{shown},", answer=str(values[-1]), work=f"{sign:+d}")
+    work = f"{high}-{low}={step},{values[-2]}{sign}{step}"
+    return Draft(question=f"{shown},", answer=str(values[-1]), work=work)
 
 
 def _rev(rng: random.Random, size: Size) -> Draft:
@@ -256,7 +262,7 @@ def _digest(text: str) -> int:
 
 
 def split_of(key: str) -> str:
-    """The split that a question (its key) belongs to: 8 in 10 train, 1 in 10 valid, 1 in 10 test."""
+    """The split that a question (its key) belongs to: train 8 in 10, valid and test 1 each."""
     bucket = _digest(f"split:{key}") % 10
     return "valid" if bucket == 0 else "test" if bucket == 1 else "train"
 

@@ -8,7 +8,7 @@ Problems come by index from a source: generated arithmetic (the default) or a fi
 from __future__ import annotations
 
 import string
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import gymnasium as gym
 from gymnasium import spaces
@@ -25,12 +25,17 @@ PAPER_PROMPT = (
     "You must conduct reasoning inside <think> and </think> and give the final answer within "
     "\\boxed{}."
 )
-MAX_CHARACTERS = (
-    1_000_000  # of an observation or action; a bound that Gymnasium wants, not a limit on models
-)
+# Of an observation or action: a bound that Gymnasium wants, not a limit on models.
+MAX_CHARACTERS = 1_000_000
 
-_ARITHMETIC_OPTIONS = ("preset", "kinds", "digits", "length")
-_FILE_OPTIONS = ("problem_column", "answer_column", "solution_column", "kind_column", "gold_format")
+_ARITHMETIC_OPTIONS: tuple[str, ...] = ("preset", "kinds", "digits", "length")
+_FILE_OPTIONS: tuple[str, ...] = (
+    "problem_column",
+    "answer_column",
+    "solution_column",
+    "kind_column",
+    "gold_format",
+)
 _OPTIONS = (
     "problems", "split", "prompt", "expert", "require_box", "timeout",
     *_ARITHMETIC_OPTIONS, *_FILE_OPTIONS,
@@ -82,7 +87,7 @@ class MathEnv(gym.Env[str, str]):
     drawn.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium declares it so)
 
     def __init__(
         self,
@@ -157,9 +162,9 @@ def _source(problems: str, split: str, options: dict[str, Any]) -> Problems:
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(unknown("option", name, _OPTIONS) + " (tutelage/Math-v0)")
-    mine, others, what = _ARITHMETIC_OPTIONS, _FILE_OPTIONS, "problem files"
+    others, what = _FILE_OPTIONS, "problem files"
     if problems != "arithmetic":
-        mine, others, what = others, mine, "generated arithmetic"
+        others, what = _ARITHMETIC_OPTIONS, "generated arithmetic"
     for name in options:
         if name in others:
             raise ValueError(f"{name} is an option of {what}, and problems is {problems!r}")

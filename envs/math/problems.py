@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A question with its gold answer, what kind it is, and a worked solution that ends in the box."""
+    """A question, its gold answer, its kind, and a worked solution that ends in the box."""
 
     question: str
     answer: str

@@ -1,0 +1,524 @@
+"""Environments in their own processes, where a fault is one counted record and never the end of a
+run.
+
+A caller sends requests for many episodes at once and takes answers as they come. A process that
+dies or stays silent too long is killed and replaced; its live episodes come back as `Failed`, and
+the caller plays them again (same seed, same episode). An environment that raises loses its own
+episode only.
+
+    with EnvironmentPool("tutelage/Math-v0", {"split": "valid"}, processes=2) as pool:
+        pool.send([Reset(episode=0, seed=0, options={"index": 3})])
+        (first,) = pool.receive()
+        pool.send([Act(episode=0, action="\\boxed{7}")])
+
+Processes are started afresh (no fork: torch and Ray live in the parent), in their own session, and
+end with the pool or its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+from tutelage.envs.worker import GRACE, HEADER, Host, Reply, Request
+
+START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
+MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
+
+Reason = Literal["died", "timeout", "raised", "garbage"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset:
+    """Begin `episode` (the caller's name for it). `options={"index": i}` picks the game."""
+
+    episode: int
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Act:
+    """One step of `episode`."""
+
+    episode: int
+    action: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What `reset` (reward 0.0) or `step` gave. `info["success"]` is always a bool.
+
+    An environment without that key counts as successful if it terminated with a positive reward.
+    Values of `info` that are not plain data stay behind in the process.
+    """
+
+    episode: int
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The episode is lost. `died`, `timeout`: its process; `raised`, `garbage`: its environment."""
+
+    episode: int
+    reason: Reason
+    detail: str
+
+
+class EnvironmentPool:
+    """Instances of one environment over `processes` processes (0: in this one, without a deadline).
+
+    Args:
+        env_id: a Gymnasium id, `module:Id-v0` to import what registers it.
+        env_args: keyword arguments of the environment; plain data.
+        processes: how many; each holds as many instances as it has live episodes.
+        timeout: seconds of silence after which a process that owes an answer is killed and
+            replaced.
+
+    Raises ValueError, naming the id, if the environment can't be made: at once, never as a failure
+    later. Not safe for several threads at a time.
+
+    Attributes:
+        probe: `{"num_episodes": int | None}` of the environment.
+        restarts: how many processes were replaced.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        env_args: Mapping[str, Any],
+        *,
+        processes: int = 1,
+        timeout: float = 30.0,
+    ) -> None:
+        if processes < 0 or timeout <= 0:
+            raise ValueError(
+                f"processes={processes}, timeout={timeout}: want processes >= 0, timeout > 0"
+            )
+        self._setup = (env_id, dict(env_args), min(0.5, timeout / 10))
+        self._timeout = timeout
+        self._ready: deque[Observed | Failed] = deque()
+        self._seats: dict[int, _Seat] = {}  # by live episode
+        self._episodes: dict[int, int] = {}  # by ticket
+        self._tickets = itertools.count()
+        self._owed: set[int] = set()  # those with a request on the way
+        self._lost: set[int] = set()  # failed, and the caller can't know it yet
+        self._failed_starts = 0
+        self.restarts = 0
+        self._host: Host | None = None
+        self._processes: list[_Process] = []
+        self._finalizer = weakref.finalize(self, _end_all, self._processes)
+        try:
+            self.probe = self._start(processes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, processes: int) -> dict[str, Any]:
+        env_id, env_args, _ = self._setup
+        if processes == 0:
+            try:
+                self._host = Host(env_id, env_args)
+            except Exception as error:
+                raise ValueError(f"{env_id}: {' '.join(str(error).split())}") from error
+            return self._host.probe()
+        self._processes.extend(_Process(self._setup) for _ in range(processes))
+        for process in self._processes:
+            self._await_start(process)
+        return self._processes[0].probe
+
+    def _await_start(self, process: _Process) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not process.started:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"{self._setup[0]}: not ready within {START_SECONDS:.0f} s")
+            poll = select.poll()
+            poll.register(process.socket, process.interest())
+            poll.poll(1000 * left)
+            self._exchange(process)
+            if process.refused:
+                raise ValueError(f"{self._setup[0]}: {process.refused}")
+            if process.gone:
+                raise RuntimeError(
+                    f"{self._setup[0]}: a process ended as it started: {process.death()}"
+                )
+
+    @property
+    def outstanding(self) -> int:
+        """Answers still to be received."""
+        return len(self._owed) + len(self._ready)
+
+    def send(self, requests: Sequence[Reset | Act]) -> None:
+        """Hand out a batch, one message per process. At most one request of an episode is on the
+        way.
+
+        Raises ValueError for an action of an episode that is not live or still owes an answer.
+        """
+        batches: dict[_Process | None, list[Request]] = {}
+        for request in requests:
+            if request.episode in self._lost:
+                continue  # its Failed waits to be received
+            if request.episode in self._owed:
+                raise ValueError(f"episode {request.episode} still owes an answer")
+            seat = self._seat(request)
+            if isinstance(request, Reset):
+                line: Request = ("reset", seat.ticket, request.seed, request.options)
+            else:
+                line = ("act", seat.ticket, request.action)
+            if seat.process is not None and not self._owes(seat.process):
+                seat.process.wake()
+            self._owed.add(request.episode)
+            batches.setdefault(seat.process, []).append(line)
+        for process, lines in batches.items():
+            self._deliver(process, lines)
+
+    def abandon(self, episodes: Iterable[int]) -> None:
+        """Give up live episodes (a caller's own limit): their instances become free, answers are
+        dropped.
+        """
+        batches: dict[_Process | None, list[Request]] = {}
+        for episode in set(episodes):
+            seat = self._forget(episode)
+            if seat is not None:
+                batches.setdefault(seat.process, []).append(("drop", seat.ticket))
+        for process, lines in batches.items():
+            self._deliver(process, lines)
+
+    def receive(self, *, block: bool = True) -> list[Observed | Failed]:
+        """Whatever is ready; with `block` at least one answer, unless nothing is outstanding."""
+        self._pump(0.0)
+        while block and not self._ready and self._owed:
+            self._pump(self._wait())
+        answers = list(self._ready)
+        self._ready.clear()
+        self._lost.clear()
+        return answers
+
+    def close(self) -> None:
+        """End every process; what is outstanding is dropped."""
+        self._finalizer()
+        if self._host is not None:
+            self._host.close()
+        self._seats.clear()
+        self._episodes.clear()
+        self._owed.clear()
+
+    def __enter__(self) -> EnvironmentPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def pids(self) -> list[int]:
+        """Process ids, for people who look at the machine."""
+        return [process.pid for process in self._processes]
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _seat(self, request: Reset | Act) -> _Seat:
+        """A live episode stays where its instance is; a new one goes where the fewest live."""
+        seat = self._seats.get(request.episode)
+        if seat is not None:
+            return seat
+        if isinstance(request, Act):
+            raise ValueError(f"episode {request.episode} is not live: reset it first")
+        if not self._processes and self._host is None:
+            raise ValueError("the pool is closed")
+        process = min(self._processes, key=lambda p: len(p.live), default=None)
+        seat = _Seat(process=process, ticket=next(self._tickets))
+        self._seats[request.episode] = seat
+        self._episodes[seat.ticket] = request.episode
+        if process is not None:
+            process.live.add(request.episode)
+        return seat
+
+    def _deliver(self, process: _Process | None, lines: list[Request]) -> None:
+        if process is not None:
+            process.write(lines)
+            return
+        assert self._host is not None
+        for line in lines:
+            reply = self._host.handle(line)
+            if reply is not None:
+                self._take(reply)
+
+    def _forget(self, episode: int) -> _Seat | None:
+        seat = self._seats.pop(episode, None)
+        if seat is not None:
+            del self._episodes[seat.ticket]
+            if seat.process is not None:
+                seat.process.live.discard(episode)
+        self._owed.discard(episode)
+        return seat
+
+    def _take(self, reply: Reply) -> None:
+        episode = self._episodes.get(reply[0])
+        if episode is None:
+            return  # abandoned while its answer was on the way
+        self._owed.discard(episode)
+        if len(reply) == 3:
+            self._ready.append(Failed(episode=episode, reason=reply[1], detail=reply[2]))
+            self._forget(episode)
+            return
+        _, observation, reward, terminated, truncated, info = reply
+        self._ready.append(
+            Observed(
+                episode=episode,
+                observation=observation,
+                reward=reward,
+                terminated=terminated,
+                truncated=truncated,
+                info=info,
+            )
+        )
+        if terminated or truncated:
+            self._forget(episode)
+
+    def _wait(self) -> float:
+        """Seconds until the next deadline."""
+        now = time.monotonic()
+        owing = filter(self._owes, self._processes)
+        deadlines = [process.deadline(self._timeout) for process in owing]
+        return max(0.0, min(deadlines, default=now + self._timeout) - now)
+
+    def _pump(self, seconds: float) -> None:
+        """Move bytes for up to `seconds`, then judge the dead and the silent."""
+        if not self._processes:
+            return
+        poll = select.poll()
+        by_descriptor = {process.socket.fileno(): process for process in self._processes}
+        for descriptor, process in by_descriptor.items():
+            poll.register(descriptor, process.interest())
+        for descriptor, _ in poll.poll(1000 * seconds):
+            self._exchange(by_descriptor[descriptor])
+        now = time.monotonic()
+        for at, process in enumerate(self._processes):
+            if process.gone or process.refused:
+                self._replace(at, "died", process.refused or process.death())
+            elif self._owes(process) and now >= process.deadline(self._timeout):
+                self._replace(at, "timeout", f"no answer within {self._timeout:g} s")
+
+    def _owes(self, process: _Process) -> bool:
+        return not process.live.isdisjoint(self._owed)
+
+    def _exchange(self, process: _Process) -> None:
+        process.flush()
+        for kind, content in process.read():
+            self._failed_starts = 0
+            if kind == "replies":
+                for reply in content:
+                    self._take(reply)
+
+    def _replace(self, at: int, reason: Reason, detail: str) -> None:
+        old = self._processes[at]
+        old.end(grace=0.0)
+        for episode in sorted(old.live):
+            self._forget(episode)
+            self._lost.add(episode)
+            self._ready.append(Failed(episode=episode, reason=reason, detail=detail))
+        self.restarts += 1
+        self._failed_starts += not old.started
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise RuntimeError(
+                f"{self._setup[0]}: {self._failed_starts} processes in a row ended while starting "
+                f"({detail})"
+            )
+        self._processes[at] = _Process(self._setup)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Built-in data only: what an environment's process sends must not run code here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seat:
+    """Where an episode lives (None: in this process), and its number there.
+
+    The number is never used twice, so an answer that comes after its episode was abandoned can't be
+    taken for that of a new episode with the same name.
+    """
+
+    process: _Process | None
+    ticket: int
+
+
+class _Process:
+    """One worker process and the bytes on their way to and from it."""
+
+    def __init__(self, setup: tuple[str, dict[str, Any], float]) -> None:
+        self.live: set[int] = set()
+        self.probe: dict[str, Any] = {}
+        self.started = False
+        self.refused = ""
+        self.gone = False
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+        self._active = time.monotonic()  # its last sign of life, or when it got work after a rest
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = self._spawn(theirs)
+        self.socket.setblocking(False)
+        self.write(setup)
+
+    @staticmethod
+    def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # Linux ties the death signal to the starting thread, so a thread that may end before the
+        # process must not ask for it; the hang-up of the socket serves every case.
+        in_main = threading.current_thread() is threading.main_thread()
+        descriptor = theirs.fileno()
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "tutelage.envs.worker",
+                str(descriptor),
+                str(int(in_main)),
+            ],
+            pass_fds=(descriptor,),
+            stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def deadline(self, timeout: float) -> float:
+        """When its silence becomes a fault (time.monotonic seconds)."""
+        return self._active + (timeout if self.started else START_SECONDS)
+
+    def wake(self) -> None:
+        """It owes something from now on."""
+        if self.started:
+            self._active = time.monotonic()
+
+    def interest(self) -> int:
+        return select.POLLIN | (select.POLLOUT if self._outgoing else 0)
+
+    def write(self, message: Any) -> None:
+        """Queue a message and send what the socket takes: neither side ever waits for the other."""
+        payload = pickle.dumps(message, protocol=5)
+        self._outgoing += HEADER.pack(len(payload))
+        self._outgoing += payload
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self._outgoing:
+                sent = self.socket.send(self._outgoing)
+                del self._outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:  # it hung up: reading will find out
+            self._outgoing.clear()
+
+    def read(self) -> list[tuple[str, Any]]:
+        """The messages that have arrived whole."""
+        try:
+            while chunk := self.socket.recv(1 << 18):
+                self._incoming += chunk
+            self.gone = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.gone = True
+        messages = []
+        while (message := self._next()) is not None:
+            messages.append(message)
+            self._active = time.monotonic()
+            self._note(*message)
+        return messages
+
+    def _next(self) -> tuple[str, Any] | None:
+        if len(self._incoming) < HEADER.size:
+            return None
+        end = HEADER.size + HEADER.unpack_from(self._incoming)[0]
+        if len(self._incoming) < end:
+            return None
+        payload = bytes(self._incoming[HEADER.size : end])
+        del self._incoming[:end]
+        kind, content = _PlainUnpickler(io.BytesIO(payload)).load()
+        return kind, content
+
+    def _note(self, kind: str, content: Any) -> None:
+        if kind == "ready":
+            self.started, self.probe = True, content
+        elif kind == "refused":
+            self.refused = content
+
+    def death(self) -> str:
+        """How it ended, once its socket is closed."""
+        try:
+            code = self._process.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+    def end(self, *, grace: float) -> None:
+        """Hang up, wait up to `grace` seconds for it to close its environments, then kill its
+        session.
+        """
+        deadline = time.monotonic() + grace
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+            poll = select.poll()
+            poll.register(self.socket, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0 and poll.poll(1000 * left):
+                if not self.socket.recv(1 << 18):
+                    break
+        except OSError:
+            pass
+        self.socket.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _end_all(processes: list[_Process]) -> None:
+    """Hang up on all first, so that they close at the same time."""
+    for process in processes:
+        try:
+            process.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            continue
+    for process in processes:
+        process.end(grace=GRACE)
+    processes.clear()
