@@ -52,7 +52,10 @@ class Difficulty:
             _known(task_type, room_tables.TASKS, "task type")
             if not set(self.rooms) & set(room_tables.TASKS[task_type]):
                 cure = ", ".join(room_tables.TASKS[task_type])
-                raise ValueError(f"{task_type} needs one of the rooms {cure}; rooms={self.rooms}")
+                raise ValueError(
+                    f"{task_type} needs one of the rooms {cure}: add one to rooms, or leave it out "
+                    "of task_types"
+                )
         if not self.task_types:
             raise ValueError("task_types is empty: name at least one task type")
         _at_least(4, "receptacles", self.receptacles)  # the longest tasks need so many classes

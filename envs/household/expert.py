@@ -9,7 +9,10 @@ and takes 14 steps on average where this order takes 8.5.) The belief is built f
 alone and not from its own intentions, so it gives the right action in any state that a learner got
 itself into (on-policy imitation, DAgger), and the same history always gives the same action.
 
-Left out on purpose: `look`, `inventory`, `close`, and any shortest-route planning. What a small
+It says `look` where nothing can be done: some released games have things, a teddy bear among them,
+that once taken fit nowhere, so that the hand is never free again.
+
+Left out on purpose: `inventory`, `help`, `close`, and any shortest-route planning. What a small
 network is to imitate must follow from few facts in view.
 """
 

@@ -39,6 +39,7 @@ from tutelage.envs.household.affordances import (
 )
 from tutelage.envs.household.difficulty import Difficulty, as_dict, resolve
 from tutelage.envs.household.engine import Game, NativeEngine
+from tutelage.envs.names import unknown
 
 SPLITS: Final = ("train", "valid_seen", "valid_unseen")
 UNSEEN_GOALS: Final = 1 / 6  # enough goals of every task type, and every word is still in train
@@ -106,7 +107,7 @@ def make_game(
         ValueError: an unknown split or difficulty, a negative index, or knobs that leave no game.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise ValueError(unknown("split", split, SPLITS))
     if index < 0:
         raise ValueError(f"game index {index}: must be at least 0")
     knobs = resolve(difficulty)
