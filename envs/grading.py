@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from tutelage.envs.grading_pool import symbolic
@@ -153,6 +153,8 @@ _REWRITES = tuple(
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)(?![\d}])", r"\1{\2}"),
         (r"\\sqrt\s*(\d|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}"),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+        (r"\*\*", "^"),
+        (r"\s*\\text\s*\{\s*(?:and|or)\s*\}\s*|\s(?:and|or)\s", ", "),
         (r"\s+", " "),
     )
 )
@@ -163,7 +165,7 @@ _TAIL_TEXT = re.compile(rf"(?<=[\d}})])\s*{_TEXT}(?:\s*\^\s*\{{?\d\}}?)?$")
 _TAIL_WORD = re.compile(r"(?<=[\d}])\s+([a-z]{3,}|cm|km|mm|kg|ft|mi|in)(?:\s*\^\s*\{?\d\}?)?$")
 _NOT_UNITS = {"and", "mod", "sin", "cos", "tan", "log", "exp", "sqrt"}
 _LABEL = re.compile(r"^\(?([A-Za-z])\)?$")
-_PREFIX = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w\}?)?(?:\([a-z]\))?\s*=(?!=)\s*")
+_NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w\}?)?(?:\([a-z]\))?\s*=(?!=)\s*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +336,12 @@ def _wraps(core: str) -> bool:
     return False
 
 
+def _values(parts: list[str]) -> list[Fraction | None]:
+    """Their numbers; `x=1, x=2` are values of one name, `x=1, y=2` are not."""
+    names = {match.group() if (match := _NAME.match(part)) else "" for part in parts}
+    return [number(_NAME.sub("", part) if len(names) == 1 else part) for part in parts]
+
+
 def _same_list(answer: str, gold: str) -> bool | None:
     """None unless both are lists of numbers. Tuples and intervals keep their order, plain lists and
     sets don't.
@@ -341,7 +349,7 @@ def _same_list(answer: str, gold: str) -> bool | None:
     mine, theirs = _parts(answer), _parts(gold)
     if len(mine[1]) < 2 or len(theirs[1]) < 2:
         return None
-    values, golds = [number(part) for part in mine[1]], [number(part) for part in theirs[1]]
+    values, golds = _values(mine[1]), _values(theirs[1])
     left, right = [v for v in values if v is not None], [v for v in golds if v is not None]
     if len(left) != len(values) or len(right) != len(golds):
         return None
@@ -356,11 +364,11 @@ def _same_list(answer: str, gold: str) -> bool | None:
 # compared wrongly (math-verify takes 1/2006! for 1/2004!, both being zero to fifteen digits, and
 # drops the base of 204_5).
 _REFUSED = re.compile(
-    r"\^\s*\{?[^{}^]*\^"  # a power of a power
-    r"|\^\s*\{[^}]*\{[^}]*\^"
+    r"\^\s*[{(][^})]*\d\s*\}?\s*\^"  # a power of numbers in an exponent: 9^{9^{9}}, e^{10^{10}}
+    r"|\^\s*\d+\s*\^"
     r"|\d{3,}\s*!|[)}]\s*!|!\s*!"  # factorials beyond two digits, or of an expression
-    r"|\^\s*[({]*\s*[+-]?\d{4,}"  # exponents beyond three digits
-    r"|\\[dt]?binom\s*\{?\d{4,}|\*\*"
+    r"|\^\s*[({]*\s*[+-]?\d{5,}"  # exponents beyond four digits
+    r"|\\binom\s*\{?\d{4,}"
     r"|\d_|\\(?:sum|prod|int|lim)(?![A-Za-z])"
 )
 
@@ -398,25 +406,28 @@ def _for_algebra(core: str) -> str:
 
 def _exact_tiers(mine: _Answer, theirs: _Answer) -> Verdict | None:
     """The verdict of the string and exact tiers; None: neither can tell."""
-    gold_value = number(theirs.core)
     if mine.unit and theirs.unit and mine.unit != theirs.unit:
         return Verdict(correct=False, reason="string")
-    for answer in (mine.core, _PREFIX.sub("", mine.core)):  # x = 5 answers 5
-        candidate = _Answer(core=answer, unit=mine.unit, percent=mine.percent)
-        same = _same_number(candidate, theirs)
-        if same is not None:
-            return Verdict(correct=same, reason="exact")
-        gold_core = theirs.core if answer == mine.core else _PREFIX.sub("", theirs.core)
-        if mine.percent == theirs.percent and _squeeze(answer) == _squeeze(gold_core):
-            return Verdict(correct=True, reason="string")
-        in_order = _same_list(answer, gold_core)
-        if in_order is not None:
-            return Verdict(correct=in_order, reason="exact")
+    mine, theirs = _without_name(mine, theirs), _without_name(theirs, mine)
+    if (same := _same_number(mine, theirs)) is not None:
+        return Verdict(correct=same, reason="exact")
+    if mine.percent == theirs.percent and _squeeze(mine.core) == _squeeze(theirs.core):
+        return Verdict(correct=True, reason="string")
+    if (same := _same_list(mine.core, theirs.core)) is not None:
+        return Verdict(correct=same, reason="exact")
+    gold_value = number(theirs.core)
     if gold_value is not None and gold_value.denominator == 1:
         return Verdict(correct=False, reason="exact")
     if theirs.core.isalpha():  # a word or a letter equals itself only
         return Verdict(correct=False, reason="string")
     return None
+
+
+def _without_name(answer: _Answer, other: _Answer) -> _Answer:
+    """`x = 5` answers 5: a name that only one side gives is left out."""
+    if "," in answer.core or _NAME.match(other.core):
+        return answer
+    return replace(answer, core=_NAME.sub("", answer.core))
 
 
 _cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()

@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from tutelage.envs.grading import judge
 from tutelage.envs.math.arithmetic import ArithmeticProblems, sizes
-from tutelage.envs.math.problems import Problem
+from tutelage.envs.math.problems import Problem, load
 from tutelage.envs.names import unknown
 
 BARE_PROMPT = "{problem}"  # a model of a million parameters has no budget for boilerplate
@@ -170,8 +170,6 @@ def _source(problems: str, split: str, options: dict[str, Any]) -> Problems:
             raise ValueError(f"{name} is an option of {what}, and problems is {problems!r}")
     if problems == "arithmetic":
         return ArithmeticProblems(split, sizes(**options))
-    from tutelage.envs.math.problems import load
-
     return load(problems, split=split, **options)
 
 

@@ -1,8 +1,29 @@
-"""Mathematics problems: the record."""
+"""Mathematics problems from files and data sets: JSONL, parquet, `datasets` folders, the hub.
+
+Everything is read and checked once, at the start: a broken row is named with its place before
+anything is trained, not met in the middle of a run.
+"""
 
 from __future__ import annotations
 
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tutelage.envs.grading import MAX_ANSWER, extract
+from tutelage.envs.names import unknown
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES = {".jsonl", ".json", ".parquet"}
+GOLD_FORMATS = ("plain", "gsm8k", "boxed")
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,5 +36,240 @@ class Problem:
     solution: str
 
 
-def load(source: str, *, split: str = "train") -> object:
-    raise NotImplementedError
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which column holds what. Without `kind` the task type is the data set's name."""
+
+    problem: str = "problem"
+    answer: str = "answer"
+    solution: str | None = None
+    kind: str | None = None
+
+
+def load(
+    source: str,
+    *,
+    split: str = "train",
+    problem_column: str = "problem",
+    answer_column: str = "answer",
+    solution_column: str | None = None,
+    kind_column: str | None = None,
+    gold_format: str = "plain",
+) -> list[Problem]:
+    """All problems of a source, in its order, each text once.
+
+    Args:
+        source: a .jsonl, .json (one array) or .parquet file, a folder written by `datasets`, or the
+            name of a data set on the hub (`owner/name` or `owner/name:configuration`).
+        split: the hub's or folder's split; in a file's path it stands for `{split}`.
+        gold_format: plain: the column is the answer; gsm8k: it follows the last `####`; boxed: it
+            stands in the last box of the column.
+
+    Raises FileNotFoundError, ValueError or ImportError (the extra `tutelage[math]` is missing), in
+    one line.
+    """
+    if gold_format not in GOLD_FORMATS:
+        raise ValueError(unknown("gold_format", gold_format, GOLD_FORMATS))
+    columns = Columns(
+        problem=problem_column, answer=answer_column, solution=solution_column, kind=kind_column
+    )
+    place, rows = _open(source, split)
+    name = re.split(r"[/:]", place)[-1].split(".")[0]
+    problems = _unique(place, _read(rows, columns, gold_format, name))
+    if not problems:
+        raise ValueError(f"{place} holds no problem")
+    return problems
+
+
+def _read(
+    rows: Iterable[Row], columns: Columns, gold_format: str, name: str
+) -> Iterator[tuple[str, Problem]]:
+    wanted = (columns.problem, columns.answer, columns.solution, columns.kind)
+    for where, row in rows:
+        for column in wanted:
+            if column is not None and column not in row:
+                raise ValueError(_missing(where, column, row))
+        question = _text(where, columns.problem, row[columns.problem])
+        answer = _gold(where, _text(where, columns.answer, row[columns.answer]), gold_format)
+        worked = columns.solution and _text(where, columns.solution, row[columns.solution])
+        kind = columns.kind and _text(where, columns.kind, row[columns.kind])
+        thought = f"<think>\n{worked}\n</think>\n" if worked else ""
+        yield (
+            where,
+            Problem(
+                question=question,
+                answer=answer,
+                kind=kind or name,
+                solution=f"{thought}\\boxed{{{answer}}}",
+            ),
+        )
+
+
+def _missing(where: str, column: str, row: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    present = ", ".join(map(str, row)) or "none"
+    return f"{where}: no column {column!r}{hint}; columns present: {present}"
+
+
+def _text(where: str, column: str, value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {column!r} holds {value!r:.60}, not text")
+    if not value.strip():
+        raise ValueError(f"{where}: column {column!r} is empty")
+    return value.strip()
+
+
+def _gold(where: str, text: str, gold_format: str) -> str:
+    if gold_format == "gsm8k":
+        _, mark, answer = text.rpartition("####")
+        if not mark:
+            raise ValueError(f"{where}: no '####' in the answer, as gold_format=gsm8k wants")
+        text = answer.strip()
+    if gold_format == "boxed":
+        found = extract(text, require_box=True)
+        if not isinstance(found, str):
+            raise ValueError(f"{where}: no \\boxed in the answer, as gold_format=boxed wants")
+        text = found.strip()
+    if not text or len(text) > MAX_ANSWER:
+        cure = " (a worked solution? set gold_format to gsm8k or boxed)" if text else ""
+        raise ValueError(f"{where}: an answer of {len(text)} characters can't be graded{cure}")
+    return text
+
+
+def _unique(place: str, placed: Iterable[tuple[str, Problem]]) -> list[Problem]:
+    """The first of each text; repeats that disagree about the answer are reported."""
+    kept: dict[str, Problem] = {}
+    repeats, conflicts = 0, []
+    for where, problem in placed:
+        first = kept.setdefault(problem.question, problem)
+        if first is not problem:
+            repeats += 1
+            if first.answer != problem.answer:
+                conflicts.append(f"{where}: {problem.answer} after {first.answer}")
+    if repeats:
+        log.info("%s: %d repeated problems left out", place, repeats)
+    if conflicts:
+        log.warning(
+            "%s: %d repeated problems have another answer (the first is kept): %s",
+            place,
+            len(conflicts),
+            "; ".join(conflicts[:5]),
+        )
+    return list(kept.values())
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def _open(source: str, split: str) -> tuple[str, Iterator[Row]]:
+    """The source's full name and its rows."""
+    path = Path(source.replace("{split}", split)).expanduser()
+    if path.is_dir():
+        return str(path), _folder(path, split)
+    if path.suffix in _SUFFIXES or path.exists():
+        if "{split}" not in source and split != "train":
+            raise ValueError(
+                f"{path} is one file and has no split {split!r}: write {{split}} into its path, "
+                "or leave split out"
+            )
+        _check_file(path)
+        reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}.get(path.suffix)
+        if reader is None:
+            raise ValueError(f"{path}: unknown kind of file; known: {', '.join(sorted(_SUFFIXES))}")
+        return str(path), reader(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
+        raise FileNotFoundError(f"no problem file at {source}")
+    return source, _hub(source, split)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_file():
+        return
+    beside = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    hint = f": did you mean {path.parent / near[0]}?" if near else ""
+    raise FileNotFoundError(f"no problem file at {path}{hint}")
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _object(f"{path}:{number}", line)
+
+
+def _object(where: str, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: {line[:40]!r} is no JSON object")
+    return where, row
+
+
+def _json(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: not an array of objects (one object a line makes a .jsonl file)")
+    yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    _datasets()
+    # It comes with `datasets`, whose own loader would copy the file into a cache.
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow raises kinds of its own for what is not parquet
+        raise ValueError(f"{path}: not readable as parquet: {str(error).splitlines()[0]}") from None
+    yield from _table(str(path), rows)
+
+
+def _table(place: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        yield f"{place} row {number}", row
+
+
+def _folder(path: Path, split: str) -> Iterator[Row]:
+    datasets = _datasets()
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ValueError(f"{path}: not a data set folder: {str(error).splitlines()[0]}") from None
+    yield from _table(str(path), _pick(str(path), found, split))
+
+
+def _hub(name: str, split: str) -> Iterator[Row]:
+    datasets = _datasets()
+    repository, _, configuration = name.partition(":")
+    try:
+        found = datasets.load_dataset(repository, configuration or None)
+    except Exception as error:  # network, missing name, gated: each with its own class
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"no file and no data set on the hub named {name!r}: {reason}") from None
+    yield from _table(name, _pick(name, found, split))
+
+
+def _pick(place: str, found: Any, split: str) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(found, dict):
+        return found
+    if split not in found:
+        raise ValueError(f"{place}: {unknown('split', split, found)}")
+    return found[split]
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        cure = "pip install 'tutelage[math]'"
+        raise ImportError(f"parquet files and data sets need an extra: {cure}") from None
+    return datasets

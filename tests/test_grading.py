@@ -1,0 +1,361 @@
+"""The grader: right on the pairs that public graders get wrong, and unharmed by hostile text."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.envs import grading, grading_pool
+from tutelage.envs.grading import Verdict, grade, judge, number
+
+needs_math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None,
+    reason="the symbolic tier needs math-verify: pip install 'tutelage[math]'",
+)
+
+EQUAL_EXACTLY = [
+    ("42.", "42"),
+    ("025", "25"),
+    ("27.0", "27"),
+    ("+7", "7"),
+    ("−3", "-3"),
+    ("1,234,567", "1234567"),
+    ("1{,}234", "1234"),
+    ("4.5e33", "4.5\\times10^{33}"),
+    ("6.02e23", "6.02 \\cdot 10^23"),
+    ("10^{-3}", "0.001"),
+    ("2^{10}", "1024"),
+    (".5", "\\frac12"),
+    ("\\dfrac{1}{2}", "0.5"),
+    ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+    ("\\frac{2}{4}", "1/2"),
+    ("3\\frac{1}{2}", "7/2"),
+    ("3 1/2", "3.5"),
+    ("50\\%", "50"),
+    ("50%", "0.5"),
+    ("336^\\circ", "336"),
+    ("90^{\\circ}", "90"),
+    ("\\$5.00", "5"),
+    ("5\\text{ cm}", "5"),
+    ("42 apples", "42"),
+    ("x = 5", "5"),
+    ("5", "x=5"),
+    ("(1, 2)", "(1,2)"),
+    ("\\left(1,\\frac12\\right)", "(1, 0.5)"),
+    ("2,1", "1, 2"),
+    ("\\{1,2\\}", "1,2"),
+    ("x=1 \\text{ or } x=2", "1, 2"),
+    ("\\text{(A)}", "A"),
+    ("\\varnothing", "\\emptyset"),
+    ("\\text{Evelyn}", "Evelyn"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+    ("204_5", "204_5"),
+    ("2006!", "2006!"),
+]
+EQUAL_BY_ALGEBRA = [
+    ("1+x", "x+1"),
+    ("q-p", "-(p-q)"),
+    ("\\sqrt{50}", "5\\sqrt2"),
+    ("x^2+2xy+y^2", "(x+y)^2"),
+    ("\\sin 30^\\circ", "\\frac12"),
+    ("x\\le 3", "(-\\infty,3]"),
+    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"),
+    ("\\pi/4", "\\frac{\\pi}{4}"),
+]
+DIFFERENT = [
+    ("1/2006!", "1/2004!"),
+    ("2^{-98}", "2^{-99}"),
+    ("10^{-21}", "10^{-20}"),
+    ("0.0000012", "0.0000014"),
+    ("12346", "12345"),
+    ("100001", "100000"),
+    ("9007199254740993", "9007199254740992"),
+    ("100", "1"),
+    ("5", "500"),
+    ("1%", "100%"),
+    ("204_5", "204_6"),
+    ("1,1,1", "1"),
+    ("1,2", "12"),
+    ("(1,2)", "(2,1)"),
+    ("[0,1]", "[0,1)"),
+    ("k>2", "k\\ge 2"),
+    ("x=1, y=2", "y=1, x=2"),
+    ("y=2x+1", "x=2x+1"),
+    ("1", "2x+z=1"),
+    ("C", "c"),
+    ("5 feet", "5 inches"),
+    ("x^2+y^2", "x^2-y^2"),
+    ("1/0", "0"),
+    ("1/0", "1/0.0000001"),
+    ("The final answer is 42.", "42"),
+    ("so 5 apples and 7 pears", "7"),
+    ("nan", "1"),
+    ("\\infty", "1"),
+    ("", "1"),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold"), EQUAL_EXACTLY)
+def test_equal_answers_are_accepted_without_algebra(answer: str, gold: str) -> None:
+    for text in (answer, f"So it is $\\boxed{{{answer}}}$."):
+        verdict = judge(text, gold, timeout=0)
+        assert verdict.correct, verdict
+        assert verdict.reason in ("exact", "string")
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("answer", "gold"), EQUAL_BY_ALGEBRA)
+def test_equal_expressions_are_accepted(answer: str, gold: str) -> None:
+    assert judge(f"\\boxed{{{answer}}}", gold, timeout=30) == Verdict(
+        correct=True, reason="symbolic"
+    )
+
+
+@pytest.mark.parametrize(("answer", "gold"), DIFFERENT)
+def test_different_answers_are_rejected(answer: str, gold: str) -> None:
+    assert not grade(answer, gold, timeout=30)
+    assert not grade(f"\\boxed{{{answer}}}", gold, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("\\boxed{3}. Wait, no: \\boxed{7}", True),
+        ("\\boxed{7}. Wait, no: \\boxed{3}", False),
+        ("<think>\\boxed{3}</think> It is \\boxed{7}.", True),
+        ("<think>it is \\boxed{7}</think> done", False),
+        ("<think>it is \\boxed{7}", False),  # the thought never ended
+        ("it is \\boxed{7", False),
+        ("\\boxed{7} or rather \\boxed{", False),  # finishing is not optional
+        ("\\boxed{7} or rather \\boxed{}", False),
+        ("\\boxed 7", True),
+        ("\\fbox{7}", True),
+        ("\\boxed{\\boxed{7}}", True),
+        ("\\boxed{{7}}", True),
+        ("\\boxed{\\text{seven}}", False),
+        ("7", True),
+    ],
+)
+def test_the_last_finished_box_after_the_thought_is_the_answer(response: str, right: bool) -> None:
+    assert grade(response, "7") is right
+
+
+def test_a_box_can_be_required_and_a_boxed_gold_is_unpacked() -> None:
+    assert judge("7", "7", require_box=True) == Verdict(correct=False, reason="no_box")
+    assert grade("7", "\\boxed{7}")
+
+
+@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
+def test_fractions_equal_themselves_however_written_and_nothing_else(
+    a: Fraction, b: Fraction
+) -> None:
+    written = f"\\frac{{{2 * a.numerator}}}{{{2 * a.denominator}}}"
+    assert number(written) == number(f"{a.numerator}/{a.denominator}") == a
+    assert grade(written, str(a), timeout=0)
+    assert grade(str(b), str(a), timeout=0) is (a == b)
+
+
+@given(
+    st.decimals(
+        allow_nan=False, allow_infinity=False, places=6, min_value=-(10**9), max_value=10**9
+    )
+)
+def test_decimals_are_read_without_rounding(value: object) -> None:
+    assert number(f"{value:f}") == Fraction(str(value))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="\\{}()[]^_$,.-+/%!0123456789xe \n<>think boxedfrac", max_size=60),
+    st.text(max_size=8),
+)
+def test_no_text_raises(prediction: str, gold: str) -> None:
+    # a deadline already past: the exact tiers answer, the symbolic one says timeout
+    assert judge(prediction, gold, timeout=0).correct in (True, False)
+    assert judge(f"\\boxed{{{prediction}}}", gold, timeout=0).correct in (True, False)
+
+
+@pytest.mark.parametrize("gold", ["", "   ", "\\boxed{}", "9" * 5000, None, 3.5])
+def test_a_gold_that_cannot_be_read_is_said_so(gold: str) -> None:
+    assert judge("\\boxed{7}", gold).reason in ("gold_unparseable", "not_text")
+
+
+HOSTILE = [
+    "9^{9^{9}}",
+    "9^{9^{9^{9}}}",
+    "{9^9}^{9^9}",
+    "((9^9)^9)^9^9",
+    "(10^8)!",
+    "99!!!!",
+    "2^{10^{10}}",
+    "2^{99999999}",
+    "\\binom{10^9}{10^8}",
+    "\\sum_{i=1}^{10^9} i",
+    "\\int_0^1 x^{x^x} dx",
+    "1+" * 400 + "1",
+    "\\frac{1}{" * 100 + "x" + "}" * 100,
+    "(" * 900,
+    "{" * 450 + "}" * 450,
+    "\\sqrt{" * 120 + "2" + "}" * 120,
+    "9" * 900,
+    "1e99999",
+    "1/" + "0" * 100,
+    "x^{x^{x^{x^{x}}}}",
+    "(x+1)^{9999}",
+    "\\begin{matrix}" * 50,
+    "__import__('os').system('touch {mark}')",
+    "open('{mark}','w')",
+    "\\text{import os; os.system('touch {mark}')}",
+    "exec(\"open('{mark}','w')\")",
+    "lambda: 0",
+    "\ud800\udfff",
+    "\x00\x1b[31m\u202e",
+    "%s%s%n{0.__class__}",
+    '"}\n{"correct": true}',
+]
+
+
+@needs_math_verify
+def test_hostile_text_from_a_thread_is_refused_in_time_and_runs_nothing(tmp_path: Path) -> None:
+    """Every text as the answer and as the gold, in a thread that is not the main one."""
+    mark = tmp_path / "mark"
+    worst = 0.0
+
+    def attack() -> None:
+        nonlocal worst
+        grade("x+1", "1+x", timeout=30)  # the worker is up
+        for text in HOSTILE:
+            text = text.replace("{mark}", str(mark))
+            for prediction, gold in ((f"\\boxed{{{text}}}", "y+\\sqrt{2}"), ("y+\\sqrt{2}", text)):
+                began = time.monotonic()
+                assert judge(prediction, gold, timeout=1.0).correct is False, text
+                worst = max(worst, time.monotonic() - began)
+
+    thread = threading.Thread(target=attack)
+    thread.start()
+    thread.join(timeout=120)
+    assert not thread.is_alive()
+    assert 0 < worst < 2.0
+    assert not mark.exists()
+    assert judge("x+2", "2+x", timeout=30).correct
+
+
+def test_a_very_long_response_is_read_from_its_end() -> None:
+    began = time.monotonic()
+    assert grade("blah \\boxed{3} " * 500_000 + "\\boxed{7}", "7")
+    assert judge("\\boxed{" + "1" * 5_000_000, "7").reason == "too_long"
+    assert judge("{" * 5_000_000, "7").reason == "no_box"
+    assert not grade("\\boxed{" * 500_000, "7")
+    assert time.monotonic() - began < 2
+
+
+@needs_math_verify
+def test_a_hanging_worker_is_killed_at_the_deadline_and_replaced() -> None:
+    """What the guards don't know of reaches the worker; here they are passed over."""
+    assert grading_pool.symbolic("x+3", "3+x", time.monotonic() + 30) == (True, "symbolic")
+    before = set(grading_pool.worker_pids())
+    began = time.monotonic()
+    correct, reason = grading_pool.symbolic("9^{9^{9}}", "x+1", began + 0.7)
+    assert (correct, reason) == (False, "timeout")
+    assert time.monotonic() - began < 1.5
+    gone = before - set(grading_pool.worker_pids())
+    assert gone
+    assert not any(Path(f"/proc/{pid}").exists() for pid in gone)  # not even a zombie
+    assert grading_pool.symbolic("x+3", "3+x", time.monotonic() + 30) == (True, "symbolic")
+
+
+@needs_math_verify
+def test_a_worker_killed_from_outside_is_replaced() -> None:
+    grading_pool.symbolic("x+3", "3+x", time.monotonic() + 30)
+    for pid in grading_pool.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)
+    verdicts = [grading_pool.symbolic("x+4", "4+x", time.monotonic() + 30) for _ in range(6)]
+    assert verdicts[-1] == (True, "symbolic")
+    assert {reason for _, reason in verdicts} <= {"crash", "symbolic"}
+
+
+@needs_math_verify
+def test_many_threads_share_few_workers() -> None:
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        pairs = [(f"x+{i}", f"{i}+x") for i in range(100)]
+        assert all(threads.map(lambda pair: grade(*pair, timeout=60), pairs))
+    assert len(grading_pool.worker_pids()) <= grading_pool.WORKERS
+
+
+@needs_math_verify
+def test_a_worker_retires_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    grading_pool.close()
+    monkeypatch.setattr(grading_pool, "GRADES_PER_WORKER", 2)
+    assert grade("x+101", "101+x", timeout=30)
+    (first,) = grading_pool.worker_pids()
+    assert grade("x+102", "102+x", timeout=30)
+    assert grading_pool.worker_pids() == []
+    assert not Path(f"/proc/{first}").exists()
+
+
+@needs_math_verify
+def test_no_worker_survives_its_process() -> None:
+    line = (
+        "from tutelage.envs.grading import grade; from tutelage.envs import grading_pool;"
+        "assert grade('x+1', '1+x', timeout=30); print(*grading_pool.worker_pids(), flush=True);{}"
+    )
+    for end in ("pass", "import os; os.kill(os.getpid(), 9)"):
+        done = subprocess.run(
+            [sys.executable, "-c", line.format(end)], capture_output=True, text=True
+        )
+        pids = done.stdout.split()
+        assert pids
+        deadline = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        states = [
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in running
+        ]
+        assert all(state == "Z" for state in states)  # an orphan's zombie is init's to collect
+
+
+def test_without_math_verify_the_reason_says_so_and_the_cure_is_warned_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grading_pool.available.cache_clear()
+    monkeypatch.setattr(grading_pool.importlib.util, "find_spec", lambda name: None)
+    try:
+        with pytest.warns(UserWarning, match=r"pip install 'tutelage\[math\]'"):
+            assert judge("\\boxed{x+201}", "201+x").reason == "unavailable"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert judge("\\boxed{x+202}", "202+x").reason == "unavailable"
+            assert grade("\\boxed{7}", "7")
+    finally:
+        grading_pool.available.cache_clear()
+
+
+def test_grading_starts_no_process_for_numbers() -> None:
+    line = (
+        "import sys; from tutelage.envs import grading_pool\n"
+        "from tutelage.envs.grading import grade\n"
+        "assert grade('so \\\\boxed{1/2}', '0.5');"
+        "print(grading_pool.worker_pids(), {'sympy', 'torch', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] set()\n"
+
+
+def test_the_cache_does_not_keep_what_was_not_decided() -> None:
+    judge("\\boxed{x+301}", "301+x", timeout=0)
+    assert ("x+301", "301+x") not in grading._cache
