@@ -368,9 +368,20 @@ _REFUSED = re.compile(
     r"|\^\s*\d+\s*\^"
     r"|\d{3,}\s*!|[)}]\s*!|!\s*!"  # factorials beyond two digits, or of an expression
     r"|\^\s*[({]*\s*[+-]?\d{5,}"  # exponents beyond four digits
-    r"|\\binom\s*\{?\d{4,}"
+    r"|\\binom\s*\{(?:\d{4,}|[^}]*\^)"
     r"|\d_|\\(?:sum|prod|int|lim)(?![A-Za-z])"
 )
+
+
+_DEEPEST = 20  # nested brackets: math-verify's parser takes seconds from about thirty on
+
+
+def _too_much(core: str) -> bool:
+    depth = deepest = 0
+    for char in core:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    return deepest > _DEEPEST or _REFUSED.search(core) is not None
 
 
 def _compare(answer: str, gold: str, deadline: float) -> Verdict:
@@ -381,7 +392,7 @@ def _compare(answer: str, gold: str, deadline: float) -> Verdict:
     bare_prose = _PROSE.search(answer) is not None
     if bare_prose or not mine.core:
         return Verdict(correct=False, reason="unreadable")
-    if _REFUSED.search(mine.core) or _REFUSED.search(theirs.core):
+    if _too_much(mine.core) or _too_much(theirs.core):
         return Verdict(correct=False, reason="refused")
     written, wanted = _for_algebra(mine.core), _for_algebra(theirs.core)
     relations = [_RELATION.search(core) is not None for core in (written, wanted)]
