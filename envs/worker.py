@@ -185,11 +185,9 @@ def _plain_dict(info: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def main() -> None:
-    # --- the process ----------------------------------------------------------------------------------
+    """`python -m tutelage.envs.worker SOCKET_FD DIE_WITH_PARENT`; the first message is the set-up."""
     faulthandler.enable()
-    os.dup2(
-        sys.stderr.fileno(), sys.stdout.fileno()
-    )  # an engine that prints must not disturb a caller
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine that prints disturbs no caller
     connection = socket.socket(fileno=int(sys.argv[1]))
     if sys.argv[2] == "1":
         _die_with_parent()
