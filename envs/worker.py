@@ -185,7 +185,7 @@ def _plain_dict(info: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def main() -> None:
-    """`python -m tutelage.envs.worker SOCKET_FD DIE_WITH_PARENT`; the first message is the set-up."""
+    """Serve one environment; the arguments are a socket and whether to die with the parent."""
     faulthandler.enable()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine that prints disturbs no caller
     connection = socket.socket(fileno=int(sys.argv[1]))
