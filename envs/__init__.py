@@ -18,9 +18,9 @@ _ENTRY_POINTS = {
 
 
 def register() -> None:
-    """Register the environments;
+    """Register the environments; a second call does nothing.
 
-    again does nothing. Gymnasium's entry-point group, where there is one, calls this.
+    Gymnasium before 1.0 calls this through its entry-point group.
     """
     for name, entry_point in _ENTRY_POINTS.items():
         identifier = f"tutelage/{name}-v0"

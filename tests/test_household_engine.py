@@ -82,7 +82,8 @@ def play(engine: Engine, game: Game, commands: list[str]) -> list[View]:
 
 def wander(game: Game, steps: int, seed: int) -> list[str]:
     """Commands as a poor player gives them: half of them sensible, a tenth of them nonsense."""
-    rng, engine, commands = random.Random(seed), NativeEngine(), []
+    rng, engine = random.Random(seed), NativeEngine()
+    commands: list[str] = []
     view = engine.reset(game)
     for _ in range(steps):
         doing = [c for c in view.admissible if not c.startswith(("go to", "examine"))]

@@ -230,9 +230,13 @@ class NativeEngine:
                 actions[f"take {names[o]} from {name}"] = partial(self._take, o, r)
             if o in world.toggleable:
                 actions[f"use {names[o]}"] = partial(self._use, o)
-        if held is None:
-            return
-        if reachable and world.fits(held, r):
+        if held is not None:
+            self._offer_held_at(held, r, actions)
+
+    def _offer_held_at(self, held: str, r: str, actions: dict[str, Action]) -> None:
+        world, names = self.world, self.world.names
+        name = names[r]
+        if self._reachable(r) and world.fits(held, r):
             actions[f"move {names[held]} to {name}"] = partial(self._put, held, r)
         kinds = world.receptacle_types.get(r, frozenset())
         if held in world.cleanable and kinds & self._cleaners:

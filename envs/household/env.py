@@ -64,8 +64,9 @@ class HouseholdGameEnv(gym.Env[str, str]):
         max_steps: commands an episode, those that did nothing included.
         render_mode: None or "ansi", which returns the episode's transcript.
 
-    `info` holds success, task_type, task (the sentence that sets it), admissible_actions and game (its name). Raises ValueError for
-    unknown names and values, and at `reset` for a game that can't be read or played.
+    `info` holds success, task_type, task (the sentence that sets it), admissible_actions and game
+    (its name). Raises ValueError for unknown names and values, and at `reset` for a game that can't
+    be read or played.
     """
 
     # Gymnasium's own type for it, hence no ClassVar.

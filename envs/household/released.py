@@ -82,9 +82,9 @@ class ReleasedGames:
 
 
 def read_game(file: Path) -> Game:
-    """The game of a `game.tw-pddl` file and the traj_data.json beside it;
+    """The game of a `game.tw-pddl` file and the traj_data.json beside it.
 
-    ValueError, naming the file, if broken.
+    Raises ValueError, naming the file, if one of the two is broken.
     """
     data, traj = _object(file), _object(file.with_name("traj_data.json"))
     for key in ("pddl_domain", "grammar", "pddl_problem"):
@@ -119,40 +119,33 @@ def _wanted(task_types: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _playable(folder: Path, wanted: tuple[str, ...]) -> Iterator[Path]:
-    """What ALFWorld's collect_game_files keeps:
-
-    solvable games with a traj_data.json, nothing movable or sliced.
-    """
+    """What ALFWorld's collect_game_files keeps: solvable, described, nothing movable or sliced."""
     for root, _, names in os.walk(folder):
         inside = os.path.relpath(root, folder)
-        if (
-            not {"traj_data.json", "game.tw-pddl"} <= set(names)
-            or "movable" in inside
-            or "Sliced" in inside
-        ):
+        if "movable" in inside or "Sliced" in inside:
+            continue
+        if not {"traj_data.json", "game.tw-pddl"} <= set(names):
             continue
         file = Path(root, "game.tw-pddl")
-        if _task_type(file) in wanted and _solvable(file):
+        if _is_of(file, wanted) and _is_solvable(file):
             yield file
 
 
-def _task_type(file: Path) -> str:
-    kind = file.parent.parent.name.partition("-")[
-        0
-    ]  # <task type>-<object>-...; saves opening 3,553 files
-    if kind in TASK_TYPES:
-        return kind
-    try:
-        return str(_object(file.with_name("traj_data.json")).get("task_type"))
-    except ValueError:
-        return ""
+# Both questions are asked of 3,553 games, so they open as little as they can. A broken file passes,
+# so that playing it names it, where dropping it would hide it.
 
 
-def _solvable(file: Path) -> bool:
-    """What the file says.
+def _is_of(file: Path, wanted: tuple[str, ...]) -> bool:
+    kind = file.parent.parent.name.partition("-")[0]  # <task type>-<object>-...
+    if kind not in TASK_TYPES:
+        try:
+            kind = str(_object(file.with_name("traj_data.json")).get("task_type"))
+        except ValueError:
+            return True
+    return kind in wanted
 
-    A broken one counts as solvable, so that playing it names it instead of dropping it.
-    """
+
+def _is_solvable(file: Path) -> bool:
     with file.open("rb") as data:
         size = data.seek(0, os.SEEK_END)
         data.seek(max(0, size - _TAIL))

@@ -35,19 +35,15 @@ class StockEngine:
         self._env: Any = AlfredDemangler(PddlEnv(infos))
 
     def reset(self, game: Game) -> View:
-        """Start the game;
-
-        whatever TextWorld raises on a broken one comes as a ValueError naming it.
-        """
+        """Start the game. Whatever TextWorld raises on a broken one becomes a ValueError naming it."""
         data = {"pddl_domain": game.domain, "grammar": game.grammar, "pddl_problem": game.problem}
         try:
             with _own_argv():
                 self._env.load(data)
                 return self._view(self._env.reset())
         except (Exception, SystemExit) as error:  # the translator exits on some syntax errors
-            raise ValueError(
-                f"{game.name}: TextWorld can't load it ({type(error).__name__}: {error})"
-            ) from error
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(f"{game.name}: TextWorld can't load it ({why})") from error
 
     def step(self, command: str) -> View:
         """Carry out the command, or let nothing happen."""
