@@ -127,7 +127,8 @@ class OptimizerConfig(_Section):
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
     decay: Literal["constant", "cosine"] = "constant"
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine: share of lr left at the end
-    micro_tokens: Positive = 16_384  # tokens, padding included, in one forward and backward
+    micro_tokens: Positive | None = None  # tokens, padding included, of one forward and backward;
+    # none: 2,048 on the CPU, where what does not fit the cache costs twice, else 16,384
     aggregate: Literal["token", "sequence"] = "token"
 
 

@@ -54,6 +54,7 @@ class Learner:
     def __init__(self, model: Any, *, vocabulary: int, config: OptimizerConfig, steps: int) -> None:
         self.model, self.vocabulary, self._config, self._steps = model, vocabulary, config, steps
         self.version = 0
+        self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in self._parameters if p.ndim >= 2]
         plain = [
@@ -87,7 +88,7 @@ class Learner:
         sums: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
         rows = [lesson.row for lesson in lessons]
-        for batch in pack(rows, max_tokens=self._config.micro_tokens, device=device):
+        for batch in pack(rows, max_tokens=self._micro_tokens, device=device):
             weights_N = self._weights([masks[i] for i in batch.members], total, len(lessons)).to(
                 device
             )
@@ -129,7 +130,7 @@ class Learner:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         scores = None
         if objective.needs_teacher:
-            scores = _joined([lessons[i] for i in batch.members])
+            scores = _joined([lessons[i] for i in batch.members]).to(self.model.device)
         head = self.model.get_output_embeddings()
         student = DenseStudent(head(batch.hidden(self.model))[:, : self.vocabulary])
         loss_N, metrics = objective(

@@ -29,7 +29,7 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row], *, k: int) -> list[TeacherScores]:
-        """The scores of each row's chosen tokens, in the rows' order."""
+        """The scores of each row's chosen tokens, on the CPU, in the rows' order."""
         k = min(k, self.vocabulary)
         scores: dict[int, TeacherScores] = {}
         head = self.model.get_output_embeddings()
@@ -44,7 +44,7 @@ class TransformersTeacher:
                 )
                 for at in range(0, len(hidden_ND), HEAD_TOKENS)
             ]
-            joined, start = TeacherScores.join(parts), 0
+            joined, start = TeacherScores.join(parts).to("cpu"), 0  # lessons are data, not device memory
             for member in batch.members:
                 count = int(rows[member].chosen_T.sum())
                 scores[member] = joined.take(torch.arange(start, start + count))

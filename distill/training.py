@@ -11,10 +11,13 @@ for step, task in timetable:                       # a pure function of (seed, s
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import resource
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,11 @@ from tutelage.distill.learner import Learner, Lesson
 from tutelage.distill.masks import loss_mask, special_ids
 from tutelage.distill.models import (
     check_vocabularies,
-    limit_threads,
     load_model,
     load_student,
     load_tokenizer,
+    prepare_process,
+    resolve,
     student_tokenizer,
 )
 from tutelage.distill.objectives import TeacherScores
@@ -59,7 +63,7 @@ class Run:
         self.config, self.watch = config, watch or Watcher()
         self.folder = Path(config.run)
         self.vocabulary = check_vocabularies(config)
-        limit_threads(config.student.threads)
+        prepare_process(config.student.threads)
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
         self._objectives = {
             name: build_objective(config.objective_of(name)) for name in config.tasks
@@ -77,6 +81,11 @@ class Run:
         )
         self.placement = _placement(config, self.learner, self.tokenizer, self.vocabulary)
         self._games: dict[str, int | None] = {}
+        self._stop = self.stopped = False
+
+    def stop(self) -> None:
+        """Save after the current step and end `train` (from a signal handler, say)."""
+        self._stop = True
 
     def __enter__(self) -> Run:
         return self
@@ -99,8 +108,11 @@ class Run:
                 done = step + 1
                 if config.evaluation.every and done % config.evaluation.every == 0:
                     self.evaluate(config.evaluation.live_modes)
-                if done % config.checkpoint.every == 0 or done == config.steps:
+                if self._stop or done % config.checkpoint.every == 0 or done == config.steps:
                     self._save(done, journal)
+                if self._stop and done < config.steps:
+                    self.stopped = True
+                    return
             if config.evaluation.final:
                 scores = self.evaluate(config.evaluation.modes)
                 checkpoints.write_json(self.folder / "eval.json", scores)
@@ -212,6 +224,36 @@ class Run:
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.version = state["version"]
         return state["step"], state["position"]
+
+
+def evaluate_model(
+    config: RunConfig, model: str | None, *, watch: Watcher | None = None
+) -> dict[str, Any]:
+    """Scores of a model (None: the configured student) on every task of a configuration; loads no teacher."""
+    if model is not None:
+        student = config.student.model_copy(update={"model": model, "init": None, "tokenizer": None})
+        config = config.model_copy(update={"student": student})
+    with Run(config.model_copy(update={"teachers": {}}), watch=watch) as run:
+        scores = run.evaluate(config.evaluation.modes)
+    return {
+        "model": model or config.student.model or "student.init",
+        "weights": _digest(model or config.student.model),
+        "scores": scores,
+        "versions": _versions(),
+    }
+
+
+def _digest(model: str | None) -> str | None:
+    """SHA-256 of the weights' file, where they are one file on this machine."""
+    if model is None:
+        return None
+    path = Path(resolve(model)) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _versions() -> dict[str, str]:
+    names = ("tutelage", "torch", "transformers", "gymnasium", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 class Watcher:

@@ -86,6 +86,16 @@ class TeacherScores:
             else torch.cat([f for f in full if f is not None]),
         )
 
+    def to(self, device: torch.device | str) -> TeacherScores:
+        """The same scores on another device."""
+        return TeacherScores(
+            ids_NK=self.ids_NK.to(device),
+            logprobs_NK=self.logprobs_NK.to(device),
+            sampled_N=self.sampled_N.to(device),
+            vocabulary=self.vocabulary,
+            full_NV=None if self.full_NV is None else self.full_NV.to(device),
+        )
+
     def take(self, index: torch.Tensor) -> TeacherScores:
         """The scores at `index` (a mask or positions along N)."""
         return TeacherScores(

@@ -1,0 +1,180 @@
+"""The command line. Exit codes: 0 done; 2 the user's mistake, in one line; 143 saved after SIGTERM; 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `tutelage`."""
+    options = _parse(arguments)
+    # Few, large matrix products in one process: more OpenMP threads than cores only fight.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        sys.exit(options.command(options))
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("TUTELAGE_TRACEBACK"):
+            raise
+        _complain(error)
+        sys.exit(2)
+    except (OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("TUTELAGE_TRACEBACK"):
+            raise
+        _complain(error)
+        sys.exit(1)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; key=value pairs may stand anywhere (argparse loses those that follow an option)."""
+    parser = _parser()
+    options, late = parser.parse_known_args(arguments)
+    if wrong := [word for word in late if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if late and not hasattr(options, "pairs"):
+        parser.error(f"this command takes no key=value: {late[0]}")
+    if late:
+        options.pairs = [*options.pairs, *late]
+    return options
+
+
+def _complain(error: BaseException) -> None:
+    """One line on stderr; the traceback on request."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"tutelage: {text}", file=sys.stderr)
+    if not isinstance(error, ValueError | FileNotFoundError):
+        print("tutelage: TUTELAGE_TRACEBACK=1 shows where", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tutelage",
+        description="Train one student language model, on its own trajectories, under several teachers at once.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        return sub
+
+    demo = command("demo", _demo, "the joint agent+math run on the CPU, end to end")
+    demo.add_argument("pairs", nargs="*", metavar="key=value")
+    train = command("train", _train, "train; continues where the run folder left off")
+    train.add_argument("config", type=Path)
+    train.add_argument("pairs", nargs="*", metavar="key=value")
+    evaluate = command("eval", _eval, "success rate, pass@1, intervals; writes eval.json")
+    evaluate.add_argument("config", type=Path)
+    evaluate.add_argument("--model", help="a folder, hub id or builtin:NAME; else the run's last checkpoint")
+    evaluate.add_argument("--out", type=Path, help="where eval.json goes; else the run folder")
+    evaluate.add_argument("pairs", nargs="*", metavar="key=value")
+    play = command("play", _play, "play an environment by hand, or watch a policy play")
+    play.add_argument("env_id", metavar="ENV_ID")
+    play.add_argument("--policy", default="hand", help="hand (default), expert, random, or a model's folder")
+    play.add_argument("--index", type=int, help="which game or problem; else drawn from --seed")
+    play.add_argument("--seed", type=int, default=0)
+    play.add_argument("pairs", nargs="*", metavar="key=value", help="the environment's options")
+    command("envs", _envs, "every registered environment with its options")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from tutelage.distill.config import load_config
+
+    return _run_training(load_config(options.config, options.pairs))
+
+
+def _run_training(config: Any) -> int:
+    from tutelage.distill.display import ConsoleWatcher
+    from tutelage.distill.training import Run
+
+    _quiet()
+    with ConsoleWatcher() as watcher, Run(config, watch=watcher) as run:
+        signal.signal(signal.SIGTERM, lambda *_: run.stop())
+        run.train()
+        if run.stopped:
+            watcher.console.print(f"stopped and saved in {run.folder}; the same command goes on")
+            return 128 + signal.SIGTERM
+        watcher.console.print(f"done: {run.folder}/metrics.jsonl, checkpoints, episodes")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from tutelage.distill import checkpoints
+    from tutelage.distill.config import load_config
+    from tutelage.distill.display import ConsoleWatcher, score_table, type_table
+    from tutelage.distill.training import evaluate_model
+
+    _quiet()
+    config = load_config(options.config, options.pairs)
+    last = checkpoints.newest(Path(config.run) / "checkpoints")
+    model = options.model or (str(last) if last else None)
+    with ConsoleWatcher() as watcher:
+        found = evaluate_model(config, model, watch=watcher)
+    out = options.out or Path(config.run) / "eval.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(out, found)
+    scores = found["scores"]
+    watcher.console.print(type_table("by type", scores, config.evaluation.modes[0]))
+    watcher.console.print(score_table(str(found["model"]), {"score": scores}))
+    watcher.console.print(f"written: {out}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from tutelage.distill.demo import run_demo
+
+    _quiet()
+    return run_demo(CONFIGS / "demo.yaml", options.pairs)
+
+
+def _play(options: argparse.Namespace) -> int:
+    from tutelage.distill.play import play
+
+    _quiet()
+    return play(
+        options.env_id,
+        env_args=_env_args(options.pairs),
+        policy=options.policy,
+        index=options.index,
+        seed=options.seed,
+    )
+
+
+def _envs(options: argparse.Namespace) -> int:
+    from tutelage.distill.play import describe_environments
+
+    print(describe_environments())
+    return 0
+
+
+def _env_args(pairs: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair!r}: write an environment's option as key=value")
+        found[key] = yaml.safe_load(text)
+    return found
+
+
+def _quiet() -> None:
+    """Keep libraries' own bars and advice out of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Playing an environment by hand, or watching a policy; and the list of what there is to play."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium
+
+import tutelage.envs  # noqa: F401 - registers the ids
+
+POLICIES = ("hand", "expert", "random")
+
+
+def play(
+    env_id: str, *, env_args: Mapping[str, Any], policy: str, index: int | None, seed: int
+) -> int:
+    """Play one episode on the terminal. policy: hand, expert, random, or a model's folder.
+
+    Raises:
+        ValueError: an unknown environment or option, or a policy that the environment does not support.
+    """
+    args = dict(env_args)
+    if policy == "expert":
+        args["expert"] = args.get("expert", True)
+    try:
+        env = gymnasium.make(env_id, **args)
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise ValueError(f"{env_id}: {error}") from None
+    choose = _chooser(policy, seed)
+    observation, info = env.reset(seed=seed, options=None if index is None else {"index": index})
+    total, done = 0.0, False
+    while not done:
+        print(observation)
+        action = choose(observation, info)
+        if action is None:
+            print("left the game")
+            break
+        if policy != "hand":
+            print(f"> {action}")
+        observation, reward, terminated, truncated, info = env.step(action)
+        total, done = total + float(reward), terminated or truncated
+    else:
+        print(observation)
+        print(f"{'won' if info.get('success', total > 0) else 'lost'}; reward {total:g}")
+    env.close()
+    return 0
+
+
+def _chooser(policy: str, seed: int) -> Callable[[str, Mapping[str, Any]], str | None]:
+    if policy == "hand":
+        return _by_hand
+    if policy == "expert":
+        return lambda _, info: str(_required(info, "expert_action", policy))
+    if policy == "random":
+        rng = random.Random(seed)
+        return lambda _, info: rng.choice(list(_required(info, "admissible_actions", policy)))
+    return _model_player(policy)
+
+
+def _by_hand(_: str, info: Mapping[str, Any]) -> str | None:
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if text.strip() != "?":
+            return text
+        print("\n".join(info.get("admissible_actions", ["this environment does not list its actions"])))
+
+
+def _required(info: Mapping[str, Any], key: str, policy: str) -> Any:
+    if key not in info:
+        raise ValueError(f"--policy {policy} needs info[{key!r}], which this environment does not give")
+    return info[key]
+
+
+def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
+    """A student's greedy replies, over the whole history."""
+    from tutelage.distill.engine import TransformersEngine
+    from tutelage.distill.models import load_model, load_tokenizer
+    from tutelage.scheduler.chat import Chat
+    from tutelage.scheduler.contexts import Context, ContextSettings, Reply
+    from tutelage.scheduler.engine import Request
+    from tutelage.scheduler.episodes import GREEDY
+
+    tokenizer = load_tokenizer(reference)
+    chat = Chat(tokenizer)
+    model = load_model(reference, dtype="float32", device="auto")
+    engine = TransformersEngine(model, vocabulary=len(tokenizer))
+    context = Context(chat, ContextSettings(repeat_task=True))
+
+    def reply(observation: str, info: Mapping[str, Any]) -> str:
+        context.observe(observation, info)
+        room = min(256, engine.max_context - len(context.prompt_ids))
+        engine.submit(
+            Request(
+                session=0,
+                ids=context.prompt_ids,
+                max_new_tokens=room,
+                stop_ids=chat.eos_ids,
+                law=GREEDY,
+                seed=0,
+            )
+        )
+        found = []
+        while not found:
+            found = engine.step()
+        action = chat.text(found[0].ids)
+        context.reply(
+            Reply(ids=found[0].ids, logprobs=found[0].logprobs, closed=found[0].stopped),
+            action=action,
+        )
+        return action
+
+    return reply
+
+
+def describe_environments() -> str:
+    """Every registered `tutelage/` environment with its options, defaults and description."""
+    blocks = []
+    for env_id in sorted(i for i in gymnasium.registry if i.startswith("tutelage/")):
+        spec = gymnasium.registry[env_id]
+        cls = gymnasium.envs.registration.load_env_creator(spec.entry_point)  # type: ignore[arg-type]
+        first = (inspect.getdoc(cls) or "").splitlines()[:1]
+        lines = [env_id, *(f"  {line}" for line in first)]
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            default = (
+                "required" if parameter.default is parameter.empty else repr(parameter.default)
+            )
+            lines.append(f"    {name} = {default}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
