@@ -35,7 +35,7 @@ class StockEngine:
         self._env: Any = AlfredDemangler(PddlEnv(infos))
 
     def reset(self, game: Game) -> View:
-        """Start the game. Whatever TextWorld raises on a broken one becomes a ValueError naming it."""
+        """Start the game; what TextWorld raises on a broken one becomes a ValueError naming it."""
         data = {"pddl_domain": game.domain, "grammar": game.grammar, "pddl_problem": game.problem}
         try:
             with _own_argv():
