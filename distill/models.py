@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,19 @@ def resolve(reference: str) -> str:
 
 
 def load_tokenizer(reference: str) -> Any:
-    """The tokenizer of a folder, hub id or built-in model."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder, hub id or built-in model.
 
-    return _loading(reference, "tokenizer", AutoTokenizer.from_pretrained)
+    Where tokenizer_config.json names no model's own class, tokenizer.json is the whole truth: AutoTokenizer would take
+    the class of the model's type instead (transformers 5), with other splits and extra tokens.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = Path(resolve(reference)) / "tokenizer_config.json"
+    generic = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get(
+        "tokenizer_class"
+    ) in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+    return _loading(reference, "tokenizer", loader.from_pretrained)
 
 
 def load_settings(reference: str) -> Any:

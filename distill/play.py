@@ -119,19 +119,30 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
 
 
 def describe_environments() -> str:
-    """Every registered `tutelage/` environment with its options, defaults and description."""
+    """Every registered `tutelage/` environment with its options, their defaults and its description."""
     blocks = []
     for env_id in sorted(i for i in gymnasium.registry if i.startswith("tutelage/")):
-        spec = gymnasium.registry[env_id]
-        cls = gymnasium.envs.registration.load_env_creator(spec.entry_point)  # type: ignore[arg-type]
-        first = (inspect.getdoc(cls) or "").splitlines()[:1]
-        lines = [env_id, *(f"  {line}" for line in first)]
-        for name, parameter in inspect.signature(cls).parameters.items():
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
-            default = (
-                "required" if parameter.default is parameter.empty else repr(parameter.default)
-            )
-            lines.append(f"    {name} = {default}")
-        blocks.append("\n".join(lines))
+        entry_point = gymnasium.registry[env_id].entry_point
+        cls: Any = gymnasium.envs.registration.load_env_creator(entry_point)  # type: ignore[arg-type]
+        text = inspect.cleandoc(cls.__doc__ or "").replace("\n", "\n  ")
+        options = [f"    {name} = {default}" for name, default in _options(cls).items()]
+        blocks.append("\n".join([env_id, f"  {text}", "  Options and defaults:", *options]))
     return "\n\n".join(blocks)
+
+
+def _options(cls: type) -> dict[str, str]:
+    """A class's keyword options with their defaults, those that it hands on to its parents included."""
+    found: dict[str, str] = {}
+    for parent in cls.__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = list(inspect.signature(parent).parameters.values())
+        for parameter in parameters:
+            if parameter.kind is parameter.KEYWORD_ONLY or (
+                parent is cls and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            ):
+                required = parameter.default is parameter.empty
+                found.setdefault(parameter.name, "required" if required else repr(parameter.default))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
