@@ -21,11 +21,13 @@ class Journal:
     """Appends to a run folder.
 
     Args:
-        folder: the run's. position: bytes of metrics.jsonl that are to stand (a resumed run cuts off what came after
-            its checkpoint). tensorboard: also write event files.
+        folder: the run's. start: the first step to come. position: bytes of metrics.jsonl that are to stand (a
+            resumed run cuts off what came after its checkpoint). tensorboard: also write event files.
     """
 
-    def __init__(self, folder: Path, *, position: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, start: int = 0, position: int = 0, tensorboard: bool = True
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
@@ -36,7 +38,7 @@ class Journal:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     @property
     def position(self) -> int:

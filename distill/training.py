@@ -44,7 +44,7 @@ from tutelage.distill.teachers import TransformersTeacher
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.episodes import Dropped, Episode
-from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
+from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
 from tutelage.scheduler.timetable import TaskPlan, Timetable
 
 EVALUATION = "evaluation:"
@@ -75,11 +75,20 @@ class Run:
         self.timetable = Timetable(
             {name: self._plan(name) for name in config.tasks}, steps=config.steps, seed=config.seed
         )
-        model = load_student(config.student, seed=config.seed)
-        self.learner = Learner(
-            model, vocabulary=self.vocabulary, config=config.optimizer, steps=config.steps
-        )
-        self.placement = _placement(config, self.learner, self.tokenizer, self.vocabulary)
+        pools = EnvironmentPools(_rollouts(config))
+        try:
+            if config.cluster is None:
+                pools.open(_rollouts(config))  # a bad id or option shows before a model loads
+            model = load_student(config.student, seed=config.seed)
+            self.learner = Learner(
+                model, vocabulary=self.vocabulary, config=config.optimizer, steps=config.steps
+            )
+            self.placement = _placement(
+                config, self.learner, self.tokenizer, self.vocabulary, pools
+            )
+        except BaseException:
+            pools.close()
+            raise
         self._games: dict[str, int | None] = {}
         self._stop = self.stopped = False
 
@@ -98,16 +107,18 @@ class Run:
         config = self.config
         start, position = self._resume()
         _write_config(self.folder, config)
-        journal = Journal(self.folder, position=position, tensorboard=config.journal.tensorboard)
+        journal = Journal(
+            self.folder, start=start, position=position, tensorboard=config.journal.tensorboard
+        )
         try:
             self.watch.start(config, start)
             for step, task in self.timetable.walk(start):
                 metrics = self._step(step, task, journal)
-                journal.write(step, task, metrics)
                 self.watch.step(step, task, metrics)
                 done = step + 1
                 if config.evaluation.every and done % config.evaluation.every == 0:
-                    self.evaluate(config.evaluation.live_modes)
+                    metrics |= _score_metrics(self.evaluate(config.evaluation.live_modes))
+                journal.write(step, task, metrics)
                 if self._stop or done % config.checkpoint.every == 0 or done == config.steps:
                     self._save(done, journal)
                 if self._stop and done < config.steps:
@@ -316,6 +327,16 @@ def _outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
     }
 
 
+def _score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """`eval/TASK/MODE` for a step's line of metrics."""
+    return {
+        f"eval/{task}/{mode}": found["value"]
+        for task, modes in scores.items()
+        for mode, found in modes.items()
+        if mode != "metric"
+    }
+
+
 def _rollouts(config: RunConfig) -> dict[str, TaskRollout]:
     tasks = {}
     for name in config.tasks:
@@ -324,10 +345,12 @@ def _rollouts(config: RunConfig) -> dict[str, TaskRollout]:
     return tasks
 
 
-def _placement(config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int) -> Placement:
+def _placement(
+    config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int, pools: EnvironmentPools
+) -> Placement:
     if config.cluster is None:
         engine = TransformersEngine(learner.model, vocabulary=vocabulary)
-        worker = RolloutWorker(engine, tokenizer, _rollouts(config))
+        worker = RolloutWorker(engine, tokenizer, _rollouts(config), pools)
         teachers = {
             name: _make_teacher(teacher, vocabulary) for name, teacher in config.teachers.items()
         }

@@ -44,6 +44,36 @@ class _Live:
         self.info: Mapping[str, Any] = {}
 
 
+class EnvironmentPools:
+    """Each task's environment processes: started on first use or by `open`, kept until `close`."""
+
+    def __init__(self, tasks: Mapping[str, TaskRollout]) -> None:
+        self._tasks, self._pools = dict(tasks), dict[str, EnvironmentPool]()
+
+    def open(self, tasks: Iterable[str]) -> None:
+        """Start these now, so that a bad id or option shows before anything costly loads.
+
+        Raises:
+            ValueError: the environment cannot be made; names it.
+        """
+        for task in tasks:
+            self[task]
+
+    def __getitem__(self, task: str) -> EnvironmentPool:
+        if task not in self._pools:
+            how = self._tasks[task]
+            self._pools[task] = EnvironmentPool(
+                how.env, how.env_args, processes=how.processes, timeout=how.timeout
+            )
+        return self._pools[task]
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
 class RolloutWorker:
     """Plays orders with one engine. A plain class: the scheduler runs it in this process or as a Ray actor.
 
@@ -51,13 +81,20 @@ class RolloutWorker:
         engine: the inference engine.
         tokenizer: the student's.
         tasks: how each task is played, by name.
+        pools: the tasks' environments, where they were opened before; closed with the worker.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, tasks: Mapping[str, TaskRollout]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        tasks: Mapping[str, TaskRollout],
+        pools: EnvironmentPools | None = None,
+    ) -> None:
         self.engine = engine
         self._tokenizer = tokenizer
         self._tasks = dict(tasks)
-        self._pools: dict[str, EnvironmentPool] = {}
+        self._pools = pools or EnvironmentPools(tasks)
         self._sessions = 0
 
     def collect(
@@ -73,18 +110,9 @@ class RolloutWorker:
         play = _Play(self, task, law or self._tasks[task].law)
         return play.run(orders)
 
-    def pool(self, task: str) -> EnvironmentPool:
-        """The task's environment processes, started on first use and kept."""
-        if task not in self._pools:
-            how = self._tasks[task]
-            self._pools[task] = EnvironmentPool(
-                how.env, how.env_args, processes=how.processes, timeout=how.timeout
-            )
-        return self._pools[task]
-
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games or problems the task's environment has; None: it does not say."""
-        count = self.pool(task).probe["num_episodes"]
+        count = self._pools[task].probe["num_episodes"]
         return None if count is None else int(count)
 
     def load(self, weights: Any, version: int) -> None:
@@ -93,9 +121,7 @@ class RolloutWorker:
 
     def close(self) -> None:
         """Stop the environment processes."""
-        for pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
+        self._pools.close()
 
 
 class _Play:
@@ -104,7 +130,7 @@ class _Play:
     def __init__(self, worker: RolloutWorker, task: str, law: SamplingLaw) -> None:
         self._worker, self._engine, self._law = worker, worker.engine, law
         self._how = worker._tasks[task]
-        self._pool = worker.pool(task)
+        self._pool = worker._pools[task]
         self._chat = Chat(worker._tokenizer, system=self._how.context.system)
         self._live: dict[int, _Live] = {}
         self._done: dict[int, Episode | Dropped] = {}
