@@ -9,8 +9,8 @@ from tutelage.distill.objectives.students import Student
 
 
 class Imitation:
-    """loss = -beta log pi(y), y an expert's token. On expert episodes this is behaviour cloning; on the states that the
-    student itself reaches it is DAgger (Ross et al. 2011, arXiv:1011.0686)."""
+    """loss = -beta log pi(y), y an expert's token. On expert episodes this is behaviour cloning; on
+    the states that the student itself reaches it is DAgger (Ross et al. 2011, arXiv:1011.0686)."""
 
     name = "imitation"
     needs_teacher = False

@@ -9,13 +9,15 @@ from tutelage.distill.objectives.students import Student
 
 
 class LocalSupport:
-    """Reverse KL on the teacher's top-K tokens, both sides renormalised there (Revisiting-OPD, arXiv:2603.25562, "Ours"):
+    """Reverse KL on the teacher's top-K tokens, both sides renormalised there (Revisiting-OPD,
+    arXiv:2603.25562, "Ours"):
 
         S(c) = TopK_q(c);  pi^(v) = pi(v) / sum_S pi,  q^(v) = q(v) / sum_S q
         loss(c) = sum_{v in S} pi^(v) log( pi^(v) / q^(v) )
 
-    A direct, differentiable loss: the gradient flows through pi^ in both places, the teacher is constant, and logits
-    outside S get none. The normaliser over the vocabulary cancels, so only K logits per position are needed.
+    A direct, differentiable loss: the gradient flows through pi^ in both places, the teacher is
+    constant, and logits outside S get none. The normaliser over the vocabulary cancels, so only K
+    logits per position are needed.
 
     Args:
         k: the support's size.
@@ -61,7 +63,8 @@ class LocalSupport:
         assert scores is not None
         if self.k > scores.ids_NK.shape[1]:
             raise ValueError(
-                f"local_support: k={self.k}, but the teacher's scores hold {scores.ids_NK.shape[1]} ids a token"
+                f"local_support: k={self.k}, but the teacher's scores hold"
+                f" {scores.ids_NK.shape[1]} ids a token"
             )
         support_NK = scores.ids_NK[:, : self.k]
         teacher_NK = scores.logprobs_NK[:, : self.k].log_softmax(-1)
@@ -69,8 +72,8 @@ class LocalSupport:
         gap_NK = torch.where(teacher_NK == -torch.inf, 0.0, student_NK - teacher_NK)
         if (teacher_NK == -torch.inf).any():
             raise ValueError(
-                f"local_support: the teacher gives probability 0 inside its top {self.k}: reverse KL is infinite"
-                " there; lower objective.k"
+                f"local_support: the teacher gives probability 0 inside its top {self.k}: reverse"
+                " KL is infinite there; lower objective.k"
             )
         loss_N = (student_NK.exp() * gap_NK).sum(-1)
         with torch.no_grad():

@@ -9,11 +9,13 @@ from tutelage.distill.objectives.students import Student
 
 
 class SampledToken:
-    """PPO surrogate on A = log q(y) - log pi_old(y), detached (Revisiting-OPD, arXiv:2603.25562, section 3.1, gamma=0).
+    """PPO surrogate on A = log q(y) - log pi_old(y), detached (Revisiting-OPD, arXiv:2603.25562,
+    section 3.1, gamma=0).
 
     Args:
         clip: PPO's epsilon, both sides.
-        dual_clip: a bound on the surrogate where A < 0 (Ye et al. 2020, arXiv:1912.09729); None: none.
+        dual_clip: a bound on the surrogate where A < 0 (Ye et al. 2020, arXiv:1912.09729); None:
+            none.
         reward_clip: clamp A to [-reward_clip, reward_clip]; None: none (the paper's scripts).
     """
 
@@ -36,6 +38,10 @@ class SampledToken:
             raise ValueError(f"sampled_token: clip={clip}: it must be positive")
         if dual_clip is not None and dual_clip <= 1:
             raise ValueError(f"sampled_token: dual_clip={dual_clip}: it must be above 1, or null")
+        if reward_clip is not None and reward_clip <= 0:
+            raise ValueError(
+                f"sampled_token: reward_clip={reward_clip}: it must be positive, or null"
+            )
         self.clip, self.dual_clip, self.reward_clip = clip, dual_clip, reward_clip
 
     def __call__(
@@ -50,7 +56,8 @@ class SampledToken:
         assert scores is not None
         logprobs_N = student.logprobs_at(sampled_ids_N[:, None])[:, 0]
         reward_N = (scores.sampled_N - behaviour_logprobs_N).detach()
-        # A token that the teacher finds impossible must stay finite: -inf times a zero gradient would be NaN.
+        # A token that the teacher finds impossible must stay finite: -inf times a zero gradient
+        # would be NaN.
         advantage_N = reward_N.clamp(min=-1e4)
         if self.reward_clip is not None:
             advantage_N = advantage_N.clamp(-self.reward_clip, self.reward_clip)

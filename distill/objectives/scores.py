@@ -1,4 +1,4 @@
-"""What a teacher says of N tokens: its top-K ids and full-vocabulary log-probabilities, and the sampled token's.
+"""What a teacher says of N tokens: its top-K ids with log-probabilities, and the sampled token's.
 
 Letters: N tokens, K support size, V vocabulary.
 """
@@ -18,7 +18,8 @@ class TeacherScores:
     ids_NK: int64, the teacher's K most probable ids, most probable first (ties by the lower id).
     logprobs_NK, sampled_N: float32. -inf is allowed (probability zero); NaN and +inf are not.
     vocabulary: V, the number of ids that take probability.
-    full_NV: every log-probability, where the teacher is at hand (`from_logits`); None from a server.
+    full_NV: every log-probability, where the teacher is at hand (`from_logits`); None from a
+    server.
     """
 
     ids_NK: torch.Tensor
@@ -38,13 +39,14 @@ class TeacherScores:
             if bad.any():
                 where = bad.nonzero()[0].tolist()
                 raise ValueError(
-                    f"teacher {name} at {where} is {tensor[tuple(where)].item()}: a log-probability is at most 0"
-                    " or -inf; check the teacher's weights (tutelage eval on its own task) and its dtype"
+                    f"teacher {name} at {where} is {tensor[tuple(where)].item()}: a log-probability"
+                    " is at most 0 or -inf; check the teacher's weights (tutelage eval on its own"
+                    " task) and its dtype"
                 )
         if self.ids_NK.numel() and (self.ids_NK.max() >= self.vocabulary or self.ids_NK.min() < 0):
             raise ValueError(
-                f"a support id lies outside the vocabulary of {self.vocabulary}: the teacher's tokenizer or its"
-                " padded embedding differs from the student's"
+                f"a support id lies outside the vocabulary of {self.vocabulary}: the teacher's"
+                " tokenizer or its padded embedding differs from the student's"
             )
 
     def __len__(self) -> int:

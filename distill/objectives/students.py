@@ -1,4 +1,4 @@
-"""The student as an objective sees it: logits at chosen ids, log-probabilities, and nothing of how they are made."""
+"""The student as an objective sees it: logits and log-probabilities, not how they are made."""
 
 from __future__ import annotations
 
