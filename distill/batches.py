@@ -17,7 +17,7 @@ from tutelage.scheduler.episodes import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Some rows as tensors. `members`: which of the packed rows, in order; tokens N run row by row."""
+    """Some rows as tensors; tokens N run row by row. `members`: which rows, in order."""
 
     members: tuple[int, ...]
     ids_BT: torch.Tensor
@@ -39,7 +39,9 @@ class Batch:
 
 
 def pack(rows: Sequence[Row], *, max_tokens: int, device: torch.device) -> list[Batch]:
-    """Batches of rows of like length, each at most `max_tokens` with padding (a longer row goes alone).
+    """Batches of rows of like length, of at most `max_tokens`, padding included.
+
+    A longer row goes alone.
 
     Rows are padded on the right: under the causal mask no real token sees the padding.
     """

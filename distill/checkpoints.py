@@ -1,7 +1,8 @@
 """Checkpoints: whole or not at all. Hugging Face format beside what the trainer needs to go on.
 
-A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a folder with a number for its name is
-complete. Random states need not be saved: every random draw is a function of (seed, step).
+A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a folder with a
+number for its name is complete. Random states need not be saved: every random draw is a function of
+(seed, step).
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def save(
             or "PytorchStreamWriter" in str(error)
         ):
             raise OSError(
-                f"checkpoint {final} could not be saved ({_first_line(error)}): nothing half-written is left and"
-                " earlier checkpoints are whole; free some space and run the same command again"
+                f"checkpoint {final} could not be saved ({_first_line(error)}): nothing"
+                " half-written is left and earlier checkpoints are whole; free some space and run"
+                " the same command again"
             ) from error
         raise
     shutil.rmtree(final, ignore_errors=True)
@@ -83,8 +85,9 @@ def load_weights(checkpoint: Path, model: Any) -> None:
         if name not in own or own[name].shape != tensor.shape:
             have = "nothing" if name not in own else str(tuple(own[name].shape))
             raise ConfigError(
-                f"{checkpoint}: {name} has shape {tuple(tensor.shape)} there and {have} in this run's student: the"
-                " checkpoint is of another model or vocabulary; choose another run folder"
+                f"{checkpoint}: {name} has shape {tuple(tensor.shape)} there and {have} in this"
+                " run's student: the checkpoint is of another model or vocabulary; choose another"
+                " run folder"
             )
     model.load_state_dict(weights, strict=False)  # tied weights are stored once
     model.tie_weights()

@@ -1,10 +1,12 @@
-"""The transformers rollout engine: many multi-turn sessions in one batch, each keeping its keys and values.
+"""The transformers rollout engine: many multi-turn sessions in one batch, each with its own cache.
 
-A session owns a slot of one big cache, and a token's place in the slot is its position. So one rule, key <= query,
-masks padding, ragged lengths, prefill and decoding alike, and a turn's new tokens are all that is ever prefilled.
+A session owns a slot of one big cache, and a token's place in the slot is its position. So one
+rule, key <= query, masks padding, ragged lengths, prefill and decoding alike, and a turn's new
+tokens are all that is ever prefilled.
 Left out: paged memory and mixed prefill/decode batches; for those there is vLLM.
 
-Letters: B batch rows, Q query tokens, H key-value heads, P positions in a slot, V vocabulary, D head size.
+Letters: B batch rows, Q query tokens, H key-value heads, P positions in a slot, V vocabulary, D
+head size.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ CHUNK = 256
 
 
 class SlotCache:
-    """Keys and values of every session: per layer [slots, H, P, D]. What a transformers model calls a cache.
+    """Keys and values of every session, per layer [slots, H, P, D]; to a model, its cache.
 
-    Before a forward set `positions_BQ` (where the tokens go) and `reach` (how many positions the queries may look at).
+    Before a forward set `positions_BQ` (where the tokens go) and `reach` (how many positions the
+    queries may look at).
     """
 
     is_compileable = False
@@ -62,11 +65,11 @@ class SlotCache:
         self, keys_BHQD: torch.Tensor, values_BHQD: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values; return all that the queries may look at."""
+        rows, heads, _queries, size = keys_BHQD.shape
         if layer == len(self.keys):  # the first forward tells heads, head size, dtype and device
-            shape = (self.slots, keys_BHQD.shape[1], self.room, keys_BHQD.shape[3])
+            shape = (self.slots, heads, self.room, size)
             self.keys.append(keys_BHQD.new_zeros(shape))
             self.values.append(values_BHQD.new_zeros(shape))
-        rows, heads, _, size = keys_BHQD.shape
         assert self.positions_BQ is not None
         index = self.positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
         self.keys[layer][:rows].scatter_(2, index, keys_BHQD)
@@ -98,8 +101,10 @@ class TransformersEngine:
     """Generates with a transformers causal language model, shared with the learner or loaded apart.
 
     Args:
-        model: a causal LM. Its weights are used as they are at each call: a shared model needs no copy.
-        vocabulary: ids at or above it (the embedding's padding) are never sampled and take no probability.
+        model: a causal LM. Its weights are used as they are at each call: a shared model needs no
+            copy.
+        vocabulary: ids at or above it (the embedding's padding) are never sampled and take no
+            probability.
         prefill_tokens: at most about this many tokens go through one prefill forward.
     """
 
@@ -122,7 +127,7 @@ class TransformersEngine:
         return len(self._queue) + sum(not row.done for row in self._batch)
 
     def load(self, weights: dict[str, np.ndarray] | None, version: int) -> None:
-        """Take weights by name (None: the model is the learner's own). Caches of older weights are dropped."""
+        """Take weights by name (None: the learner's own model); drop caches of older ones."""
         if self.pending:
             raise RuntimeError(
                 f"{self.pending} requests are in flight: load weights between rollouts"
@@ -145,14 +150,15 @@ class TransformersEngine:
         cached = session.cached if session else []
         if list(request.ids[: len(cached)]) != cached or len(request.ids) <= len(cached):
             raise ValueError(
-                f"session {request.session}: its {len(request.ids)} ids do not extend the {len(cached)} cached ones:"
-                " history is append-only, so release the session or keep its ids"
+                f"session {request.session}: its {len(request.ids)} ids do not extend the"
+                f" {len(cached)} cached ones: history is append-only, so release the session or"
+                " keep its ids"
             )
         room = self.max_context - len(request.ids)
         if request.max_new_tokens < 1 or request.max_new_tokens > room:
             raise ValueError(
-                f"max_new_tokens={request.max_new_tokens} after {len(request.ids)} ids: the model's context of"
-                f" {self.max_context} leaves 1 to {room}"
+                f"max_new_tokens={request.max_new_tokens} after {len(request.ids)} ids: the model's"
+                f" context of {self.max_context} leaves 1 to {room}"
             )
         self._queue.append(request)
 
@@ -200,7 +206,8 @@ class TransformersEngine:
         return _Running(request, session, draws)
 
     def _decode(self, running: list[_Running]) -> None:
-        # A finished row rides along, its output unread, until half the batch is done: moving slots costs more.
+        # A finished row rides along, its output unread, until half the batch is done: moving slots
+        # costs more.
         if 2 * len(running) <= len(self._batch):
             self._batch = running
             self._bring_to_front([row.session for row in running])
@@ -224,7 +231,7 @@ class TransformersEngine:
             session.slot = hole
 
     def _feed(self, rows: list[_Running], chunks: list[Sequence[int]]) -> None:
-        """One forward over rows that occupy the first slots; each row that still runs samples a token."""
+        """One forward over rows in the first slots; each that still runs samples a token."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
         rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
         device = self.model.device
@@ -278,7 +285,7 @@ class TransformersEngine:
 
 
 def _sample(logits_BV: torch.Tensor, rows: Sequence[_Running]) -> tuple[list[int], list[float]]:
-    """Draw one token a row by its own law and its own next uniform number: no row's draw depends on another's."""
+    """Draw a token a row by its own law and next uniform number: none depends on another's."""
     if not torch.isfinite(logits_BV).all():
         raise FloatingPointError(
             "the student's logits hold NaN or infinity during a rollout: its weights are broken"
@@ -308,7 +315,7 @@ def _draw(
     top_p_B: torch.Tensor,
     uniform_B: torch.Tensor,
 ) -> torch.Tensor:
-    """Inverse-CDF sampling from the top-p nucleus: the smallest set of most probable tokens with mass >= top_p."""
+    """Inverse-CDF sampling from the nucleus, the fewest most probable tokens with mass >= top_p."""
     greedy_B = temperature_B == 0
     scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
     probs_BV, order_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)

@@ -1,7 +1,7 @@
 """The run's diary: metrics.jsonl first; TensorBoard and people read from what stands there.
 
-One JSON object a step. Fields under time/, perf/ and memory/ are the only ones in which two runs of one configuration may
-differ. Episodes go to episodes/NNNNNN.jsonl.
+One JSON object a step. Fields under time/, perf/ and memory/ are the only ones in which two runs of
+one configuration may differ. Episodes go to episodes/NNNNNN.jsonl.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class Journal:
     """Appends to a run folder.
 
     Args:
-        folder: the run's. start: the first step to come. position: bytes of metrics.jsonl that are to stand (a
-            resumed run cuts off what came after its checkpoint). tensorboard: also write event files.
+        folder: the run's. start: the first step to come. position: bytes of metrics.jsonl that are
+            to stand (a resumed run cuts off what came after its checkpoint). tensorboard: also
+            write event files.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ def _row(lesson: Lesson) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: what was not sampled is null, and -inf is the largest negative float32."""
+    """JSON has no NaN and no infinity: what was not sampled is null, and -inf is the largest
+    negative float32.
+    """
     if math.isnan(value):
         return None
     return round(value, 6) if math.isfinite(value) else -3.4e38

@@ -12,7 +12,7 @@ from tutelage.scheduler.episodes import Row
 
 
 def special_ids(tokenizer: Any, texts: Iterable[str]) -> tuple[int, ...]:
-    """Every id that the student's tokenizer makes of each text (Revisiting-OPD's `opd_mask_first_tokens`)."""
+    """Every id that the tokenizer makes of each text (Revisiting-OPD's `opd_mask_first_tokens`)."""
     found: dict[int, None] = {}
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -23,10 +23,10 @@ def special_ids(tokenizer: Any, texts: Iterable[str]) -> tuple[int, ...]:
 
 
 def loss_mask(row: Row, special: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """[T] True where the loss falls. Each special id is left out where it first occurs in each turn.
+    """[T] True where the loss falls: each special id is left out where a turn first has it.
 
-    A teacher that ends or opens its reply with other tokens is wrong there, and only there (section 4 of the paper's
-    code reading: one mask entry per id and per response).
+    A teacher that ends or opens its reply with other tokens is wrong there, and only there (the
+    paper's code: one mask entry per id and per response).
     """
     mask_T = row.chosen_T.copy()
     if special:

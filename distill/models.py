@@ -42,8 +42,9 @@ def resolve(reference: str) -> str:
 def load_tokenizer(reference: str) -> Any:
     """The tokenizer of a folder, hub id or built-in model.
 
-    Where tokenizer_config.json names no model's own class, tokenizer.json is the whole truth: AutoTokenizer would take
-    the class of the model's type instead (transformers 5), with other splits and extra tokens.
+    Where tokenizer_config.json names no model's own class, tokenizer.json is the whole truth:
+    AutoTokenizer would take the class of the model's type instead (transformers 5), with other
+    splits and extra tokens.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -80,7 +81,7 @@ def device_of(name: str) -> torch.device:
 
 
 def load_model(reference: str, *, dtype: str, device: str) -> Any:
-    """A causal language model, in evaluation mode (no dropout anywhere: rollouts and updates must agree)."""
+    """A causal language model, in evaluation mode: without dropout rollouts and updates agree."""
     from transformers import AutoModelForCausalLM
 
     model = _loading(
@@ -121,20 +122,20 @@ def student_tokenizer(config: StudentConfig) -> str:
 
 @torch.inference_mode()
 def _checked(model: Any, reference: str) -> Any:
-    """Refuse a model whose logits are not its head applied to its last hidden state (soft caps, logit scales)."""
+    """Refuse a model that does more to its logits than its head does (soft caps, logit scales)."""
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     logits = model(input_ids=ids).logits
     hidden = model.base_model(input_ids=ids).last_hidden_state
     if not torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3):
         raise ConfigError(
-            f"model {reference!r} ({type(model).__name__}) does more to its logits than its output embedding"
-            " does: not supported"
+            f"model {reference!r} ({type(model).__name__}) does more to its logits than its output"
+            " embedding does: not supported"
         )
     return model
 
 
 def check_vocabularies(config: RunConfig) -> int:
-    """The number of ids that student and teachers share. Reads tokenizers and configurations, no weights.
+    """The number of ids that student and teachers share. Reads no weights.
 
     Raises:
         ConfigError: a teacher whose tokenizer gives any token another id.
@@ -153,14 +154,15 @@ def check_vocabularies(config: RunConfig) -> int:
             )
             raise ConfigError(
                 f"teachers.{name}: its vocabulary differs from the student's: token {token!r} is id"
-                f" {vocabulary.get(token)} for the student and {theirs.get(token)} for {teacher.model!r};"
-                " choose a teacher with the student's tokenizer"
+                f" {vocabulary.get(token)} for the student and {theirs.get(token)} for"
+                f" {teacher.model!r}; choose a teacher with the student's tokenizer"
             )
         if other.eos_token_id != tokenizer.eos_token_id:
             raise ConfigError(
-                f"teachers.{name}: it ends with {other.eos_token!r}, the student with {tokenizer.eos_token!r}: on"
-                f" that token the teacher misleads; set eos_token in {teacher.model!r}, or mask it with"
-                " objective.mask_tokens and give the teacher a tokenizer with the student's EOS"
+                f"teachers.{name}: it ends with {other.eos_token!r}, the student with"
+                f" {tokenizer.eos_token!r}: on that token the teacher misleads; set eos_token in"
+                f" {teacher.model!r}, or mask it with objective.mask_tokens and give the"
+                " teacher a tokenizer with the student's EOS"
             )
         _check_room(teacher.model, size, f"teachers.{name}.model")
     return size
@@ -170,15 +172,16 @@ def _check_room(reference: str, size: int, key: str) -> None:
     rows = load_settings(reference).get_text_config().vocab_size
     if rows < size:
         raise ConfigError(
-            f"{key}: {reference!r} has {rows} embedding rows for a tokenizer of {size} ids: it belongs to another"
-            " vocabulary"
+            f"{key}: {reference!r} has {rows} embedding rows for a tokenizer of {size} ids: it"
+            " belongs to another vocabulary"
         )
 
 
 def prepare_process(threads: int | None) -> None:
-    """Set torch's threads (two processes with two threads each on two cores ran 11 times slower than with one), and
-    let glibc keep freed memory: by default every large tensor is mapped, faulted in and unmapped anew, which cost a
-    fifth of an update."""
+    """Set torch's threads (two processes with two threads each on two cores ran 11 times slower
+    than with one), and let glibc keep freed memory: by default every large tensor is mapped,
+    faulted in and unmapped anew, which cost a fifth of an update.
+    """
     torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
         libc = ctypes.CDLL("libc.so.6")

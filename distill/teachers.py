@@ -12,11 +12,11 @@ from tutelage.distill.objectives import TeacherScores
 from tutelage.scheduler.episodes import Row
 
 HEAD_TOKENS = 4096
-"""Positions whose whole logits exist at once: 4096 x 152,064 x 4 bytes = 2.5 GB at the largest vocabulary."""
+"""Positions whose whole logits exist at once: 2.5 GB at a vocabulary of 152,064."""
 
 
 class TransformersTeacher:
-    """A frozen transformers model. A plain class: the scheduler runs it in this process or as a Ray actor.
+    """A frozen transformers model. The scheduler runs it in this process or as a Ray actor.
 
     Args:
         model: a causal LM.
@@ -44,7 +44,8 @@ class TransformersTeacher:
                 )
                 for at in range(0, len(hidden_ND), HEAD_TOKENS)
             ]
-            joined, start = TeacherScores.join(parts).to("cpu"), 0  # lessons are data, not device memory
+            joined = TeacherScores.join(parts).to("cpu")  # lessons are data, not device memory
+            start = 0
             for member in batch.members:
                 count = int(rows[member].chosen_T.sum())
                 scores[member] = joined.take(torch.arange(start, start + count))

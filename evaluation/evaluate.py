@@ -1,4 +1,4 @@
-"""Scores of a student: every game once, fixed seeds, greedy and sampled, per task type, with intervals."""
+"""Scores of a student: every game once, fixed seeds, greedy and sampled, with intervals."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def orders(
     if episodes == "all":
         if num_games is None:
             raise ValueError(
-                f"task {task!r}: evaluation.episodes is 'all', but the environment does not say how many it has:"
-                " give a number"
+                f"task {task!r}: evaluation.episodes is 'all', but the environment does not say how"
+                " many it has: give a number"
             )
         count = num_games
     else:
@@ -49,7 +49,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     part: int = 64,
 ) -> dict[str, Any]:
-    """Play the games and summarise. `progress(done, total)` is called after every `part` of them."""
+    """Play the games and summarise; `progress(done, total)` is called after every `part`."""
     wanted = orders(task, episodes=episodes, num_games=num_games)
     outcomes: list[Episode | Dropped] = []
     for start in range(0, len(wanted), part):
@@ -64,7 +64,8 @@ def evaluate(
 
 
 def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
-    """Success rate with its Wilson interval, overall and per task type. Dropped episodes are counted apart.
+    """Success rate with its Wilson interval, overall and per task type. Dropped episodes are
+    counted apart.
 
     A reply cut off at a limit is a failure in the denominator like any other.
     """

@@ -21,7 +21,8 @@ class Interval(NamedTuple):
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The unbiased estimate of pass@k of one problem from `num_samples` of which `num_correct` are right:
+    """The unbiased estimate of pass@k of one problem, `num_correct` of `num_samples` being right.
+
     1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374, equation 1), as a stable product.
 
     Raises:
@@ -41,7 +42,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927): right also at 0 and at n, and for small n.
+    """Wilson's score interval of a proportion (Wilson 1927): right at 0, at n, and for small n too.
 
     Raises:
         ValueError: n < 1, successes outside 0..n, or a confidence outside (0, 1).
@@ -60,10 +61,10 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
 def mean_and_interval(
     values: Sequence[float], confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, Interval]:
-    """The mean of one value per problem (each the mean of its own samples) and its percentile-bootstrap interval.
+    """The mean of one value per problem, and its percentile-bootstrap interval.
 
-    Problems are resampled and keep their samples, so samples of one problem do not count as independent. The same
-    values give the same interval.
+    A problem's value is the mean of its own samples: problems are resampled and keep their samples,
+    so samples of one problem do not count as independent. The same values give the same interval.
 
     Raises:
         ValueError: no values, or a confidence outside (0, 1).

@@ -1,7 +1,8 @@
-"""Append-only chat: what the student sampled is kept as ids; only what surrounds it is ever tokenised.
+"""Append-only chat: what was sampled is kept as ids; only what surrounds it is tokenised.
 
-The pieces between two sampled turns are read once from the tokenizer's own chat template, by rendering sentinels.
-A template that rewrites earlier turns (Qwen3 drops earlier reasoning) is therefore never asked to.
+The pieces between two sampled turns are read once from the tokenizer's own chat template, by
+rendering sentinels. A template that rewrites earlier turns (Qwen3 drops earlier reasoning) is
+therefore never asked to.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Chat:
     def following(self, text: str, *, closed: bool) -> list[int]:
         """The ids between two replies; `closed` says that the student ended its reply itself.
 
-        The template's closing tokens begin with the end-of-turn token: it is not repeated when it was sampled.
+        The template's closing tokens begin with the end-of-turn token: it is not repeated when it
+        was sampled.
         """
         ids = self._encode(self._close + text + self._tail)
         if closed and ids and ids[0] in self.eos_ids:
@@ -67,7 +69,7 @@ class Chat:
 
 
 def _eos_ids(tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a turn: the tokenizer's EOS and the usual end-of-turn markers that it has."""
+    """Every id that ends a turn: the tokenizer's EOS and those usual end-of-turn markers it has."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} has no EOS token: set eos_token in its config"
@@ -97,13 +99,14 @@ def _pieces(tokenizer: Any, system: str | None) -> tuple[str, str, str]:
         close, tail = rest.split(second)
     except ValueError:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} drops or repeats a message: a template must show"
-            " each user and assistant text exactly once; give the model one that does"
+            f"the chat template of {tokenizer.name_or_path!r} drops or repeats a message: a"
+            " template must show each user and assistant text exactly once; give the"
+            " model one that does"
         ) from None
     alone = tokenizer.apply_chat_template(
         messages[: len(opening) + 1], tokenize=False, add_generation_prompt=True
     )
     if alone != head + first + tail and not middle.startswith(tail):
-        # What follows the first user text differs when a reply comes: trust what a live chat would see.
+        # What follows the first user text differs when a reply comes: trust what a live chat sees.
         tail = alone.split(first)[1]
     return head, close, tail

@@ -1,6 +1,6 @@
-"""Where workers and teachers run: in this process, or as Ray actors. The same classes, one line of configuration.
+"""Where workers and teachers run: in this process, or as Ray actors.
 
-The only module that imports Ray.
+The same classes either way, chosen by one line of configuration. The only module that imports Ray.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ class RayCluster:
 
     Args:
         address: `local` starts Ray on this machine; `auto` or `ray://...` joins a running cluster.
-        workers: rollout workers. Each plays a fixed share of every step's episodes, so one worker plays exactly what an
-            in-process run does.
+        workers: rollout workers. Each plays a fixed share of every step's episodes, so one worker
+            plays exactly what an in-process run does.
         threads: of torch in each actor.
-        make_worker: called in the actor, returns its RolloutWorker. make_teachers: by name, called in the actor.
+        make_worker: called in the actor, returns its RolloutWorker. make_teachers: by name, called
+            in the actor.
         weights: the student's current weights by name, as arrays.
         timeout: seconds that one step's rollouts or one scoring may take.
     """

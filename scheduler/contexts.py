@@ -1,8 +1,9 @@
 """What the student sees each turn: the whole history in one row, or a window with one row per turn.
 
-`full` appends: one prompt grows, the engine keeps its key-value cache, one training row per episode. `window` shows the
-task, the last turns, the current observation and (on request) the admissible actions, afresh each turn, the way
-step-independent agents are prompted; one training row per turn.
+`full` appends: one prompt grows, the engine keeps its key-value cache, one training row per
+episode. `window` shows the task, the last turns, the current observation and (on request) the
+admissible actions, afresh each turn, the way step-independent agents are prompted; one training row
+per turn.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ CONTEXTS = ("full", "window")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSettings:
-    """kind: `full` or `window`. repeat_task: (full) say the task again with every observation, so that it stays in
-    view. turns: (window) how many past turns are shown. admissible: list the admissible actions."""
+    """kind: `full` or `window`. repeat_task: (full) say the task again with every observation, so
+    that it stays in view. turns: (window) how many past turns are shown. admissible: list the
+    admissible actions."""
 
     kind: str = "full"
     repeat_task: bool = False
@@ -33,7 +35,7 @@ class ContextSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What was chosen in one turn: ids with the student's log-probabilities (NaN for an expert's)."""
+    """What was chosen in one turn: ids, the student's log-probabilities (NaN for an expert's)."""
 
     ids: Sequence[int]
     logprobs: Sequence[float]
@@ -77,7 +79,7 @@ class _RowBuilder:
 
 
 class Context:
-    """One episode's conversation. Call `observe`, read `prompt_ids`, then `reply`; `rows` at the end."""
+    """One episode's conversation: `observe`, read `prompt_ids`, `reply`, ..., at the end `rows`."""
 
     def __init__(self, chat: Chat, settings: ContextSettings) -> None:
         if settings.kind not in CONTEXTS:
@@ -123,8 +125,10 @@ class Context:
         self._trunk = self._trunk + ids
 
     def reply(self, reply: Reply, *, action: str, expert_ids: Sequence[int] | None = None) -> None:
-        """Record a turn. With `expert_ids` (the expert's action where the student acted) the loss falls on those
-        instead: on a branch beside the student's words, or in their place in a window's row."""
+        """Record a turn. With `expert_ids` (the expert's action where the student acted) the loss
+        falls on those instead: on a branch beside the student's words, or in their place in a
+        window's row.
+        """
         turn = len(self._history)
         if expert_ids is None:
             self._builder.trunk(reply, turn)
@@ -178,7 +182,7 @@ class Context:
         actions = info.get("admissible_actions")
         if actions is None:
             raise ValueError(
-                "rollout.context.admissible is on, but the environment's info has no 'admissible_actions':"
-                " turn it off for this task"
+                "rollout.context.admissible is on, but the environment's info has no"
+                " 'admissible_actions': turn it off for this task"
             )
         return ["Admissible actions: " + ", ".join(actions)]

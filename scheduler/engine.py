@@ -1,7 +1,7 @@
-"""What a rollout needs of an inference engine: token ids in, token ids out, many requests in flight.
+"""What a rollout needs of an inference engine: ids in, ids out, many requests in flight.
 
-The shape is that of a continuous-batching server's own loop (add a request, step, collect what finished), so that vLLM
-and the transformers engine stand behind the same three calls.
+The shape is that of a continuous-batching server's own loop (add a request, step, collect what
+finished), so that vLLM and the transformers engine stand behind the same three calls.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from tutelage.scheduler.episodes import SamplingLaw
 class Request:
     """Continue `ids` by at most `max_new_tokens`, ending with one of `stop_ids` (which is kept).
 
-    session: requests of one session extend each other's ids, so the engine may keep their keys and values.
-    seed: all randomness of this reply. The same request gives the same reply whatever else is in flight.
+    session: requests of one session extend each other's ids, so the engine may keep their keys and
+    values.
+    seed: all randomness of this reply. The same request gives the same reply whatever else is in
+    flight.
     """
 
     session: int
@@ -48,8 +50,8 @@ class Engine(Protocol):
     version: int
     max_context: int
     lockstep: bool
-    """True: results depend (in the last bits) on what shares a batch, so the caller should answer all sessions
-    before it steps again; then a run repeats exactly."""
+    """True: results depend (in the last bits) on what shares a batch, so the caller should answer
+    all sessions before it steps again; then a run repeats exactly."""
 
     def load(self, weights: dict[str, npt.NDArray[np.generic]] | None, version: int) -> None:
         """Take the learner's weights (None: they are shared in memory already)."""
@@ -58,7 +60,7 @@ class Engine(Protocol):
         """Queue a request."""
 
     def step(self) -> list[Completion]:
-        """Advance; return what finished. Empty only when nothing is queued or something still runs."""
+        """Advance; return what finished. Empty: something still runs, or nothing was queued."""
 
     def release(self, session: int) -> None:
         """Forget a session and its cache."""

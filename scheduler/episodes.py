@@ -36,10 +36,11 @@ class Row:
     """One training row: the exact ids that a model saw and chose.
 
     ids_T: token ids, int32. turns_T: the turn that chose the token, NOT_CHOSEN elsewhere.
-    logprobs_T: the student's natural log-probability of a token it sampled, over the full vocabulary at
-    temperature 1; NaN where nothing was sampled (a stored 0.0 would look like certainty).
-    branches_T: 0 on the trunk. A token of branch b > 0 (an expert's action in a state where the student
-    acted otherwise) sees the trunk before it and its own branch; nothing else sees it.
+    logprobs_T: the student's natural log-probability of a token it sampled, over the full
+    vocabulary at temperature 1; NaN where nothing was sampled (a stored 0.0 would look like
+    certainty).
+    branches_T: 0 on the trunk. A token of branch b > 0 (an expert's action in a state where the
+    student acted otherwise) sees the trunk before it and its own branch; nothing else sees it.
     """
 
     ids_T: npt.NDArray[np.int32]
@@ -73,7 +74,7 @@ class Row:
         return before_T + since_T
 
     def sources_T(self) -> npt.NDArray[np.int64]:
-        """For each token, the index of the token whose hidden state predicts it (-1 for the first)."""
+        """For each token, the index of the one whose hidden state predicts it (the first: -1)."""
         sources_T = np.arange(len(self.ids_T), dtype=np.int64) - 1
         if not self.branches_T.any():
             return sources_T
@@ -89,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """One episode to play. Everything random in it follows from `seed`; `name` says it in messages."""
+    """One episode to play. All randomness in it follows from `seed`; messages call it `name`."""
 
     task: str
     number: int  # its place in the step's batch
@@ -115,7 +116,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """A finished episode. Its task's name travels with it, so that no index can lose its teacher."""
+    """A finished episode. Its task's name travels with it: no index can lose its teacher."""
 
     order: Order
     rows: tuple[Row, ...]
@@ -137,7 +138,7 @@ class Episode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dropped:
-    """An episode that could not be played: after the last retry it is counted and named, not fatal."""
+    """An episode that no attempt could play to its end: counted and named, not fatal."""
 
     order: Order
     reason: str  # "died" | "timeout" | "raised" | "garbage"

@@ -1,4 +1,4 @@
-"""Plays episodes: many at once, token-exact, each bounded by its limits, each fault bounded and counted."""
+"""Plays episodes: many at once, token-exact, each within its limits, each fault counted."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ class EnvironmentPools:
 
 
 class RolloutWorker:
-    """Plays orders with one engine. A plain class: the scheduler runs it in this process or as a Ray actor.
+    """Plays orders with one engine. A plain class: the scheduler runs it in this process or as a
+    Ray actor.
 
     Args:
         engine: the inference engine.
@@ -253,13 +254,14 @@ class _Play:
         action = live.info.get("expert_action")
         if action is None:
             raise ValueError(
-                f"task {live.order.task!r}: imitation needs info['expert_action'] from {self._how.env!r}:"
-                " give the environment expert=True under env_args, or another objective"
+                f"task {live.order.task!r}: imitation needs info['expert_action'] from"
+                f" {self._how.env!r}: give the environment expert=True under env_args, or another"
+                " objective"
             )
         return str(action)
 
     def _finish(self, live: _Live, ended: str) -> None:
-        # An order that every attempt failed has no success; an env that says nothing of it: reward > 0 at the end.
+        # An environment that says nothing of success: a positive reward is one.
         self._done[live.order.number] = Episode(
             order=live.order,
             rows=live.context.rows(),

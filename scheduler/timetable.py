@@ -1,4 +1,7 @@
-"""Which task is next, and which of its games: a pure function of (seed, step), so that a resumed run goes on exactly."""
+"""Which task is next, and which of its games: a pure function of (seed, step).
+
+So a resumed run goes on exactly where it was.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,22 @@ ENDLESS = 100_000
 class TaskPlan:
     """How many episodes one of a task's steps plays, and of what.
 
-    group: episodes of one game. expert_share: share of episodes that the expert plays itself. labels: the expert's
-    action is recorded in every state (imitation).
+    group: episodes of one game. labels: the expert's action is recorded in every state (imitation).
+    expert_share: share of the episodes that the expert plays itself, at the run's first and last
+    step, linear between (DAgger's mixing rate, Ross et al. 2011, section 3).
     """
 
     episodes: int
     group: int = 1
     labels: bool = False
-    expert_share: float = 0.0
+    expert_share: tuple[float, float] = (0.0, 0.0)
 
 
 class Timetable:
     """Alternates the tasks in their given order, one a step (Revisiting-OPD's round robin).
 
-    A task's n-th step is the same whatever else is in the run: its seeds come from (seed, task, n) alone.
+    A task's n-th step is the same whatever else is in the run: its seeds come from (seed, task, n)
+    alone.
 
     Args:
         tasks: by name, in order. steps: of the run. seed: the run's.
@@ -56,7 +61,8 @@ class Timetable:
             yield step, self.task_at(step)
 
     def orders(self, step: int, num_games: int | None) -> list[Order]:
-        """The episodes of a step. num_games: how many distinct games the task's environment has; None: unknown.
+        """The episodes of a step. num_games: how many distinct games the task's environment has;
+        None: unknown.
 
         Games come in passes: each once in an order shuffled anew, before any comes again.
         """
@@ -65,7 +71,9 @@ class Timetable:
         games = -(-plan.episodes // plan.group)
         first = turn * games
         indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
-        by_expert = round(plan.expert_share * plan.episodes) if plan.labels else 0
+        begin, end = plan.expert_share
+        share = begin + (end - begin) * step / max(1, self.steps - 1)
+        by_expert = round(share * plan.episodes) if plan.labels else 0
         orders = []
         for number in range(plan.episodes):
             entropy = np.random.SeedSequence([self._seed, _key(task), turn, number])
