@@ -28,6 +28,7 @@ class _Section(BaseModel):
 
 
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class StudentConfig(_Section):
@@ -107,9 +108,8 @@ class TaskConfig(_Section):
     teacher: str | None = None
     episodes: Positive = 16
     group: Positive = 1  # episodes of one game or problem
-    expert_share: Annotated[float, Field(ge=0, le=1)] = (
-        1.0  # imitation: episodes that the expert plays itself
-    )
+    # imitation: the share of episodes that the expert plays itself, or [at first, at last]
+    expert_share: Share | tuple[Share, Share] = 1.0
     weight: Annotated[float, Field(gt=0)] = 1.0  # of this task's loss
     objective: dict[str, Any] | None = None  # replaces the run's objective
     rollout: dict[str, Any] = {}  # replaces keys of the run's rollout section
@@ -120,6 +120,10 @@ class ScheduleConfig(_Section):
 
 
 class OptimizerConfig(_Section):
+    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest (torch >= 2.9): half the steps from
+    scratch for the tiny models. lr means the same for both."""
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01

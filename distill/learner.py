@@ -18,12 +18,13 @@ import torch
 from tutelage.distill.batches import Batch, pack
 from tutelage.distill.config import OptimizerConfig
 from tutelage.distill.objectives import DenseStudent, Objective, TeacherScores
+from tutelage.distill.optimizers import Optimizer
 from tutelage.scheduler.episodes import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
-    """A row with what its teacher says of it (None: the tokens themselves are the lesson) and where the loss falls.
+    """A row, what its teacher says of it (None: its tokens are the lesson), where the loss falls.
 
     mask_T: a part of the row's chosen tokens.
     """
@@ -38,12 +39,13 @@ class Lesson:
             raise ValueError(f"task {self.task!r}: the loss mask covers tokens that nobody chose")
         if self.scores is not None and len(self.scores) != int(self.row.chosen_T.sum()):
             raise ValueError(
-                f"task {self.task!r}: {len(self.scores)} teacher scores for {int(self.row.chosen_T.sum())} tokens"
+                f"task {self.task!r}: {len(self.scores)} teacher scores for"
+                f" {int(self.row.chosen_T.sum())} tokens"
             )
 
 
 class Learner:
-    """Owns the student's weights and AdamW's state.
+    """Owns the student's weights and the optimizer's state.
 
     Args:
         model: a causal LM, trained in place.
@@ -55,38 +57,30 @@ class Learner:
         self.model, self.vocabulary, self._config, self._steps = model, vocabulary, config, steps
         self.version = 0
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in self._parameters if p.ndim >= 2]
-        plain = [
-            p for p in self._parameters if p.ndim < 2
-        ]  # norms and biases: decay would only shrink them
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = Optimizer(model, config)
 
     def update(
         self, lessons: Sequence[Lesson], objective: Objective, *, weight: float, seed: int
     ) -> dict[str, float]:
-        """One optimizer step on the weighted mean loss. Gradients are accumulated over micro-batches.
+        """One optimizer step on the weighted mean loss, accumulated over micro-batches.
 
         Raises:
-            ValueError: the mask is empty. FloatingPointError: the loss or the gradient is not finite.
+            ValueError: the mask is empty.
+            FloatingPointError: the loss or the gradient is not finite; the weights stay.
         """
         masks = [torch.from_numpy(lesson.mask_T[lesson.row.chosen_T]) for lesson in lessons]
         total = int(sum(mask.sum() for mask in masks))
         if not total:
             tasks = ", ".join(sorted({lesson.task for lesson in lessons})) or "none"
             raise ValueError(
-                f"no token takes loss in {len(lessons)} rows (tasks: {tasks}): objective.mask_tokens masks all that"
-                " the student said, or every episode was dropped"
+                f"no token takes loss in {len(lessons)} rows (tasks: {tasks}):"
+                " objective.mask_tokens masks all that the student said, or every episode was"
+                " dropped"
             )
         device = self.model.device
         generator = torch.Generator(device=device).manual_seed(seed)
         sums: dict[str, float] = defaultdict(float)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         rows = [lesson.row for lesson in lessons]
         for batch in pack(rows, max_tokens=self._micro_tokens, device=device):
             weights_N = self._weights([masks[i] for i in batch.members], total, len(lessons)).to(
@@ -96,16 +90,14 @@ class Learner:
             (weight * loss).backward()
             for name, value in found.items():
                 sums[name] += value
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
         if not math.isfinite(sums["loss/mean"]) or not torch.isfinite(norm):
             raise FloatingPointError(
-                f"loss {sums['loss/mean']}, gradient norm {norm.item()} at update {self.version}: the weights are as"
-                " they were; lower optimizer.lr, or look at the step's episodes"
+                f"loss {sums['loss/mean']}, gradient norm {norm.item()} at update {self.version}:"
+                " the weights are as they were; lower optimizer.lr, or look at the step's episodes"
             )
         rate = self.learning_rate(self.version)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.version += 1
         sums |= {
             "optimizer/grad_norm": norm.item(),
@@ -115,7 +107,7 @@ class Learner:
         return dict(sums)
 
     def _weights(self, masks: Sequence[torch.Tensor], total: int, count: int) -> torch.Tensor:
-        """Each token's share of the mean: over all tokens of the step, or over rows and then tokens."""
+        """Each token's share of the mean: over the step's tokens, or over rows and their tokens."""
         if self._config.aggregate == "token":
             return torch.cat([mask.float() / total for mask in masks])
         return torch.cat([mask.float() / mask.sum().clamp(min=1) / count for mask in masks])
@@ -170,7 +162,7 @@ def _joined(lessons: Sequence[Lesson]) -> TeacherScores:
     for lesson in lessons:
         if lesson.scores is None:
             raise ValueError(
-                f"task {lesson.task!r}: a lesson without teacher scores reached a teacher's objective"
+                f"task {lesson.task!r}: a lesson without scores reached a teacher's objective"
             )
         parts.append(lesson.scores)
     return TeacherScores.join(parts)

@@ -27,7 +27,7 @@ class TransformersTeacher:
     def __init__(self, model: Any, *, vocabulary: int, max_tokens: int = 32_768) -> None:
         self.model, self.vocabulary, self._max_tokens = model, vocabulary, max_tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: its tensors could not meet the student's in a loss
     def score(self, rows: Sequence[Row], *, k: int) -> list[TeacherScores]:
         """The scores of each row's chosen tokens, on the CPU, in the rows' order."""
         k = min(k, self.vocabulary)

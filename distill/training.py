@@ -197,11 +197,12 @@ class Run:
     def _plan(self, task: str) -> TaskPlan:
         config = self.config.tasks[task]
         labels = not self._objectives[task].needs_teacher
+        share = config.expert_share
         return TaskPlan(
             episodes=config.episodes,
             group=config.group,
             labels=labels,
-            expert_share=config.expert_share if labels else 0.0,
+            expert_share=share if isinstance(share, tuple) else (share, share),
         )
 
     def _num_games(self, name: str) -> int | None:

@@ -1,0 +1,75 @@
+"""The student's optimizer: AdamW, or Muon for the hidden matrices beside AdamW for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tutelage.distill.config import ConfigError, OptimizerConfig
+
+
+class Optimizer:
+    """One or two torch optimizers that step together at one learning rate.
+
+    Weight decay falls on matrices alone: on norms and biases it would only shrink them. Muon (Jordan et al. 2024) takes
+    the hidden matrices, its update scaled to AdamW's size (arXiv:2502.16982, equation 4); embeddings, the output head,
+    norms and biases stay with AdamW.
+    """
+
+    def __init__(self, model: Any, config: OptimizerConfig) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        hidden = [p for p in self.parameters if p.ndim == 2 and id(p) not in ends]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        by_muon = hidden if config.name == "muon" else []
+        taken = {id(p) for p in by_muon}
+        vectors = [p for p in self.parameters if p.ndim < 2]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [
+                    {"params": [p for p in matrices if id(p) not in taken]},
+                    {"params": vectors, "weight_decay": 0.0},
+                ],
+                lr=config.lr,
+                betas=config.betas,
+                weight_decay=config.weight_decay,
+            )
+        ]
+        if by_muon:
+            self._parts.append(_muon(by_muon, config))
+
+    def step(self, lr: float) -> None:
+        """Update the parameters from their gradients."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes back."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        for part, saved in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def _muon(parameters: list[Any], config: OptimizerConfig) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optimizer.name: muon needs torch >= 2.9, this is {torch.__version__}: upgrade, or use adamw"
+        )
+    return torch.optim.Muon(
+        parameters,
+        lr=config.lr,
+        momentum=0.95,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
