@@ -1,0 +1,227 @@
+"""Rows as batches: branches, padding and packing leave every hidden state what it would be alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tutelage.distill.batches import Batch, pack
+from tutelage.distill.teachers import TransformersTeacher
+from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+
+CPU = torch.device("cpu")
+PROMPT, FIRST, EXPERT, BETWEEN, SECOND = [5, 6, 7, 8], [20, 21, 22], [30, 31], [9, 10], [40, 41]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Any]) -> Any:
+    return make_model()
+
+
+@pytest.fixture
+def branched(make_row: Callable[..., Row]) -> Row:
+    """Two turns; in each the expert (`branch`) would have said something else."""
+    return make_row(
+        [
+            ("prompt", PROMPT),
+            ("branch", EXPERT),
+            ("said", FIRST),
+            ("prompt", BETWEEN),
+            ("branch", [*EXPERT, 32]),
+            ("said", SECOND),
+        ]
+    )
+
+
+@torch.no_grad()
+def _hidden(model: Any, rows: Sequence[Row], **how: Any) -> dict[int, torch.Tensor]:
+    """By row: the hidden states that predict its chosen tokens."""
+    found = {}
+    for batch in pack(rows, **({"max_tokens": 1000} | how), device=CPU):
+        hidden_ND = batch.hidden(model)
+        for b, member in enumerate(batch.members):
+            found[member] = hidden_ND[batch.rows_N == b]
+    return found
+
+
+@torch.no_grad()
+def _states(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """The model's last hidden states [T, D] of a plain sequence: no mask, no positions, no batch."""
+    hidden: torch.Tensor = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    return hidden
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> None:
+    assert left.shape == right.shape and left.numel()
+    torch.testing.assert_close(left, right, rtol=0, atol=2e-6)
+
+
+def test_a_branch_sees_what_a_plain_row_with_the_same_prefix_sees(
+    model: Any, branched: Row
+) -> None:
+    """Both branches, each predicted from the trunk alone: the student's words of the same turn and
+    the earlier branch are invisible to it, and positions count on from the trunk."""
+    hidden_ND = _hidden(model, [branched])[0]
+    first = _states(model, [*PROMPT, *EXPERT])[len(PROMPT) - 1 : -1]
+    trunk = [*PROMPT, *FIRST, *BETWEEN]
+    second = _states(model, [*trunk, *EXPERT, 32])[len(trunk) - 1 : -1]
+    _close(hidden_ND[: len(EXPERT)], first)
+    at = len(EXPERT) + len(FIRST)
+    _close(hidden_ND[at : at + 3], second)
+
+
+def test_trunk_tokens_after_a_branch_are_those_of_the_row_without_it(
+    model: Any, branched: Row
+) -> None:
+    hidden_ND = _hidden(model, [branched])[0]
+    plain = _states(model, [*PROMPT, *FIRST, *BETWEEN, *SECOND])
+    said_first = plain[len(PROMPT) - 1 : len(PROMPT) - 1 + len(FIRST)]
+    _close(hidden_ND[len(EXPERT) : len(EXPERT) + len(FIRST)], said_first)
+    _close(hidden_ND[-len(SECOND) :], plain[-len(SECOND) - 1 : -1])
+
+
+def test_a_branch_does_matter_to_its_own_prediction(model: Any, make_row: Any) -> None:
+    """The guard of the tests above: another branch gives other hidden states inside the branch."""
+    one, other = (
+        make_row([("prompt", PROMPT), ("branch", ids), ("said", FIRST)])
+        for ids in ([30, 31], [33, 31])
+    )
+    difference = _hidden(model, [one])[0] - _hidden(model, [other])[0]
+    assert difference[1].abs().max() > 0.05  # predicts the second branch token, after the first
+    assert difference[[0, 2, 3, 4]].abs().max() < 2e-6
+
+
+def test_dagger_rows_as_a_context_makes_them(model: Any) -> None:
+    """The student's own words on the trunk take no loss (turn -1) but are seen by what follows."""
+    ids = [*PROMPT, *EXPERT, *FIRST, *BETWEEN, *EXPERT]
+    lengths = [len(PROMPT), len(EXPERT), len(FIRST), len(BETWEEN), len(EXPERT)]
+    row = Row(
+        ids_T=np.asarray(ids, dtype=np.int32),
+        turns_T=np.repeat([NOT_CHOSEN, 0, NOT_CHOSEN, NOT_CHOSEN, 1], lengths).astype(np.int32),
+        logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
+        branches_T=np.repeat([0, 1, 0, 0, 2], lengths).astype(np.int32),
+    )
+    hidden_ND = _hidden(model, [row])[0]
+    trunk = [*PROMPT, *FIRST, *BETWEEN]
+    _close(hidden_ND[:2], _states(model, [*PROMPT, *EXPERT])[len(PROMPT) - 1 : -1])
+    _close(hidden_ND[2:], _states(model, [*trunk, *EXPERT])[len(trunk) - 1 : -1])
+
+
+def test_adjacent_branches_stay_apart(model: Any) -> None:
+    """Two branches with no trunk between them start from the same place."""
+    row = Row(
+        ids_T=np.asarray([*PROMPT, 30, 31, 50, 51], dtype=np.int32),
+        turns_T=np.asarray([-1] * 4 + [0, 0, 1, 1], dtype=np.int32),
+        logprobs_T=np.full(8, np.nan, dtype=np.float32),
+        branches_T=np.asarray([0] * 4 + [1, 1, 2, 2], dtype=np.int32),
+    )
+    hidden_ND = _hidden(model, [row])[0]
+    _close(hidden_ND[:2], _states(model, [*PROMPT, 30, 31])[3:-1])
+    _close(hidden_ND[2:], _states(model, [*PROMPT, 50, 51])[3:-1])
+
+
+def test_padding_and_neighbours_change_nothing(
+    model: Any, make_row: Callable[..., Row], branched: Row
+) -> None:
+    """Ragged rows with and without branches, all in one padded batch and each alone."""
+    rng = np.random.default_rng(1)
+    rows = [branched]
+    for length in (1, 3, 9, 30):
+        prompt, said = (rng.integers(1, 101, size=n).tolist() for n in (length, 4))
+        rows.append(make_row([("prompt", prompt), ("said", said)]))
+    together = _hidden(model, rows)
+    for i, row in enumerate(rows):
+        _close(together[i], _hidden(model, [row])[0])
+    plain_only = _hidden(model, rows[1:])  # without a branch in the batch: the causal path
+    for i in range(4):
+        _close(plain_only[i], together[i + 1])
+
+
+def test_losses_of_plain_rows_come_from_the_token_before(
+    model: Any, make_row: Callable[..., Row]
+) -> None:
+    """Sources, targets and behaviour stand side by side: a shift by one would pair token t's
+    log-probability with another token's state."""
+    row = make_row([("prompt", PROMPT), ("said", FIRST), ("prompt", BETWEEN), ("said", SECOND)])
+    (batch,) = pack([row], max_tokens=100, device=CPU)
+    assert batch.sources_N.tolist() == [3, 4, 5, 8, 9]
+    assert batch.targets_N.tolist() == [*FIRST, *SECOND]
+    assert batch.behaviour_N.tolist() == row.logprobs_T[row.chosen_T].tolist()
+    assert batch.behaviour_N.isfinite().all()
+    states = _states(model, row.ids_T.tolist())
+    _close(_hidden(model, [row])[0], states[[3, 4, 5, 8, 9]])
+
+
+def test_packing_takes_every_row_once_and_keeps_to_its_limit(
+    make_row: Callable[..., Row],
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [make_row([("prompt", [1] * int(n)), ("said", [2, 3])]) for n in rng.integers(1, 60, 40)]
+    batches = pack(rows, max_tokens=100, device=CPU)
+    members = [member for batch in batches for member in batch.members]
+    assert sorted(members) == list(range(40))
+    assert len(batches) < 40  # it packs
+    for batch in batches:
+        width = max(len(rows[i].ids_T) for i in batch.members)
+        assert batch.ids_BT.shape == (len(batch.members), width)
+        assert len(batch.members) * width <= 100 or len(batch.members) == 1
+        assert len(batch.targets_N) == 2 * len(batch.members)
+    (alone,) = pack([make_row([("prompt", [1] * 300), ("said", [2])])], max_tokens=100, device=CPU)
+    assert alone.ids_BT.shape == (1, 301)
+
+
+def test_a_row_is_found_again_in_its_batch(make_row: Callable[..., Row]) -> None:
+    """tokens N run row by row in the members' order."""
+    rows = [make_row([("prompt", [9] * n), ("said", [n, n + 10])]) for n in (5, 1, 3)]
+    (batch,) = pack(rows, max_tokens=1000, device=CPU)
+    for b, member in enumerate(batch.members):
+        ids = rows[member].ids_T
+        assert batch.ids_BT[b, : len(ids)].tolist() == ids.tolist()
+        assert batch.targets_N[batch.rows_N == b].tolist() == ids[-2:].tolist()
+
+
+def test_no_rows_make_no_batches() -> None:
+    empty: list[Batch] = pack([], max_tokens=10, device=CPU)
+    assert empty == []
+
+
+class TestTeacher:
+    def test_scores_equal_log_softmax_of_the_plain_logits(
+        self, make_model: Callable[..., Any], make_row: Callable[..., Row], branched: Row
+    ) -> None:
+        """Over several batches, in the rows' order, on the vocabulary without the padding rows."""
+        model = make_model(vocabulary=90, padding=11, seed=4)
+        rows = [
+            make_row([("prompt", [50] * n), ("said", [3 * n, 7, 11])]) for n in (9, 2, 25, 4)
+        ] + [branched]
+        found = TransformersTeacher(model, vocabulary=90, max_tokens=60).score(rows, k=6)
+        for row, scores in zip(rows[:4], found[:4], strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row.ids_T.tolist()])).logits[0]
+            expected = logits[-4:-1, :90].log_softmax(-1)
+            said = torch.from_numpy(row.ids_T[-3:].astype(np.int64))
+            torch.testing.assert_close(
+                scores.sampled_N, expected.gather(1, said[:, None])[:, 0], rtol=0, atol=1e-5
+            )
+            top = expected.topk(6)
+            assert torch.equal(scores.ids_NK, top.indices)
+            torch.testing.assert_close(scores.logprobs_NK, top.values, rtol=0, atol=1e-5)
+            assert scores.vocabulary == 90
+        assert len(found[4]) == int(branched.chosen_T.sum())
+
+    def test_chunks_of_positions_do_not_show(
+        self, model: Any, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tutelage.distill import teachers
+
+        rows = [make_row([("prompt", [50] * n), ("said", [n, 7, 11])]) for n in (9, 2, 5)]
+        teacher = TransformersTeacher(model, vocabulary=101)
+        whole = teacher.score(rows, k=3)
+        monkeypatch.setattr(teachers, "HEAD_TOKENS", 2)
+        for one, other in zip(teacher.score(rows, k=3), whole, strict=True):
+            torch.testing.assert_close(one.sampled_N, other.sampled_N)
+            assert torch.equal(one.ids_NK, other.ids_NK)

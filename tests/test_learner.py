@@ -1,0 +1,359 @@
+"""The update: one mean over the step's tokens, however it is cut into pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tutelage.distill.config import OptimizerConfig
+from tutelage.distill.learner import Learner, Lesson
+from tutelage.distill.objectives import DenseStudent, TeacherScores, build
+from tutelage.distill.teachers import TransformersTeacher
+from tutelage.scheduler.episodes import Row
+
+VOCABULARY = 101
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def rows(make_row: Callable[..., Row]) -> list[Row]:
+    """Very ragged, so that a mean over rows or over batches differs from one over tokens."""
+    rng = np.random.default_rng(5)
+
+    def ids(count: int) -> list[int]:
+        return [int(i) for i in rng.integers(1, VOCABULARY, count)]
+
+    shapes = [(3, 2), (5, 17), (30, 1), (8, 6)]
+    return [make_row([("prompt", ids(p)), ("said", ids(n))], seed=n) for p, n in shapes]
+
+
+@pytest.fixture(scope="module")
+def teacher(make_model: Make) -> TransformersTeacher:
+    return TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
+
+
+def _lessons(rows: Sequence[Row], teacher: TransformersTeacher | None, k: int = 8) -> list[Lesson]:
+    scores: Sequence[TeacherScores | None] = [None] * len(rows)
+    if teacher is not None:
+        scores = teacher.score(rows, k=k)
+    return [
+        Lesson(task="t", row=row, scores=found, mask_T=row.chosen_T.copy())
+        for row, found in zip(rows, scores, strict=True)
+    ]
+
+
+def _learner(model: Any, *, steps: int = 10, **options: Any) -> Learner:
+    """Plain gradients are what is looked at: no clipping unless asked."""
+    config = OptimizerConfig(**({"clip": 1e9, "micro_tokens": 4096} | options))
+    return Learner(model, vocabulary=VOCABULARY, config=config, steps=steps)
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_same(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, atol: float
+) -> None:
+    assert one.keys() == other.keys() and one
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=atol, msg=name)
+
+
+def _direct(
+    model: Any,
+    lessons: Sequence[Lesson],
+    objective: Any,
+    reduce: Callable[[list[torch.Tensor]], torch.Tensor],
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by one plain forward a row, no packing, no micro-batches."""
+    losses = []
+    for lesson in lessons:
+        ids_T = torch.from_numpy(lesson.row.ids_T.astype(np.int64))
+        chosen = torch.from_numpy(np.flatnonzero(lesson.row.chosen_T))
+        logits_NV = model(input_ids=ids_T[None]).logits[0, chosen - 1, :VOCABULARY]
+        behaviour_N = torch.from_numpy(lesson.row.logprobs_T[lesson.row.chosen_T])
+        loss_N, _ = objective(DenseStudent(logits_NV), lesson.scores, ids_T[chosen], behaviour_N)
+        losses.append(loss_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])])
+    loss = reduce(losses)
+    model.zero_grad()
+    loss.backward()
+    found = loss.item(), _gradients(model)
+    model.zero_grad()
+    return found
+
+
+def _token_mean(losses: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(losses).mean()
+
+
+def _sequence_mean(losses: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([loss_N.mean() for loss_N in losses]).mean()
+
+
+@pytest.mark.parametrize("name", ["local_support", "sampled_token", "imitation"])
+@pytest.mark.parametrize(
+    ("aggregate", "reduce"), [("token", _token_mean), ("sequence", _sequence_mean)]
+)
+def test_loss_and_gradient_are_the_mean_that_the_config_names(
+    name: str,
+    aggregate: str,
+    reduce: Callable[[list[torch.Tensor]], torch.Tensor],
+    make_model: Make,
+    rows: list[Row],
+    teacher: TransformersTeacher,
+) -> None:
+    """In micro-batches of about one row; the direct computation has none."""
+    objective = build(name)
+    model = make_model(seed=1)
+    lessons = _lessons(rows, teacher if objective.needs_teacher else None, k=32)
+    loss, expected = _direct(model, lessons, objective, reduce)
+    learner = _learner(model, aggregate=aggregate, micro_tokens=40)
+    metrics = learner.update(lessons, objective, weight=1.0, seed=0)
+    assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
+    _assert_same(_gradients(model), expected, atol=1e-6)
+    norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    assert metrics["optimizer/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["tokens/trained"] == 2 + 17 + 1 + 6
+
+
+def test_the_two_means_differ_on_these_rows(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    """The guard of the test above."""
+    model, lessons = make_model(seed=1), _lessons(rows, teacher, k=32)
+    by_token, _ = _direct(model, lessons, build("local_support"), _token_mean)
+    by_row, _ = _direct(model, lessons, build("local_support"), _sequence_mean)
+    assert abs(by_token - by_row) > 0.01 * by_token
+
+
+def test_micro_batches_do_not_change_the_update(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    found = []
+    for micro_tokens in (1, 45, 10_000):
+        model = make_model(seed=1)
+        learner = _learner(model, micro_tokens=micro_tokens, clip=0.5, lr=1e-2)
+        metrics = learner.update(
+            _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
+        )
+        found.append((metrics, _gradients(model), model.state_dict()))
+    (first, gradients, weights), *others = found
+    for metrics, other_gradients, other_weights in others:
+        assert metrics == pytest.approx(first, rel=1e-4, abs=1e-6)
+        _assert_same(other_gradients, gradients, atol=1e-7)
+        # AdamW's first step is lr * sign(g): where g is nearly 0 the last bits of g show in full.
+        changed = torch.cat(
+            [(other_weights[n] - weights[n]).abs().flatten() for n in weights if "norm" not in n]
+        )
+        assert (changed > 1e-4).float().mean() < 2e-3
+
+
+def test_masked_tokens_leave_numerator_and_denominator(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    model, objective = make_model(seed=1), build("local_support", k=8)
+    lessons = []
+    for lesson in _lessons(rows, teacher):
+        mask_T = lesson.mask_T.copy()
+        mask_T[np.flatnonzero(mask_T)[1::2]] = False
+        lessons.append(Lesson(task="t", row=lesson.row, scores=lesson.scores, mask_T=mask_T))
+    loss, expected = _direct(model, lessons, objective, _token_mean)
+    metrics = _learner(model).update(lessons, objective, weight=1.0, seed=0)
+    assert metrics["tokens/trained"] == 1 + 9 + 1 + 3
+    assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
+    _assert_same(_gradients(model), expected, atol=1e-6)
+
+
+def test_an_infinite_loss_under_the_mask_does_not_count(
+    make_model: Make, make_row: Callable[..., Row]
+) -> None:
+    """0 * inf would make the step's loss NaN."""
+
+    def objective(student: Any, scores: Any, ids_N: Any, behaviour_N: Any, **_: Any) -> Any:
+        loss_N = -student.logprobs_at(ids_N[:, None])[:, 0]
+        return torch.where(ids_N == 3, torch.inf, loss_N), {}
+
+    objective.needs_teacher = False  # type: ignore[attr-defined]
+    row = make_row([("prompt", [1, 2]), ("said", [3, 4])])
+    mask_T = row.chosen_T & (row.ids_T != 3)
+    model = make_model()
+    lesson = Lesson(task="t", row=row, scores=None, mask_T=mask_T)
+    metrics = _learner(model).update([lesson], objective, weight=1.0, seed=0)  # type: ignore[arg-type]
+    assert math.isfinite(metrics["loss/mean"])
+    assert all(gradient.isfinite().all() for gradient in _gradients(model).values())
+
+
+def test_the_weight_scales_the_gradient_and_not_the_reported_loss(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    found = {}
+    for weight in (1.0, 0.25):
+        model = make_model(seed=1)
+        metrics = _learner(model).update(
+            _lessons(rows, teacher), build("local_support", k=8), weight=weight, seed=0
+        )
+        found[weight] = metrics, _gradients(model)
+    assert found[0.25][0]["loss/mean"] == found[1.0][0]["loss/mean"]
+    quarter = {name: 0.25 * gradient for name, gradient in found[1.0][1].items()}
+    _assert_same(found[0.25][1], quarter, atol=1e-8)
+
+
+def test_the_gradients_norm_is_clipped_after_it_is_reported(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    model = make_model(seed=1)
+    metrics = _learner(model, clip=0.01).update(
+        _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
+    )
+    after = torch.stack([g.norm() for g in _gradients(model).values()]).norm().item()
+    assert metrics["optimizer/grad_norm"] > 0.1
+    assert after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_metrics_are_means_over_the_tokens_that_take_loss(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    """Entropy, gap to the teacher, gap to the rollout's own log-probabilities: by hand."""
+    model, lessons = make_model(seed=1), _lessons(rows, teacher)
+    entropies, gaps, drifts = [], [], []
+    with torch.no_grad():
+        for lesson in lessons:
+            ids_T = torch.from_numpy(lesson.row.ids_T.astype(np.int64))
+            chosen = torch.from_numpy(np.flatnonzero(lesson.row.chosen_T))
+            logprobs = model(input_ids=ids_T[None]).logits[0, chosen - 1].log_softmax(-1)
+            said = logprobs.gather(1, ids_T[chosen][:, None])[:, 0]
+            assert lesson.scores is not None
+            entropies += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
+            gaps += (lesson.scores.sampled_N - said).tolist()
+            behaviour = torch.from_numpy(lesson.row.logprobs_T[lesson.row.chosen_T])
+            drifts += (said - behaviour).abs().tolist()
+    metrics = _learner(model, micro_tokens=40).update(
+        lessons, build("local_support", k=8), weight=1.0, seed=0
+    )
+    assert metrics["student/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
+    assert metrics["gap/mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert metrics["gap/engine"] == pytest.approx(np.mean(drifts), rel=1e-4)
+
+
+def test_an_update_lowers_the_loss_of_its_own_lessons(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    learner = _learner(make_model(seed=1), lr=1e-2)
+    losses = [
+        learner.update(_lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=i)
+        for i in range(5)
+    ]
+    assert losses[-1]["loss/mean"] < 0.7 * losses[0]["loss/mean"]
+    assert learner.version == 5
+
+
+def test_an_empty_mask_is_refused(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    empty = [
+        Lesson(task="kitchen", row=x.row, scores=x.scores, mask_T=np.zeros_like(x.mask_T))
+        for x in _lessons(rows, teacher)
+    ]
+    learner = _learner(make_model())
+    for lessons, named in ((empty, "kitchen"), ([], "none")):
+        with pytest.raises(ValueError, match=rf"no token takes loss.*tasks: {named}"):
+            learner.update(lessons, build("local_support", k=8), weight=1.0, seed=0)
+    assert learner.version == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_loss_stops_before_the_weights_change(
+    value: float, make_model: Make, rows: list[Row]
+) -> None:
+    """The optimizer's state stays too: the next sound update is as if the broken one had not been."""
+
+    def broken(student: Any, scores: Any, ids_N: Any, behaviour_N: Any, **_: Any) -> Any:
+        loss_N = -student.logprobs_at(ids_N[:, None])[:, 0]
+        return loss_N * value, {}
+
+    broken.needs_teacher = False  # type: ignore[attr-defined]
+    model, twin = make_model(seed=1), make_model(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learner, untouched = _learner(model, lr=1e-2), _learner(twin, lr=1e-2)
+    with pytest.raises(FloatingPointError, match="weights are as they were"):
+        learner.update(_lessons(rows, None), broken, weight=1.0, seed=0)  # type: ignore[arg-type]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for one in (learner, untouched):
+        one.update(_lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+    assert learner.version == untouched.version == 1
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_weight_decay_spares_norms_and_biases(make_model: Make, rows: list[Row]) -> None:
+    """With a decay that dwarfs the gradient step every matrix shrinks by lr * decay, nothing else."""
+    model = make_model(seed=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = _learner(model, lr=1e-6, weight_decay=1e5)
+    learner.update(_lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+    for name, parameter in model.named_parameters():
+        kept = 0.9 if parameter.ndim >= 2 else 1.0
+        torch.testing.assert_close(parameter, kept * before[name], rtol=1e-4, atol=5e-6, msg=name)
+
+
+class TestLearningRate:
+    @staticmethod
+    def _rates(model: Any, steps: int, **options: Any) -> list[float]:
+        learner = _learner(model, steps=steps, **options)
+        return [learner.learning_rate(step) for step in range(steps)]
+
+    def test_constant(self, make_model: Make) -> None:
+        assert self._rates(make_model(), 3, lr=0.5) == [0.5, 0.5, 0.5]
+
+    def test_warm_up_rises_linearly_and_is_never_zero(self, make_model: Make) -> None:
+        rates = self._rates(make_model(), 6, lr=0.4, warmup=4)
+        assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+    def test_cosine_falls_from_the_peak_towards_its_floor(self, make_model: Make) -> None:
+        rates = self._rates(make_model(), 10, lr=1.0, warmup=2, decay="cosine", floor=0.1)
+        expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+        assert rates == pytest.approx([0.5, 1.0, *expected])
+        assert rates[2] == 1.0 and 0.1 < rates[-1] < 0.2
+
+    def test_an_update_uses_the_rate_of_its_own_number(
+        self, make_model: Make, rows: list[Row]
+    ) -> None:
+        """AdamW's first steps are about lr in size: the weights move as the schedule says."""
+        model = make_model(seed=1)
+        learner = _learner(model, lr=4e-4, warmup=4, weight_decay=0.0)
+        moved = []
+        for step in range(2):
+            before = model.lm_head.weight.detach().clone()
+            metrics = learner.update(_lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+            assert metrics["optimizer/lr"] == pytest.approx(1e-4 * (step + 1))
+            moved.append((model.lm_head.weight - before).abs().median().item())
+        assert moved == pytest.approx([1e-4, 2e-4], rel=0.05)
+
+
+class TestLesson:
+    def test_a_mask_beyond_the_chosen_tokens_is_refused(self, rows: list[Row]) -> None:
+        mask_T = rows[0].chosen_T.copy()
+        mask_T[0] = True
+        with pytest.raises(ValueError, match="tokens that nobody chose"):
+            Lesson(task="t", row=rows[0], scores=None, mask_T=mask_T)
+
+    def test_scores_of_another_length_are_refused(
+        self, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        (scores,) = teacher.score(rows[:1], k=2)
+        with pytest.raises(ValueError, match="2 teacher scores for 17"):
+            Lesson(task="t", row=rows[1], scores=scores, mask_T=rows[1].chosen_T)
+
+    def test_a_teachers_objective_refuses_a_lesson_without_scores(
+        self, make_model: Make, rows: list[Row]
+    ) -> None:
+        with pytest.raises(ValueError, match="without scores"):
+            _learner(make_model()).update(
+                _lessons(rows, None), build("sampled_token"), weight=1.0, seed=0
+            )
