@@ -119,12 +119,13 @@ class TransformersEngine:
         self._free: list[int] = []
         self._queue: list[Request] = []
         self._batch: list[_Running] = []
+        self._in_flight: set[int] = set()  # sessions that are owed a reply
         self.generated_tokens = 0
         self.prefilled_tokens = 0
 
     @property
     def pending(self) -> int:
-        return len(self._queue) + sum(not row.done for row in self._batch)
+        return len(self._in_flight)
 
     def load(self, weights: dict[str, np.ndarray] | None, version: int) -> None:
         """Take weights by name (None: the learner's own model); drop caches of older ones."""
@@ -146,6 +147,8 @@ class TransformersEngine:
         self.version = version
 
     def submit(self, request: Request) -> None:
+        if request.session in self._in_flight:
+            raise ValueError(f"session {request.session} has a request in flight: await its reply")
         session = self._sessions.get(request.session)
         cached = session.cached if session else []
         if list(request.ids[: len(cached)]) != cached or len(request.ids) <= len(cached):
@@ -160,13 +163,16 @@ class TransformersEngine:
                 f"max_new_tokens={request.max_new_tokens} after {len(request.ids)} ids: the model's"
                 f" context of {self.max_context} leaves 1 to {room}"
             )
+        self._in_flight.add(request.session)
         self._queue.append(request)
 
     def release(self, session: int) -> None:
         owned = self._sessions.pop(session, None)
         if owned is not None:
             self._free.append(owned.slot)
-            self._batch = [row for row in self._batch if row.session is not owned or row.done]
+            for row in self._batch:  # it rides along: the batch must fill the first slots
+                row.done = row.done or row.session is owned
+        self._in_flight.discard(session)
         self._queue = [request for request in self._queue if request.session != session]
 
     @torch.inference_mode()
@@ -273,6 +279,7 @@ class TransformersEngine:
             stopped = row.ids[-1] in row.request.stop_ids
             if stopped or len(row.ids) == row.request.max_new_tokens:
                 row.done = True
+                self._in_flight.discard(row.request.session)
                 finished.append(
                     Completion(
                         session=row.request.session,
