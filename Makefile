@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all that they need; `make install` stops where one goes on by hand.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# setuptools warns at length of packages whose folders are not nested like their names.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check
+
+# Fast Downward's build calls `python`, which Debian does not have.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# ALFWorld's stock engine: its handcoded expert, and what the tests compare ours with. Its own requirements bring
+# spaCy, 230 MB that nothing imports, so they are left out and the rest named here. Two packages compile, for 75 s,
+# once: pip keeps their wheels.
+ALFWORLD := alfworld textworld jericho fast-downward-textworld
+ALFWORLD_NEEDS := hashids mementos more-itertools networkx prompt_toolkit tatsu termcolor tqdm
+
+.PHONY: install test demo lint clean distclean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt pip
+	$(PIP) install -q -c constraints.txt -e '.[math,dev]' $(ALFWORLD_NEEDS)
+	$(PIP) install -q -c constraints.txt --no-deps $(ALFWORLD)
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: install
+	$(BIN)/tutelage demo $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tutelage.envs -p tutelage.scheduler -p tutelage.evaluation -p tutelage.distill
+	$(BIN)/mypy examples/guess_number/guess_number.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

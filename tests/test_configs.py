@@ -1,0 +1,49 @@
+"""The configurations that ship: each is one that the program takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutelage.distill.config import load_config
+from tutelage.distill.training import Run
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_shipped_configs_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.startswith("runs/")  # the one folder that git does not see
+
+
+def test_math_only_trains_on_a_file_of_problems(
+    tmp_path: Path, tokenizer: Any, save_model: Callable[..., str]
+) -> None:
+    """The single task, from a student of random weights, on problems that the file gives."""
+    problems = tmp_path / "sums.jsonl"
+    rows = [{"problem": f"{n} apples and one more?", "answer": str(n + 1)} for n in range(3)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = save_model(tmp_path / "teacher", tokenizer, seed=1)
+    config = load_config(
+        CONFIGS / "math_only.yaml",
+        [
+            f"run={tmp_path / 'run'}",
+            "steps=2",
+            f"tasks.math.env_args.problems={problems}",
+            "tasks.math.rollout.max_new_tokens=8",
+            f"teachers.calculator.model={teacher}",
+        ],
+    )
+    with Run(config) as run:
+        run.train()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["task"] for line in lines] == ["math", "math"]
+    episodes = (tmp_path / "run" / "episodes" / "000000.jsonl").read_text()
+    assert "apples and one more?" in episodes
