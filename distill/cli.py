@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done; 2 the user's mistake, in one line; 143 saved after SIGTERM; 1 anything else."""
+"""The command line.
+
+Exit codes: 0 done; 2 the user's mistake, in one line; 143 saved after SIGTERM; 1 anything else.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,8 @@ def _complain(error: BaseException) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tutelage",
-        description="Train one student language model, on its own trajectories, under several teachers at once.",
+        description="Train one student language model, on its own trajectories, under several"
+        " teachers at once.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -73,12 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("pairs", nargs="*", metavar="key=value")
     evaluate = command("eval", _eval, "success rate, pass@1, intervals; writes eval.json")
     evaluate.add_argument("config", type=Path)
-    evaluate.add_argument("--model", help="a folder, hub id or builtin:NAME; else the run's last checkpoint")
+    evaluate.add_argument(
+        "--model", help="a folder, hub id or builtin:NAME; else the run's last checkpoint"
+    )
     evaluate.add_argument("--out", type=Path, help="where eval.json goes; else the run folder")
     evaluate.add_argument("pairs", nargs="*", metavar="key=value")
     play = command("play", _play, "play an environment by hand, or watch a policy play")
     play.add_argument("env_id", metavar="ENV_ID")
-    play.add_argument("--policy", default="hand", help="hand (default), expert, random, or a model's folder")
+    play.add_argument(
+        "--policy", default="hand", help="hand (default), expert, random, or a model's folder"
+    )
     play.add_argument("--index", type=int, help="which game or problem; else drawn from --seed")
     play.add_argument("--seed", type=int, default=0)
     play.add_argument("pairs", nargs="*", metavar="key=value", help="the environment's options")

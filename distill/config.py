@@ -1,7 +1,7 @@
 """The run's configuration: plain data, read once, checked whole, before anything heavy loads.
 
-Unknown keys are refused with the nearest known one. Every default has its reason beside it; what has no sensible default
-is required.
+Unknown keys are refused with the nearest known one. Every default has its reason beside it; what
+has no sensible default is required.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TeacherConfig(_Section):
 
 
 class ObjectiveConfig(_Section):
-    """`name` and its options; every further key goes to the objective, which refuses what it does not know."""
+    """`name` and its options: every further key goes to the objective, which refuses unknown ones."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "local_support"
@@ -120,8 +120,8 @@ class ScheduleConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest (torch >= 2.9): half the steps from
-    scratch for the tiny models. lr means the same for both."""
+    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest (torch >= 2.9), which
+    took the tiny models half the steps from scratch. lr means the same for both."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -269,9 +269,9 @@ def parse_config(data: dict[str, Any], source: str) -> RunConfig:
     if found := _unknown_key(RunConfig, data, ""):
         raise ConfigError(f"{source}: {found}")
     for name, task in (data.get("tasks") or {}).items():
-        if isinstance(task, dict) and isinstance(task.get("rollout"), dict):
-            if found := _unknown_key(RolloutConfig, task["rollout"], f"tasks.{name}.rollout."):
-                raise ConfigError(f"{source}: {found}")
+        own = task.get("rollout") if isinstance(task, dict) else None
+        if found := _unknown_key(RolloutConfig, own, f"tasks.{name}.rollout."):
+            raise ConfigError(f"{source}: {found}")
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

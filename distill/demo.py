@@ -14,13 +14,16 @@ from tutelage.distill.training import Run, evaluate_model
 
 
 def run_demo(path: Path, overrides: list[str]) -> int:
-    """Evaluate the start and the teachers, train, evaluate, print the table. Scores are kept in demo.json."""
+    """Evaluate start and teachers, train, evaluate, print the table; scores stay in demo.json."""
     begun = time.monotonic()
     config = load_config(path, overrides)
     folder = Path(config.run)
     with ConsoleWatcher() as watcher:
         say = watcher.console.print
-        say(f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}", highlight=False)
+        say(
+            f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}",
+            highlight=False,
+        )
         columns: dict[str, Any] = _kept(folder)
         if not columns:
             say("before:", highlight=False)
@@ -38,7 +41,9 @@ def run_demo(path: Path, overrides: list[str]) -> int:
     title = f"One student under {len(config.teachers)} teachers, unseen games and problems"
     watcher.console.print(score_table(title, shown))
     watcher.console.print(_shares(columns), highlight=False)
-    watcher.console.print(f"{(time.monotonic() - begun) / 60:.1f} minutes; {folder}", highlight=False)
+    watcher.console.print(
+        f"{(time.monotonic() - begun) / 60:.1f} minutes; {folder}", highlight=False
+    )
     return 0
 
 
@@ -56,7 +61,9 @@ def _teachers(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for name, teacher in config.teachers.items():
         own = {task: value for task, value in config.tasks.items() if value.teacher == name}
-        found = evaluate_model(config.model_copy(update={"tasks": own}), teacher.model, watch=watcher)
+        found = evaluate_model(
+            config.model_copy(update={"tasks": own}), teacher.model, watch=watcher
+        )
         scores |= found["scores"]
     return scores
 

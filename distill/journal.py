@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class Journal:
     def write(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
         """One line of metrics, flushed."""
         record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
-        self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
-        self._file.flush()
+        with _named(self._path):
+            self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float):
@@ -65,7 +67,7 @@ class Journal:
         by_row = {id(lesson.row): lesson for lesson in lessons}
         path = self.folder / "episodes" / f"{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with _named(path), path.open("w", encoding="utf-8") as file:
             for outcome in outcomes:
                 record = (
                     _dropped(outcome) if isinstance(outcome, Dropped) else _episode(outcome, by_row)
@@ -77,6 +79,18 @@ class Journal:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give a failed write (a full disk) its file and its cure."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): the run's checkpoints are whole; make"
+            " room and run the same command again"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,9 @@ from tutelage.distill.config import ConfigError, OptimizerConfig
 class Optimizer:
     """One or two torch optimizers that step together at one learning rate.
 
-    Weight decay falls on matrices alone: on norms and biases it would only shrink them. Muon (Jordan et al. 2024) takes
-    the hidden matrices, its update scaled to AdamW's size (arXiv:2502.16982, equation 4); embeddings, the output head,
-    norms and biases stay with AdamW.
+    Weight decay falls on matrices alone: on norms and biases it would only shrink them. Muon
+    (Jordan et al. 2024) takes the hidden matrices, its update scaled to AdamW's size
+    (arXiv:2502.16982, equation 4); embeddings, head, norms and biases stay with AdamW.
     """
 
     def __init__(self, model: Any, config: OptimizerConfig) -> None:
@@ -25,15 +25,13 @@ class Optimizer:
         by_muon = hidden if config.name == "muon" else []
         taken = {id(p) for p in by_muon}
         vectors = [p for p in self.parameters if p.ndim < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in matrices if id(p) not in taken]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                [
-                    {"params": [p for p in matrices if id(p) not in taken]},
-                    {"params": vectors, "weight_decay": 0.0},
-                ],
-                lr=config.lr,
-                betas=config.betas,
-                weight_decay=config.weight_decay,
+                groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
             )
         ]
         if by_muon:
@@ -64,7 +62,7 @@ class Optimizer:
 def _muon(parameters: list[Any], config: OptimizerConfig) -> torch.optim.Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(
-            f"optimizer.name: muon needs torch >= 2.9, this is {torch.__version__}: upgrade, or use adamw"
+            f"optimizer.name: muon needs torch >= 2.9, this is {torch.__version__}: use adamw"
         )
     return torch.optim.Muon(
         parameters,

@@ -20,7 +20,7 @@ def play(
     """Play one episode on the terminal. policy: hand, expert, random, or a model's folder.
 
     Raises:
-        ValueError: an unknown environment or option, or a policy that the environment does not support.
+        ValueError: an unknown environment or option, or a policy that it does not support.
     """
     args = dict(env_args)
     if policy == "expert":
@@ -68,12 +68,18 @@ def _by_hand(_: str, info: Mapping[str, Any]) -> str | None:
             return None
         if text.strip() != "?":
             return text
-        print("\n".join(info.get("admissible_actions", ["this environment does not list its actions"])))
+        print(
+            "\n".join(
+                info.get("admissible_actions", ["this environment does not list its actions"])
+            )
+        )
 
 
 def _required(info: Mapping[str, Any], key: str, policy: str) -> Any:
     if key not in info:
-        raise ValueError(f"--policy {policy} needs info[{key!r}], which this environment does not give")
+        raise ValueError(
+            f"--policy {policy} needs info[{key!r}], which this environment does not give"
+        )
     return info[key]
 
 
@@ -83,7 +89,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     from tutelage.distill.models import load_model, load_tokenizer
     from tutelage.scheduler.chat import Chat
     from tutelage.scheduler.contexts import Context, ContextSettings, Reply
-    from tutelage.scheduler.engine import Request
+    from tutelage.scheduler.engine import Completion, Request
     from tutelage.scheduler.episodes import GREEDY
 
     tokenizer = load_tokenizer(reference)
@@ -105,7 +111,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
                 seed=0,
             )
         )
-        found = []
+        found: list[Completion] = []
         while not found:
             found = engine.step()
         action = chat.text(found[0].ids)
@@ -119,7 +125,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
 
 
 def describe_environments() -> str:
-    """Every registered `tutelage/` environment with its options, their defaults and its description."""
+    """Every registered `tutelage/` environment: what it is, its options and their defaults."""
     blocks = []
     for env_id in sorted(i for i in gymnasium.registry if i.startswith("tutelage/")):
         entry_point = gymnasium.registry[env_id].entry_point
@@ -131,7 +137,7 @@ def describe_environments() -> str:
 
 
 def _options(cls: type) -> dict[str, str]:
-    """A class's keyword options with their defaults, those that it hands on to its parents included."""
+    """A class's options with their defaults, those that it hands on to its parents included."""
     found: dict[str, str] = {}
     for parent in cls.__mro__:
         if "__init__" not in vars(parent):
@@ -142,7 +148,9 @@ def _options(cls: type) -> dict[str, str]:
                 parent is cls and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             ):
                 required = parameter.default is parameter.empty
-                found.setdefault(parameter.name, "required" if required else repr(parameter.default))
+                found.setdefault(
+                    parameter.name, "required" if required else repr(parameter.default)
+                )
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found

@@ -2,7 +2,7 @@
 
 for step, task in timetable:                       # a pure function of (seed, step)
     placement.sync(learner)                        # rollouts use this version of the student
-    episodes = placement.collect(orders)           # complete, token-exact; failures are counted records
+    episodes = placement.collect(orders)           # token-exact; failures are counted records
     lessons  = placement.score(teacher, episodes)
     metrics  = learner.update(lessons, objective)
     journal.write(step, task, metrics)
@@ -21,7 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from tutelage.distill import checkpoints
@@ -179,8 +178,8 @@ class Run:
             first = outcomes[0]
             assert isinstance(first, Dropped)
             raise RuntimeError(
-                f"task {task!r}: all {len(outcomes)} episodes were dropped, the first ({first.order.name}) because its"
-                f" environment {first.reason}: {first.detail}"
+                f"task {task!r}: all {len(outcomes)} episodes were dropped, the first"
+                f" ({first.order.name}) because its environment {first.reason}: {first.detail}"
             )
         rows = [row for episode in episodes for row in episode.rows]
         objective, teacher = self._objectives[task], self.config.tasks[task].teacher
@@ -241,9 +240,11 @@ class Run:
 def evaluate_model(
     config: RunConfig, model: str | None, *, watch: Watcher | None = None
 ) -> dict[str, Any]:
-    """Scores of a model (None: the configured student) on every task of a configuration; loads no teacher."""
+    """Scores of a model (None: the configured student) on every task; loads no teacher."""
     if model is not None:
-        student = config.student.model_copy(update={"model": model, "init": None, "tokenizer": None})
+        student = config.student.model_copy(
+            update={"model": model, "init": None, "tokenizer": None}
+        )
         config = config.model_copy(update={"student": student})
     with Run(config.model_copy(update={"teachers": {}}), watch=watch) as run:
         scores = run.evaluate(config.evaluation.modes)
@@ -403,6 +404,6 @@ def _refuse_other_config(folder: Path, config: RunConfig) -> None:
     for key in new:
         if key not in FREE_TO_CHANGE and old.get(key) != new[key]:
             raise ConfigError(
-                f"{path}: the run there was made with another {key!r} ({old.get(key)!r}, now {new[key]!r}): choose"
-                " another run folder, or delete that one"
+                f"{path}: the run there was made with another {key!r} ({old.get(key)!r}, now"
+                f" {new[key]!r}): choose another run folder, or delete that one"
             )

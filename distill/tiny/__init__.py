@@ -1,4 +1,4 @@
-"""Tiny models that ship with the package: `builtin:start`, `builtin:household`, `builtin:arithmetic`.
+"""Tiny models that ship with the package: builtin:start, builtin:household, builtin:arithmetic.
 
-The recipes that made them are configs/tiny/*.yaml; tokenizer.py makes the tokenizer that they share.
+configs/tiny/*.yaml are the recipes that made them; tokenizer.py makes the tokenizer they share.
 """

@@ -1,9 +1,10 @@
-"""Makes the tiny models' tokenizer: byte-level BPE in which a household word or a digit is one token.
+"""Makes the tiny models' tokenizer: byte-level BPE with one token a household word or digit.
 
     python -m tutelage.distill.tiny.tokenizer OUT_DIR
 
-Any text can be encoded (bytes are the alphabet); digits stay apart, so that arithmetic is done on digits. The merges come
-from the generated games' own words, each counted alike: rare objects are whole tokens too.
+Any text can be encoded (bytes are the alphabet); digits stay apart, so that arithmetic is done on
+digits. The merges come from the generated games' own words, each counted alike: rare objects are
+whole tokens too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# Words with their leading space, single digits with theirs, runs of symbols, and single whitespace characters.
+# Words and single digits with their leading space, runs of symbols, single whitespace characters.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?\\boxed\{| ?[^\s\p{L}\p{N}]+|\s"
 
 
