@@ -33,6 +33,16 @@ class TaskRollout:
     attempts: int = 3
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Try:
+    """An order to play. alone: with nothing else live, so that no other episode can take the
+    process, and this one's last attempt, with it."""
+
+    order: Order
+    attempt: int = 1
+    alone: bool = False
+
+
 class _Live:
     """One episode in flight."""
 
@@ -135,10 +145,11 @@ class _Play:
         self._chat = Chat(worker._tokenizer, system=self._how.context.system)
         self._live: dict[int, _Live] = {}
         self._done: dict[int, Episode | Dropped] = {}
-        self._waiting: deque[tuple[Order, int]] = deque()
+        self._waiting: deque[_Try] = deque()
+        self._alone = False  # the one live episode has a `_Try.alone`
 
     def run(self, orders: Sequence[Order]) -> list[Episode | Dropped]:
-        self._waiting.extend((order, 1) for order in orders)
+        self._waiting.extend(_Try(order=order) for order in orders)
         try:
             while self._waiting or self._live:
                 self._admit()
@@ -156,11 +167,14 @@ class _Play:
     def _admit(self) -> None:
         resets = []
         while self._waiting and len(self._live) < self._how.max_live:
-            order, attempts = self._waiting.popleft()
+            if self._live and (self._alone or self._waiting[0].alone):
+                break
+            wanted = self._waiting.popleft()
+            order, self._alone = wanted.order, wanted.alone
             self._worker._sessions += 1
             session = self._worker._sessions
             context = Context(self._chat, self._how.context)
-            self._live[session] = _Live(order, session, context, attempts)
+            self._live[session] = _Live(order, session, context, wanted.attempt)
             resets.append(Reset(episode=session, seed=order.seed, options={"index": order.index}))
         if resets:
             self._pool.send(resets)
@@ -279,7 +293,10 @@ class _Play:
 
     def _retry(self, live: _Live, failure: Failed) -> None:
         if live.attempts < self._how.attempts:
-            self._waiting.append((live.order, live.attempts + 1))
+            attempt = live.attempts + 1
+            shared = failure.reason in ("died", "timeout")  # whose fault it was nobody knows
+            alone = shared and attempt == self._how.attempts
+            self._waiting.append(_Try(order=live.order, attempt=attempt, alone=alone))
         else:
             self._done[live.order.number] = Dropped(
                 order=live.order,
@@ -291,5 +308,6 @@ class _Play:
 
     def _leave(self, live: _Live) -> None:
         del self._live[live.session]
-        self._engine.release(live.session)
+        for session in (live.session, -live.session):
+            self._engine.release(session)
         self._pool.abandon([live.session])
