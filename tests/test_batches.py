@@ -1,4 +1,4 @@
-"""Rows as batches: branches, padding and packing leave every hidden state what it would be alone."""
+"""Rows as batches: branches, padding and packing leave hidden states what they are alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _hidden(model: Any, rows: Sequence[Row], **how: Any) -> dict[int, torch.Tens
 
 @torch.no_grad()
 def _states(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """The model's last hidden states [T, D] of a plain sequence: no mask, no positions, no batch."""
+    """The last hidden states [T, D] of a plain sequence: no mask, no positions, no batch."""
     hidden: torch.Tensor = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
     return hidden
 

@@ -173,7 +173,7 @@ class TestSessions:
         history = [*prompt, *reply]
         changed = [*history[:2], history[2] + 1, *history[3:], 50]
         for ids in (changed, prompt, history[:-1]):
-            with pytest.raises(ValueError, match="session 1.*append-only"):
+            with pytest.raises(ValueError, match=r"session 1.*append-only"):
                 engine.submit(_request(1, ids))
         assert engine.pending == 0
         engine.release(1)
@@ -186,10 +186,10 @@ class TestSessions:
         """Both would write into one slot."""
         (prompt,) = _prompts([6])
         engine.submit(_request(1, prompt))
-        with pytest.raises(ValueError, match="session 1 .*in flight"):
+        with pytest.raises(ValueError, match=r"session 1 .*in flight"):
             engine.submit(_request(1, [*prompt, 7]))
         engine.step()
-        with pytest.raises(ValueError, match="session 1 .*in flight"):
+        with pytest.raises(ValueError, match=r"session 1 .*in flight"):
             engine.submit(_request(1, [*prompt, 7, 8, 9]))
         assert engine.pending == 1
 

@@ -271,7 +271,7 @@ def test_an_empty_mask_is_refused(
 def test_a_broken_loss_stops_before_the_weights_change(
     value: float, make_model: Make, rows: list[Row]
 ) -> None:
-    """The optimizer's state stays too: the next sound update is as if the broken one had not been."""
+    """The optimizer's state stays too: the next update is as if the broken one had not been."""
 
     def broken(student: Any, scores: Any, ids_N: Any, behaviour_N: Any, **_: Any) -> Any:
         loss_N = -student.logprobs_at(ids_N[:, None])[:, 0]
@@ -292,7 +292,7 @@ def test_a_broken_loss_stops_before_the_weights_change(
 
 
 def test_weight_decay_spares_norms_and_biases(make_model: Make, rows: list[Row]) -> None:
-    """With a decay that dwarfs the gradient step every matrix shrinks by lr * decay, nothing else."""
+    """With a decay that dwarfs the gradient step, matrices alone shrink, by lr * decay."""
     model = make_model(seed=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learner = _learner(model, lr=1e-6, weight_decay=1e5)
