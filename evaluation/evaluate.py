@@ -6,13 +6,18 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tutelage.evaluation.metrics import mean_and_interval, wilson
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
 
 Collect = Callable[[Sequence[Order], SamplingLaw], list[Episode | Dropped]]
 
 EVALUATION_SEED = 20_251_107
-"""Fixed: the same games with the same draws, whoever is evaluated, whatever seed trained it."""
+"""Fixed: the same games with the same draws, whoever is evaluated, whatever seed trained it.
+
+Each game has draws of its own: were they shared, one unlucky number would be every game's, and the
+intervals, which take games for independent, too narrow."""
 
 
 def orders(
@@ -33,10 +38,15 @@ def orders(
     else:
         count = int(episodes) if num_games is None else min(int(episodes), num_games)
     return [
-        Order(task=task, number=game * samples + s, seed=EVALUATION_SEED + s, index=game)
+        Order(task=task, number=game * samples + s, seed=_seed(game, s), index=game)
         for game in range(count)
         for s in range(samples)
     ]
+
+
+def _seed(game: int, sample: int) -> int:
+    entropy = np.random.SeedSequence([EVALUATION_SEED, game, sample])
+    return int(entropy.generate_state(1)[0])
 
 
 def evaluate(
