@@ -21,7 +21,7 @@ class TaskPlan:
     """How many episodes one of a task's steps plays, and of what.
 
     group: episodes of one game. labels: the expert's action is recorded in every state (imitation).
-    expert_share: share of the episodes that the expert plays itself, at the run's first and last
+    expert_share: share of the episodes that the expert plays itself, at the task's first and last
     step, linear between (DAgger's mixing rate, Ross et al. 2011, section 3).
     """
 
@@ -72,7 +72,7 @@ class Timetable:
         first = turn * games
         indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
         begin, end = plan.expert_share
-        share = begin + (end - begin) * step / max(1, self.steps - 1)
+        share = begin + (end - begin) * turn / max(1, self.steps_of(task) - 1)
         by_expert = round(share * plan.episodes) if plan.labels else 0
         orders = []
         for number in range(plan.episodes):

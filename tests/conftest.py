@@ -51,7 +51,7 @@ def _make_model(
 
 
 def _save_model(folder: Path, tokenizer: Any, *, seed: int, scale: float = 0.3) -> str:
-    """A random model of the tiny vocabulary, with its tokenizer, in `folder`: what a config names."""
+    """A random model of the tiny vocabulary and its tokenizer in `folder`, which is returned."""
     _make_model(vocabulary=len(tokenizer), seed=seed, scale=scale).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

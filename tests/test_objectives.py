@@ -48,7 +48,7 @@ def _gradient(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) ->
 
 
 def _differences(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
-    """Central differences; each row's loss depends on its own logits, so rows are moved together."""
+    """Central differences; a row's loss depends on its own logits alone, so rows move together."""
     step = 1e-5
     columns = []
     for v in range(at.shape[1]):
