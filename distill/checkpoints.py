@@ -32,9 +32,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{step:06d}"
     partial = folder / f".{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob(".*.partial"):  # by a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, max_shard_size="10000GB")  # one model.safetensors
         tokenizer.save_pretrained(partial)
         torch.save(dict(state), partial / STATE)
         _flush(partial)
@@ -81,22 +82,30 @@ def load_weights(checkpoint: Path, model: Any) -> None:
 
     weights = load_file(checkpoint / "model.safetensors")
     own = model.state_dict()
-    for name, tensor in weights.items():
-        if name not in own or own[name].shape != tensor.shape:
-            have = "nothing" if name not in own else str(tuple(own[name].shape))
+    stored = {own[name].data_ptr() for name in weights if name in own}
+    for name in sorted({*weights, *own}):
+        there, here = weights.get(name), own.get(name)
+        if there is None and here is not None and here.data_ptr() in stored:
+            continue  # tied weights are stored once
+        if there is None or here is None or there.shape != here.shape:
             raise ConfigError(
-                f"{checkpoint}: {name} has shape {tuple(tensor.shape)} there and {have} in this"
+                f"{checkpoint}: {name} has shape {_shape(there)} there and {_shape(here)} in this"
                 " run's student: the checkpoint is of another model or vocabulary; choose another"
                 " run folder"
             )
-    model.load_state_dict(weights, strict=False)  # tied weights are stored once
+    model.load_state_dict(weights, strict=False)
     model.tie_weights()
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "none" if tensor is None else str(tuple(tensor.shape))
 
 
 def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / STATE).is_file())
+    whole = [p for p in folder.iterdir() if p.name.isdigit() and (p / STATE).is_file()]
+    return sorted(whole, key=lambda p: int(p.name))
 
 
 def _flush(folder: Path) -> None:

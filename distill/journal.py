@@ -34,7 +34,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._path.touch()
-        os.truncate(self._path, position)
+        os.truncate(self._path, min(position, self._path.stat().st_size))  # never grow it
         self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:

@@ -1,0 +1,313 @@
+"""Checkpoints and the journal: whole or not at all, whatever fails in the middle."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tutelage.distill import checkpoints
+from tutelage.distill.config import ConfigError
+from tutelage.distill.journal import Journal
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Make) -> Any:
+    return make_model()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+def _save(folder: Path, step: int, model: Any, tokenizer: Any, *, keep: int = 9) -> Path:
+    return checkpoints.save(
+        folder, step=step, model=model, tokenizer=tokenizer, state={"step": step}, keep=keep
+    )
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class TestSaving:
+    def test_what_is_saved_comes_back(
+        self, folder: Path, model: Any, tokenizer: Any, make_model: Make
+    ) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        state = {"step": 4, "optimizer": optimizer.state_dict(), "position": 123}
+        path = checkpoints.save(
+            folder, step=4, model=model, tokenizer=tokenizer, state=state, keep=1
+        )
+        assert path == folder / "000004" == checkpoints.newest(folder)
+        assert checkpoints.load_state(path) == state
+        other = make_model(seed=8)
+        checkpoints.load_weights(path, other)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+
+    def test_it_is_a_hugging_face_folder(self, folder: Path, model: Any, tokenizer: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from tutelage.distill.models import load_tokenizer
+
+        path = _save(folder, 1, model, tokenizer)
+        assert (path / "model.safetensors").is_file() and (path / "config.json").is_file()
+        loaded = AutoModelForCausalLM.from_pretrained(path)
+        ids = torch.tensor([[5, 6, 7]])
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+        again = load_tokenizer(str(path))
+        assert again.get_vocab() == tokenizer.get_vocab()
+        assert again.chat_template == tokenizer.chat_template
+        text = "You are in a kitchen. 12 + 34 = 46<|end|>"
+        assert again.encode(text) == tokenizer.encode(text)
+
+    def test_weights_are_one_file_however_large(
+        self, folder: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """transformers shards above a limit (5 GB in version 4): a 7B student's resume would not
+        find model.safetensors. The limit is asked for, whatever the default."""
+        asked = {}
+        save_pretrained = type(model).save_pretrained
+
+        def spy(self: Any, *args: Any, **options: Any) -> Any:
+            asked.update(options)
+            return save_pretrained(self, *args, **options)
+
+        monkeypatch.setattr(type(model), "save_pretrained", spy)
+        _save(folder, 1, model, tokenizer)
+        assert asked["max_shard_size"] == "10000GB"
+
+    def test_only_the_newest_are_kept(self, folder: Path, model: Any, tokenizer: Any) -> None:
+        for step in (1, 20, 3, 40):
+            _save(folder, step, model, tokenizer, keep=2)
+        assert sorted(path.name for path in folder.iterdir()) == ["000020", "000040"]
+
+    def test_newest_counts_in_numbers(self, folder: Path) -> None:
+        """As text, 1000000 comes before 999999."""
+        for step in (999_999, 1_000_000, 5):
+            (folder / f"{step:06d}").mkdir(parents=True)
+            (folder / f"{step:06d}" / checkpoints.STATE).touch()
+        assert checkpoints.newest(folder) == folder / "1000000"
+
+    def test_newest_of_nothing(self, folder: Path) -> None:
+        assert checkpoints.newest(folder) is None
+        folder.mkdir()
+        assert checkpoints.newest(folder) is None
+
+    def test_what_is_half_written_or_foreign_is_not_a_checkpoint(
+        self, folder: Path, model: Any, tokenizer: Any
+    ) -> None:
+        """A kill in the middle leaves a hidden folder; a copy in the middle one without state."""
+        path = _save(folder, 10, model, tokenizer)
+        shutil.copytree(path, folder / ".000020.partial")
+        shutil.copytree(path, folder / "000030")
+        (folder / "000030" / checkpoints.STATE).unlink()
+        shutil.copytree(path, folder / "best")
+        assert checkpoints.newest(folder) == path
+        _save(folder, 25, model, tokenizer)  # and what a killed run left takes no room for ever
+        assert not (folder / ".000020.partial").exists()
+
+    def test_a_step_saved_again_is_replaced(
+        self, folder: Path, model: Any, tokenizer: Any, make_model: Make
+    ) -> None:
+        _save(folder, 5, make_model(seed=4), tokenizer)
+        path = _save(folder, 5, model, tokenizer)
+        saved = load_file(path / "model.safetensors")
+        assert torch.equal(saved["lm_head.weight"], model.lm_head.weight)
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _half_then_full(path: Any, *_: Any, **__: Any) -> None:
+    """Some bytes reach the disk before it is full."""
+    target = Path(path)
+    if target.suffix == ".pt":
+        target.write_bytes(b"half")
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "model.safetensors").write_bytes(b"half")
+    _full()
+
+
+class TestAFullDisk:
+    @pytest.mark.parametrize(
+        "where", ["weights", "weights, safetensors", "tokenizer", "state", "fsync"]
+    )
+    def test_earlier_checkpoints_stay_whole_and_nothing_partial_is_left(
+        self,
+        where: str,
+        folder: Path,
+        model: Any,
+        tokenizer: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        _save(folder, 1, model, tokenizer)
+        before = _contents(folder)
+        with monkeypatch.context() as patch:
+            if where == "weights":
+                patch.setattr(model, "save_pretrained", _half_then_full)
+            elif where == "weights, safetensors":
+                # How safetensors reports it: an error of its own class, not an OSError.
+                class SafetensorError(Exception):
+                    pass
+
+                def fail(path: Any, **_: Any) -> None:
+                    Path(path).mkdir(parents=True)
+                    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+                patch.setattr(model, "save_pretrained", fail)
+            elif where == "tokenizer":
+                patch.setattr(type(tokenizer), "save_pretrained", _full)
+            elif where == "state":
+                patch.setattr(torch, "save", lambda _, path: _half_then_full(path))
+            else:
+                patch.setattr(checkpoints.os, "fsync", _full)
+            with pytest.raises(OSError, match=r"000002 could not be saved.*No space left") as error:
+                _save(folder, 2, model, tokenizer, keep=1)
+        assert "free some space" in str(error.value) and "\n" not in str(error.value)
+        assert _contents(folder) == before
+        assert [path.name for path in folder.iterdir()] == ["000001"]
+        path = _save(folder, 2, model, tokenizer, keep=1)  # space was freed
+        assert [found.name for found in folder.iterdir()] == ["000002"]
+        assert checkpoints.load_state(path) == {"step": 2}
+
+    def test_torchs_own_message_is_understood(
+        self, folder: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """torch.save on a full disk raises a RuntimeError of its zip writer."""
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed")
+
+        monkeypatch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="could not be saved"):
+            _save(folder, 2, model, tokenizer)
+
+    def test_another_error_is_itself_and_leaves_nothing_either(
+        self, folder: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _save(folder, 2, model, tokenizer)
+        assert [*folder.iterdir()] == []
+
+    def test_replacing_a_step_loses_nothing_until_the_new_one_is_whole(
+        self, folder: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _save(folder, 2, model, tokenizer)
+        before = _contents(folder)
+        monkeypatch.setattr(torch, "save", lambda _, path: _half_then_full(path))
+        with pytest.raises(OSError, match="could not be saved"):
+            _save(folder, 2, model, tokenizer)
+        assert _contents(folder) == before
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        ("other", "named"),
+        [
+            ({"vocabulary": 90}, r"lm_head.*another model or vocabulary"),
+            ({"layers": 1}, r"layers\.1"),
+            ({"layers": 3}, r"layers\.2"),
+        ],
+    )
+    def test_another_architecture_or_vocabulary_is_refused_and_nothing_loaded(
+        self,
+        folder: Path,
+        model: Any,
+        tokenizer: Any,
+        make_model: Make,
+        other: dict[str, int],
+        named: str,
+    ) -> None:
+        path = _save(folder, 1, make_model(**other, seed=5), tokenizer)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ConfigError, match=named) as refused:
+            checkpoints.load_weights(path, model)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+        assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+    def test_tied_weights_are_stored_once_and_stay_tied(
+        self, folder: Path, tokenizer: Any, make_model: Make
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        settings = make_model().config
+        settings.tie_word_embeddings = True
+        one, other = (AutoModelForCausalLM.from_config(settings) for _ in range(2))
+        path = _save(folder, 1, one, tokenizer)
+        assert "lm_head.weight" not in load_file(path / "model.safetensors")
+        checkpoints.load_weights(path, other)
+        assert torch.equal(other.lm_head.weight, one.lm_head.weight)
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+class TestJsonFiles:
+    def test_a_file_is_replaced_whole_or_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "eval.json"
+        checkpoints.write_json(path, {"value": 1})
+        with pytest.raises(TypeError):
+            checkpoints.write_json(path, {"value": object()})
+        monkeypatch.setattr(Path, "write_text", _full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.write_json(path, {"value": 2})
+        monkeypatch.undo()
+        assert json.loads(path.read_text()) == {"value": 1}
+        assert [found.name for found in tmp_path.iterdir()] == ["eval.json"]
+
+
+class TestJournal:
+    def test_lines_beyond_the_checkpoint_are_cut_off(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path, tensorboard=False)
+        journal.write(0, "t", {"loss/mean": 1.5})
+        position = journal.position
+        journal.write(1, "t", {"loss/mean": 1.25})
+        journal.close()
+        resumed = Journal(tmp_path, position=position, tensorboard=False)
+        resumed.write(1, "t", {"loss/mean": 1.0})
+        assert resumed.position == (tmp_path / "metrics.jsonl").stat().st_size
+        resumed.close()
+        lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [(line["step"], line["loss/mean"]) for line in lines] == [(0, 1.5), (1, 1.0)]
+
+    def test_a_file_shorter_than_the_checkpoint_says_is_not_filled_with_zeros(
+        self, tmp_path: Path
+    ) -> None:
+        """Someone deleted metrics.jsonl and kept the checkpoints."""
+        journal = Journal(tmp_path, position=4096, tensorboard=False)
+        journal.write(7, "t", {"loss/mean": 1.0})
+        journal.close()
+        (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"step": 7, "task": "t", "loss/mean": 1.0}
+
+    def test_what_json_cannot_hold_is_refused(self, tmp_path: Path) -> None:
+        """A bare NaN would make the line unreadable to every other reader."""
+        journal = Journal(tmp_path, tensorboard=False)
+        with pytest.raises(ValueError, match="JSON"):
+            journal.write(0, "t", {"loss/mean": float("nan")})
+        journal.close()
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
