@@ -136,7 +136,7 @@ class HouseholdGameEnv(gym.Env[str, str]):
             self._game = None
         return view.observation, float(view.won), view.won, truncated, self._info(game, view)
 
-    def render(self) -> str | None:
+    def render(self) -> str | None:  # type: ignore[override]  # Gymnasium has no type for text
         """The transcript so far, in render mode "ansi"."""
         return "\n".join(self._transcript) if self.render_mode == "ansi" else None
 
