@@ -1,0 +1,480 @@
+"""Whole runs of random tiny models on real environments: resuming, mixing, placing, refusing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tutelage.distill import training
+from tutelage.distill.config import ConfigError, RunConfig, parse_config
+from tutelage.distill.training import Run, Watcher, evaluate_model
+
+MAY_DIFFER = ("time/", "perf/", "memory/")
+Configure = Callable[..., RunConfig]
+
+HOUSEHOLD = {
+    "env": "tutelage/Household-v0",
+    "env_args": {"split": "train", "difficulty": "tiny"},
+    "teacher": "one",
+    "episodes": 3,
+    "rollout": {"max_turns": 3, "max_new_tokens": 4, "context": {"repeat_task": True}},
+}
+MATH = {
+    "env": "tutelage/Math-v0",
+    "env_args": {"problems": "arithmetic"},
+    "teacher": "two",
+    "episodes": 6,
+    "rollout": {"max_turns": 1, "max_new_tokens": 8},
+}
+EXPERT_MATH = MATH | {"env_args": {"problems": "arithmetic", "expert": True}, "teacher": None}
+
+
+@pytest.fixture(scope="session")
+def models(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
+) -> dict[str, str]:
+    """A student and two teachers: random, of the tiny vocabulary, far from each other."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: save_model(folder / name, tokenizer, seed=seed)
+        for seed, name in enumerate(["student", "one", "two"])
+    }
+
+
+@pytest.fixture
+def configure(tmp_path: Path, models: dict[str, str]) -> Configure:
+    """A run of `tasks`, everything in this process on one thread."""
+
+    def configure(tasks: Mapping[str, Any], run: str = "run", **sections: Any) -> RunConfig:
+        data = {
+            "run": str(tmp_path / run),
+            "steps": 4,
+            "student": {"model": models["student"], "threads": 1, "device": "cpu"},
+            "teachers": {
+                task["teacher"]: {"model": models[task["teacher"]], "device": "cpu"}
+                for task in tasks.values()
+                if task["teacher"]
+            },
+            "tasks": copy.deepcopy(dict(tasks)),
+            "objective": {"name": "local_support", "k": 8},
+            "rollout": {"processes": 0, "top_p": 0.9},
+            "optimizer": {"lr": 1e-3},
+            "checkpoint": {"every": 100},
+            "journal": {"tensorboard": False},
+        }
+        return parse_config(data | sections, "test")
+
+    return configure
+
+
+def _train(config: RunConfig, watch: Watcher | None = None) -> Path:
+    with Run(config, watch=watch) as run:
+        run.train()
+    return Path(config.run)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the fields that may differ."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(MAY_DIFFER)}
+        for line in lines
+    ]
+
+
+def _metrics_bytes(folder: Path) -> bytes:
+    """As text again: -0.0, 1 and 1.0 are told apart, and the order of keys counts."""
+    return "\n".join(json.dumps(line) for line in _metrics(folder)).encode()
+
+
+def _episodes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "episodes").iterdir())}
+
+
+def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{step:06d}" / "model.safetensors")
+
+
+def _assert_same_run(one: Path, other: Path, step: int) -> None:
+    assert _metrics_bytes(one) == _metrics_bytes(other)
+    assert _episodes(one) == _episodes(other)
+    left, right = _weights(one, step), _weights(other, step)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+class _StopAfter(Watcher):
+    """Asks the run to stop as a SIGTERM would, or ends it as a kill would."""
+
+    def __init__(self, step: int, *, kill: bool = False) -> None:
+        self.run: Run | None = None
+        self._step, self._kill = step, kill
+
+    def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+        if step == self._step:
+            if self._kill:
+                raise KeyboardInterrupt
+            assert self.run is not None
+            self.run.stop()
+
+
+class TestResuming:
+    """A run that was cut off and run again is the run that was not."""
+
+    STEPS = 6
+
+    def _mixture(self, configure: Configure, run: str) -> RunConfig:
+        """Both kinds of task, both objectives, a schedule, evaluations, the special-token mask."""
+        math = MATH | {"objective": {"name": "sampled_token", "mask_tokens": ["<|end|>"]}}
+        return configure(
+            {"household": HOUSEHOLD, "math": math},
+            run,
+            steps=self.STEPS,
+            optimizer={"lr": 3e-3, "warmup": 2, "decay": "cosine"},
+            evaluation={"every": 3, "episodes": 2},
+        )
+
+    def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(self, configure: Configure) -> None:
+        whole = _train(self._mixture(configure, "whole"))
+        assert [(line["step"], line["task"]) for line in _metrics(whole)] == [
+            (step, ("household", "math")[step % 2]) for step in range(self.STEPS)
+        ]
+        config = self._mixture(configure, "stopped")
+        watch = _StopAfter(2)
+        with Run(config, watch=watch) as run:
+            watch.run = run
+            run.train()
+            assert run.stopped
+        assert len(_metrics(Path(config.run))) == 3
+        _assert_same_run(_train(config), whole, self.STEPS)
+        before = _weights(whole, self.STEPS)
+        assert _train(config) == Path(config.run)  # done: run once more, nothing changes
+        _assert_same_run(Path(config.run), whole, self.STEPS)
+        start = load_file(Path(config.student.model or "") / "model.safetensors")
+        assert any(not torch.equal(before[name], start[name]) for name in start)  # it did learn
+
+    def test_a_killed_run_repeats_what_came_after_its_checkpoint(
+        self, configure: Configure
+    ) -> None:
+        """Steps 2 and 3 were done, and step 2 written, after the last checkpoint. Muon's state
+        comes back too."""
+
+        def config(run: str) -> RunConfig:
+            return configure(
+                {"math": MATH},
+                run,
+                steps=5,
+                checkpoint={"every": 2},
+                optimizer={"name": "muon", "lr": 3e-3},
+            )
+
+        whole = _train(config("whole"))
+        with pytest.raises(KeyboardInterrupt):
+            _train(config("killed"), _StopAfter(3, kill=True))
+        killed = Path(config("killed").run)
+        assert [line["step"] for line in _metrics(killed)] == [0, 1, 2]
+        assert [path.name for path in (killed / "checkpoints").iterdir()] == ["000002"]
+        _assert_same_run(_train(config("killed")), whole, 5)
+
+    def test_another_configuration_does_not_go_on_in_the_same_folder(
+        self, configure: Configure
+    ) -> None:
+        _train(configure({"math": MATH}, steps=1))
+        _train(configure({"math": MATH}, steps=1, evaluation={"episodes": 3}))  # no harm
+        with pytest.raises(ConfigError, match=r"another 'optimizer'.*choose another run folder"):
+            _train(configure({"math": MATH}, steps=1, optimizer={"lr": 5e-3}))
+
+
+class TestMixing:
+    def test_a_task_in_a_mixture_is_played_and_scored_as_it_is_alone(
+        self, configure: Configure
+    ) -> None:
+        """At a learning rate that moves no weight: the task's n-th step has the same episodes, the
+        same loss and the same gradient, whatever stands between its steps."""
+        still = {"optimizer": {"lr": 1e-30, "weight_decay": 0.0}}
+        alone = _train(configure({"math": MATH}, "alone", steps=2, **still))
+        tasks = {"household": HOUSEHOLD, "math": MATH}
+        mixed = _train(configure(tasks, "mixed", steps=4, **still))
+        of_math = [line for line in _metrics(mixed) if line["task"] == "math"]
+        assert [line.pop("step") for line in of_math] == [1, 3]
+        lines = _metrics(alone)
+        assert [line.pop("step") for line in lines] == [0, 1]
+        assert of_math == lines
+        played = [
+            [json.loads(line) | {"version": None} for line in _episodes(run)[name].splitlines()]
+            for run, name in ((mixed, "000003.jsonl"), (alone, "000001.jsonl"))
+        ]
+        assert played[0] == played[1]
+
+    def test_one_tasks_own_settings_are_the_runs(self, configure: Configure) -> None:
+        """A config with one task: what is said in the task or for the whole run is the same run."""
+        task = MATH | {"rollout": {}}
+        said = {"name": "sampled_token", "clip": 0.3}
+        how = {"processes": 0, "top_p": 0.9, "max_turns": 1, "max_new_tokens": 8}
+        inside = configure({"math": MATH | {"objective": said}}, "inside", steps=2)
+        outside = configure({"math": task}, "outside", steps=2, objective=said, rollout=how)
+        _assert_same_run(_train(inside), _train(outside), 2)
+
+    def test_a_weight_of_two_doubles_a_tasks_gradient(self, configure: Configure) -> None:
+        norms, losses = [], []
+        for weight in (1.0, 2.0):
+            folder = _train(configure({"math": MATH | {"weight": weight}}, f"{weight}", steps=1))
+            (line,) = _metrics(folder)
+            norms.append(line["optimizer/grad_norm"])
+            losses.append(line["loss/mean"])
+        assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
+        assert losses[0] == losses[1]
+
+    def test_each_task_is_scored_by_its_own_teacher(
+        self, configure: Configure, models: dict[str, str]
+    ) -> None:
+        """Task `math` is taught by a copy of the student: its loss is 0, the other's is not."""
+        config = configure({"household": HOUSEHOLD, "math": MATH}, steps=2)
+        teachers = {
+            name: teacher.model_copy(update={"model": models["student"]})
+            if name == "two"
+            else teacher
+            for name, teacher in config.teachers.items()
+        }
+        still = config.optimizer.model_copy(update={"lr": 1e-30})
+        folder = _train(config.model_copy(update={"teachers": teachers, "optimizer": still}))
+        household, math = _metrics(folder)
+        assert household["loss/mean"] > 0.1
+        assert math["loss/mean"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
+    """Rollouts and teachers as actors on this machine: the same metrics, episodes and weights."""
+    tasks = {"household": HOUSEHOLD, "math": MATH}
+    sections = {"steps": 3, "evaluation": {"every": 3, "episodes": 2}}
+    here = _train(configure(tasks, "here", **sections))
+    cluster = {"address": "local", "workers": 1, "threads": 1}
+    there = _train(configure(tasks, "there", cluster=cluster, **sections))
+    _assert_same_run(here, there, 3)
+
+
+class TestSelfDistillation:
+    @pytest.mark.parametrize("task", [HOUSEHOLD, MATH], ids=["household", "math"])
+    def test_a_student_has_nothing_to_learn_from_itself(
+        self, configure: Configure, models: dict[str, str], task: dict[str, Any]
+    ) -> None:
+        """Engine, scoring and learner are three ways through the network; a shift by one token or
+        a wrong position in any of them shows here."""
+        config = configure(
+            {"t": task | {"teacher": "student"}}, steps=1, rollout={"processes": 0, "top_p": 1.0}
+        )
+        (line,) = _metrics(_train(config))
+        assert line["tokens/trained"] > 20
+        assert line["loss/mean"] == pytest.approx(0, abs=1e-6)
+        assert line["optimizer/grad_norm"] < 1e-5
+        assert line["gap/mean"] == pytest.approx(0, abs=1e-5)
+        assert line["gap/engine"] < 1e-5
+        assert line["student/entropy"] > 0.5  # not a student without choices
+
+    def test_nor_by_policy_gradient(self, configure: Configure, models: dict[str, str]) -> None:
+        config = configure(
+            {"t": MATH | {"teacher": "student"}}, steps=1, objective={"name": "sampled_token"}
+        )
+        (line,) = _metrics(_train(config))
+        assert line["loss/mean"] == pytest.approx(0, abs=1e-5)
+        assert line["optimizer/grad_norm"] < 1e-4
+
+    def test_another_teacher_has_something_to_teach(self, configure: Configure) -> None:
+        """The guard of the two above."""
+        (line,) = _metrics(_train(configure({"t": MATH}, steps=1)))
+        assert line["loss/mean"] > 0.1 and line["optimizer/grad_norm"] > 0.01
+
+
+class TestImitation:
+    @pytest.mark.parametrize(("share", "success"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+    def test_the_expert_plays_its_share_and_labels_the_rest(
+        self, configure: Configure, share: float, success: float
+    ) -> None:
+        """The random student solves nothing, the expert everything; whoever acts, the loss falls on
+        the expert's tokens alone."""
+        config = configure(
+            {"math": EXPERT_MATH | {"expert_share": share}},
+            steps=2,
+            objective={"name": "imitation"},
+        )
+        folder = _train(config)
+        for line in _metrics(folder):
+            assert line["reward/success"] == success
+            assert line["loss/mean"] == pytest.approx(-line["student/logprob"], rel=1e-6)
+        tokenizer = _tokenizer(config)
+        for text in _episodes(folder)["000001.jsonl"].decode().splitlines():
+            episode = json.loads(text)
+            (turn,), (row,) = episode["turns"], episode["rows"]
+            said = [i for i, mask in zip(row["ids"], row["mask"], strict=True) if mask]
+            assert tokenizer.decode(said) == f"{turn['expert_action']}<|end|>"
+            assert set(row["sampled_logprob"]) == {None}
+            assert (episode["actor"] == "expert") == (turn["action"] == turn["expert_action"])
+
+    def test_household_labels_stand_on_branches_of_the_students_own_path(
+        self, configure: Configure
+    ) -> None:
+        task = HOUSEHOLD | {
+            "env_args": {"split": "train", "difficulty": "tiny", "expert": True},
+            "teacher": None,
+            "expert_share": 0.0,
+        }
+        config = configure({"t": task}, steps=1, objective={"name": "imitation"})
+        folder = _train(config)
+        tokenizer = _tokenizer(config)
+        for text in _episodes(folder)["000000.jsonl"].decode().splitlines():
+            episode = json.loads(text)
+            (row,) = episode["rows"]
+            for number, turn in enumerate(episode["turns"]):
+                label = [i for i, t in zip(row["ids"], row["turn"], strict=True) if t == number]
+                assert tokenizer.decode(label) == f"{turn['expert_action']}<|end|>"
+            assert len(episode["turns"]) == 3
+            trunk = [i for i, b in zip(row["ids"], row["branch"], strict=True) if not b]
+            for turn in episode["turns"][:-1]:
+                assert turn["action"] in tokenizer.decode(trunk)
+
+    def test_it_learns(self, configure: Configure) -> None:
+        config = configure(
+            {"math": EXPERT_MATH | {"episodes": 16}},
+            steps=12,
+            objective={"name": "imitation"},
+            optimizer={"lr": 1e-2},
+        )
+        losses = [line["loss/mean"] for line in _metrics(_train(config))]
+        assert losses[-1] < 0.7 * losses[0]
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    from tutelage.distill.models import load_tokenizer, student_tokenizer
+
+    return load_tokenizer(student_tokenizer(config.student))
+
+
+class TestEpisodeFiles:
+    def test_what_was_sampled_is_what_is_written(self, configure: Configure) -> None:
+        """Ids, turns, mask and both log-probabilities token by token, in line with the words."""
+        config = configure(
+            {"t": HOUSEHOLD},
+            steps=1,
+            objective={"name": "local_support", "k": 4, "mask_tokens": ["<|end|>"]},
+        )
+        tokenizer = _tokenizer(config)
+        for text in _episodes(_train(config))["000000.jsonl"].decode().splitlines():
+            episode = json.loads(text)
+            (row,) = episode["rows"]
+            for number, turn in enumerate(episode["turns"]):
+                own = [i for i, t in enumerate(row["turn"]) if t == number]
+                ids = [row["ids"][i] for i in own]
+                assert tokenizer.decode(ids, skip_special_tokens=True) == turn["action"]
+                ends = [i for i in own if row["ids"][i] == tokenizer.eos_token_id]
+                assert [i for i in own if not row["mask"][i]] == ends[:1]
+            for i, turn in enumerate(row["turn"]):
+                for key in ("sampled_logprob", "teacher_logprob"):
+                    assert (row[key][i] is None) == (turn == -1)
+            assert episode["top_p"] == 0.9 and episode["version"] == 0
+
+
+class TestRefusals:
+    """Before any weight is loaded."""
+
+    @pytest.fixture(autouse=True)
+    def _no_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def loaded(*_: Any, **__: Any) -> None:
+            raise AssertionError("weights were loaded")
+
+        monkeypatch.setattr(training, "load_student", loaded)
+        monkeypatch.setattr(training, "load_model", loaded)
+
+    def _with_teacher(self, configure: Configure, model: str) -> RunConfig:
+        config = configure({"math": MATH})
+        teacher = config.teachers["two"].model_copy(update={"model": model})
+        return config.model_copy(update={"teachers": {"two": teacher}})
+
+    def test_a_teacher_whose_vocabulary_differs_in_one_token(
+        self, configure: Configure, tokenizer: Any, models: dict[str, str], tmp_path: Path
+    ) -> None:
+        """Two tokens changed places: the sizes agree, and every score would be wrong."""
+        folder = tmp_path / "swapped"
+        tokenizer.save_pretrained(folder)
+        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = data["model"]["vocab"]
+        one, other = "mug", "Ġmug"
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+        (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+        (folder / "config.json").write_bytes((Path(models["two"]) / "config.json").read_bytes())
+        with pytest.raises(ConfigError, match=r"teachers\.two: its vocabulary differs.*mug") as no:
+            Run(self._with_teacher(configure, str(folder)))
+        assert "\n" not in str(no.value)
+
+    def test_a_teacher_that_ends_otherwise(
+        self, configure: Configure, tokenizer: Any, models: dict[str, str], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "ends"
+        odd = copy.deepcopy(tokenizer)
+        odd.eos_token = "<|pad|>"
+        odd.save_pretrained(folder)
+        (folder / "config.json").write_bytes((Path(models["two"]) / "config.json").read_bytes())
+        with pytest.raises(ConfigError, match=r"teachers\.two: it ends with '<\|pad\|>'"):
+            Run(self._with_teacher(configure, str(folder)))
+
+    def test_a_model_too_small_for_its_tokenizer(
+        self, configure: Configure, tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "small"
+        make_model(vocabulary=100).config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with pytest.raises(ConfigError, match=r"teachers\.two\.model.*100 embedding rows"):
+            Run(self._with_teacher(configure, str(folder)))
+
+    def test_a_folder_that_is_not_there(self, configure: Configure) -> None:
+        with pytest.raises(ConfigError, match=r"/nowhere/teacher.*no such folder"):
+            Run(self._with_teacher(configure, "/nowhere/teacher"))
+
+    def test_an_environment_that_does_not_exist(self, configure: Configure) -> None:
+        with pytest.raises(ValueError, match="Maths-v0"):
+            Run(configure({"math": MATH | {"env": "tutelage/Maths-v0"}}))
+
+    def test_an_environments_unknown_option(self, configure: Configure) -> None:
+        with pytest.raises(ValueError, match="splt"):
+            Run(configure({"math": MATH | {"env_args": {"splt": "train"}}}))
+
+    def test_a_mask_text_that_gives_no_token(self, configure: Configure) -> None:
+        objective = {"name": "local_support", "k": 8, "mask_tokens": [""]}
+        with pytest.raises(ValueError, match=r"objective\.mask_tokens: ''"):
+            Run(configure({"math": MATH}, objective=objective))
+
+
+class TestEvaluation:
+    def test_a_models_scores_need_no_teacher_and_repeat(
+        self, configure: Configure, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training, "_make_teacher", lambda *_: pytest.fail("a teacher loaded"))
+        config = configure(
+            {"household": HOUSEHOLD, "math": MATH | {"eval_args": {"split": "test"}}},
+            evaluation={"episodes": 5},
+        )
+        one, other = (evaluate_model(config, models["one"]) for _ in range(2))
+        assert one == other
+        assert one["model"] == models["one"] and len(one["weights"]) == 64
+        for task, metric in (("household", "success rate"), ("math", "pass@1")):
+            found = one["scores"][task]
+            assert found["metric"] == metric
+            for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+                assert (found[mode]["n"], found[mode]["temperature"]) == (5, temperature)
+                assert found[mode]["interval"][0] <= found[mode]["value"]
+
+    def test_scores_during_training_stand_in_the_metrics_of_their_step(
+        self, configure: Configure
+    ) -> None:
+        config = configure({"math": MATH}, steps=4, evaluation={"every": 2, "episodes": 3})
+        lines = _metrics(_train(config))
+        scored = [any(key.startswith("eval/") for key in line) for line in lines]
+        assert scored == [False, True, False, True]
