@@ -58,7 +58,7 @@ class TeacherConfig(_Section):
 
 
 class ObjectiveConfig(_Section):
-    """`name` and its options: every further key goes to the objective, which refuses unknown ones."""
+    """`name` and its options: each further key goes to the objective, which knows its own."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "local_support"
@@ -120,8 +120,8 @@ class ScheduleConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest (torch >= 2.9), which
-    took the tiny models half the steps from scratch. lr means the same for both."""
+    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest (torch >= 2.9): half
+    the steps for the tiny models from scratch. lr means the same for both."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
