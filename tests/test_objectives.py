@@ -436,3 +436,32 @@ def test_unknown_names_options_and_values_are_refused_in_one_line(
     with pytest.raises(ValueError) as refused:
         build(name, **options)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("direction", ["forward", "jsd"])
+def test_local_support_directions_equal_their_definitions_over_the_support(direction: str) -> None:
+    torch.manual_seed(5)
+    teacher_NV = torch.randn(6, 9, dtype=torch.float64)
+    student_NV = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
+    sampled_N = torch.zeros(6, dtype=torch.long)
+    scores = TeacherScores.from_logits(teacher_NV, sampled_N, k=4)
+    loss_N, _ = build("local_support", k=4, direction=direction)(
+        DenseStudent(student_NV), scores, sampled_N, torch.zeros(6)
+    )
+    q_NK = teacher_NV.softmax(-1).gather(1, scores.ids_NK)
+    p_NK = student_NV.softmax(-1).gather(1, scores.ids_NK)
+    q_NK, p_NK = q_NK / q_NK.sum(-1, keepdim=True), p_NK / p_NK.sum(-1, keepdim=True)
+    m_NK = (p_NK + q_NK) / 2
+    wanted_N = {
+        "forward": (q_NK * (q_NK / p_NK).log()).sum(-1),
+        "jsd": ((q_NK * (q_NK / m_NK).log()).sum(-1) + (p_NK * (p_NK / m_NK).log()).sum(-1)) / 2,
+    }[direction]
+    torch.testing.assert_close(loss_N.double(), wanted_N, rtol=1e-5, atol=1e-6)
+    (wanted,) = torch.autograd.grad(wanted_N.sum(), student_NV, retain_graph=True)
+    (got,) = torch.autograd.grad(loss_N.sum(), student_NV)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_local_support_refuses_an_unknown_direction_by_its_nearest_name() -> None:
+    with pytest.raises(ValueError, match="did you mean 'forward'"):
+        build("local_support", direction="foward")
