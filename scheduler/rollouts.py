@@ -153,9 +153,8 @@ class _Play:
         try:
             while self._waiting or self._live:
                 self._admit()
-                idle = self._engine.pending == 0
                 while self._pool.outstanding:
-                    self._take(self._pool.receive(block=idle or self._engine.lockstep))
+                    self._take(self._answers())
                     if not self._engine.lockstep:
                         break
                 self._act(self._engine.step())
@@ -163,6 +162,16 @@ class _Play:
             for live in list(self._live.values()):  # only after an error
                 self._leave(live)
         return [self._done[order.number] for order in orders]
+
+    def _answers(self) -> list[Observed | Failed]:
+        """What the environments have to say: all that is outstanding if the engine goes in lockstep
+        (so that who came first shows nowhere), else what is there."""
+        if not self._engine.lockstep:
+            return self._pool.receive(block=self._engine.pending == 0)
+        answers: list[Observed | Failed] = []
+        while self._pool.outstanding:
+            answers += self._pool.receive()
+        return answers
 
     def _admit(self) -> None:
         resets = []

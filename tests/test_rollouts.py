@@ -185,6 +185,35 @@ def test_outcomes_stand_in_the_orders_order_whatever_ends_first(
         assert episode.final_observation.startswith(f"after {index}")
 
 
+class _Unruly:
+    """A pool whose answers come one at a time, in a random order, as those of several processes."""
+
+    def __init__(self, pool: Any, seed: int) -> None:
+        self._pool, self._rng, self._held = pool, np.random.default_rng(seed), list[Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    @property
+    def outstanding(self) -> int:
+        return int(self._pool.outstanding) + len(self._held)
+
+    def receive(self, *, block: bool = True) -> list[Any]:
+        self._held += self._pool.receive(block=block)
+        return [self._held.pop(int(self._rng.integers(len(self._held))))]
+
+
+def test_in_lockstep_it_shows_nowhere_whose_answer_came_first(make_worker: Any) -> None:
+    """The engine gets its requests in the same order, so batches, and last bits, are the same."""
+    asked = []
+    for seed in range(3):
+        worker = make_worker(max_live=4)
+        worker._pools._pools["t"] = _Unruly(worker._pools["t"], seed)
+        _episodes(worker.collect(_orders(3, 1, 4, 2, 5, 1, 2)))
+        asked.append([(request.session, list(request.ids)) for request in worker.engine.requests])
+    assert asked[0] == asked[1] == asked[2]
+
+
 def test_no_more_episodes_are_live_than_allowed(make_worker: Any) -> None:
     worker = make_worker(max_live=3)
     most = 0
