@@ -70,6 +70,8 @@ def _reverse_kl(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Ten
     [
         ("local_support", {"k": 4}),
         ("local_support", {"k": V}),
+        ("local_support", {"k": 4, "direction": "forward"}),
+        ("local_support", {"k": 4, "direction": "jsd"}),
         ("sampled_token", {}),
         ("sampled_token", {"clip": 0.05, "dual_clip": 1.5}),
         ("sampled_token", {"dual_clip": None, "reward_clip": 0.5}),
@@ -168,6 +170,58 @@ class TestLocalSupport:
         inside_NV = torch.zeros(N, V, dtype=torch.bool).scatter_(1, scores.ids_NK, True)
         assert (gradient_NV[~inside_NV] == 0).all()
         assert (gradient_NV[inside_NV] != 0).all()
+
+    @pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
+    def test_directions_by_hand(
+        self, direction: str, draw: Callable[..., torch.Tensor], sampled_ids_N: torch.Tensor
+    ) -> None:
+        """KL of the renormalised distributions by loops; zero, with no gradient, at the teacher."""
+
+        def kl(left: list[float], right: list[float]) -> float:
+            return sum(p * math.log(p / q) for p, q in zip(left, right, strict=True))
+
+        student_NV, teacher_NV, k = draw(N, V), draw(N, V), 4
+        scores = _scores(teacher_NV, sampled_ids_N, k=k)
+        objective = build("local_support", k=k, direction=direction)
+
+        def loss(logits_NV: torch.Tensor) -> torch.Tensor:
+            return objective(DenseStudent(logits_NV), scores, sampled_ids_N, sampled_ids_N)[0]
+
+        values_N = loss(student_NV)
+        for n in range(N):
+            support = scores.ids_NK[n]
+            pi = student_NV[n, support].softmax(-1).tolist()
+            q = teacher_NV[n, support].softmax(-1).tolist()
+            middle = [(a + b) / 2 for a, b in zip(pi, q, strict=True)]
+            expected = {
+                "reverse": kl(pi, q),
+                "forward": kl(q, pi),
+                "jsd": (kl(q, middle) + kl(pi, middle)) / 2,
+            }[direction]
+            assert values_N[n].item() == pytest.approx(expected, rel=1e-10)
+        torch.testing.assert_close(loss(teacher_NV + 3.0), torch.zeros_like(values_N))
+        gradient_NV = _gradient(loss, teacher_NV + 3.0)
+        torch.testing.assert_close(gradient_NV, torch.zeros_like(gradient_NV))
+
+    @pytest.mark.parametrize("direction", ["forward", "jsd"])
+    def test_a_teachers_impossible_token_is_finite_where_the_formula_is(
+        self, direction: str
+    ) -> None:
+        """q = (1/2, 1/2, 0) against a uniform student: log(3/2), and the JSD by hand."""
+        teacher_NV = torch.tensor([[0.0, 0.0, -torch.inf]])
+        scores = TeacherScores.from_logits(teacher_NV, torch.tensor([0]), k=3)
+        logits_NV = torch.zeros(1, 3, requires_grad=True)
+        loss_N, _ = build("local_support", k=3, direction=direction)(
+            DenseStudent(logits_NV), scores, torch.tensor([0]), torch.zeros(1)
+        )
+        (gradient_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
+        middle = [5 / 12, 5 / 12, 1 / 6]
+        teachers = sum(0.5 * math.log(0.5 / m) for m in middle[:2])
+        students = sum(math.log(1 / 3 / m) / 3 for m in middle)
+        expected = {"forward": math.log(1.5), "jsd": (teachers + students) / 2}[direction]
+        assert loss_N.item() == pytest.approx(expected, rel=1e-6)
+        assert gradient_NV.isfinite().all()
+        assert gradient_NV[0, 2] > 0 > gradient_NV[0, 0]  # down goes what the teacher rules out
 
     def test_takes_the_first_k_of_longer_scores(
         self, draw: Callable[..., torch.Tensor], sampled_ids_N: torch.Tensor
@@ -418,6 +472,7 @@ class TestTeacherScores:
     [
         ("local_suport", {}, "local_support"),
         ("local_support", {"renormalise": True}, "'renormalize'"),
+        ("local_support", {"direction": "foward"}, "'forward'"),
         ("local_support", {"k": 0}, "k=0"),
         ("local_support", {"k": 2.5}, "k=2.5"),
         ("local_support", {"k": "many"}, "k='many'"),

@@ -10,7 +10,6 @@ from tutelage.distill.objectives.scores import TeacherScores
 from tutelage.distill.objectives.students import Student
 from tutelage.envs.names import unknown
 
-
 DIRECTIONS = ("reverse", "forward", "jsd")
 
 
