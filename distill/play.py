@@ -23,9 +23,9 @@ def play(
         ValueError: an unknown environment or option, or a policy that it does not support.
     """
     args = dict(env_args)
-    if policy == "expert":
-        args["expert"] = args.get("expert", True)
     try:
+        if policy == "expert" and "expert" in _options(_class_of(gymnasium.spec(env_id))):
+            args.setdefault("expert", True)
         env = gymnasium.make(env_id, **args)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"{env_id}: {error}") from None
@@ -128,18 +128,25 @@ def describe_environments() -> str:
     """Every registered `tutelage/` environment: what it is, its options and their defaults."""
     blocks = []
     for env_id in sorted(i for i in gymnasium.registry if i.startswith("tutelage/")):
-        entry_point = gymnasium.registry[env_id].entry_point
-        cls: Any = gymnasium.envs.registration.load_env_creator(entry_point)  # type: ignore[arg-type]
+        cls = _class_of(gymnasium.registry[env_id])
         text = inspect.cleandoc(cls.__doc__ or "").replace("\n", "\n  ")
         options = [f"    {name} = {default}" for name, default in _options(cls).items()]
         blocks.append("\n".join([env_id, f"  {text}", "  Options and defaults:", *options]))
     return "\n\n".join(blocks)
 
 
-def _options(cls: type) -> dict[str, str]:
+def _class_of(spec: Any) -> Any:
+    """What makes a registered environment: its class, as a rule."""
+    entry_point = spec.entry_point
+    if not isinstance(entry_point, str):
+        return entry_point
+    return gymnasium.envs.registration.load_env_creator(entry_point)
+
+
+def _options(cls: Any) -> dict[str, str]:
     """A class's options with their defaults, those that it hands on to its parents included."""
     found: dict[str, str] = {}
-    for parent in cls.__mro__:
+    for parent in getattr(cls, "__mro__", ()):  # a factory function tells nothing
         if "__init__" not in vars(parent):
             continue
         parameters = list(inspect.signature(parent).parameters.values())
