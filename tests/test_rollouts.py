@@ -63,7 +63,7 @@ class Scripted(gym.Env[str, str]):
         return info
 
 
-gym.register("Scripted-v0", entry_point=Scripted)
+gym.register("Scripted-v0", entry_point=Scripted)  # type: ignore[arg-type]
 
 
 class FakeEngine:
@@ -134,7 +134,8 @@ def make_worker(tokenizer: Any) -> Iterator[Callable[..., RolloutWorker]]:
     made: list[RolloutWorker] = []
 
     def make(say: Say = _countdown, *, engine: dict[str, Any] | None = None, **how: Any) -> Any:
-        rollout = TaskRollout(**({"env": "Scripted-v0", "processes": 0} | how))
+        settings: dict[str, Any] = {"env": "Scripted-v0", "processes": 0}
+        rollout = TaskRollout(**(settings | how))
         worker = RolloutWorker(
             FakeEngine(tokenizer, say, **(engine or {})), tokenizer, {"t": rollout}
         )
