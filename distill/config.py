@@ -7,7 +7,7 @@ has no sensible default is required.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,6 +29,7 @@ class _Section(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class StudentConfig(_Section):
@@ -86,8 +87,8 @@ class ContextConfig(_Section):
 
 class RolloutConfig(_Section):
     engine: Literal["transformers"] = "transformers"
-    temperature: float = 1.0  # the policy itself: what on-policy distillation is about
-    top_p: float = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # the policy itself
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_turns: Positive = 30
     max_new_tokens: Positive = 32
     context: ContextConfig = ContextConfig()
@@ -166,7 +167,7 @@ class RunConfig(_Section):
     """A whole run."""
 
     run: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     steps: Positive
     student: StudentConfig
     teachers: dict[str, TeacherConfig] = {}
@@ -208,13 +209,14 @@ class RunConfig(_Section):
     def objective_of(self, task: str) -> ObjectiveConfig:
         """The task's own objective, or the run's."""
         own = self.tasks[task].objective
-        return self.objective if own is None else ObjectiveConfig.model_validate(own)
+        if own is None:
+            return self.objective
+        return _validated(ObjectiveConfig, own, f"tasks.{task}.objective")
 
     def rollout_of(self, task: str) -> RolloutConfig:
         """The run's rollout section with the task's keys in place."""
-        return RolloutConfig.model_validate(
-            _merged(self.rollout.model_dump(), self.tasks[task].rollout)
-        )
+        merged = _merged(self.rollout.model_dump(), self.tasks[task].rollout)
+        return _validated(RolloutConfig, merged, f"tasks.{task}.rollout")
 
     def task_rollout(self, task: str, *, evaluation: bool = False) -> TaskRollout:
         """How the task is played, as the scheduler takes it."""
@@ -252,6 +254,8 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text: a configuration is YAML in UTF-8") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -268,19 +272,33 @@ def parse_config(data: dict[str, Any], source: str) -> RunConfig:
     data = _numbers(data)
     if found := _unknown_key(RunConfig, data, ""):
         raise ConfigError(f"{source}: {found}")
-    for name, task in (data.get("tasks") or {}).items():
+    tasks = data.get("tasks")
+    for name, task in tasks.items() if isinstance(tasks, dict) else ():
         own = task.get("rollout") if isinstance(task, dict) else None
         if found := _unknown_key(RolloutConfig, own, f"tasks.{name}.rollout."):
             raise ConfigError(f"{source}: {found}")
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        value = first.get("input")
-        shown = "" if isinstance(value, dict) or first["type"] == "missing" else f" (got {value!r})"
-        raise ConfigError(f"{source}: {key + ': ' if key else ''}{message}{shown}") from None
+        raise ConfigError(f"{source}: {_fault(error).lstrip('.: ')}") from None
+
+
+def _validated(kind: type[Section], data: Any, where: str) -> Section:
+    """A section that stands inside a task; its faults name the place."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(where + _fault(error)) from None
+
+
+def _fault(error: ValidationError) -> str:
+    """The first fault in one line, `.key.path: what is wrong`; `: what is wrong` of the whole."""
+    first = error.errors()[0]
+    key = "".join(f".{part}" for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = "" if isinstance(value, dict) or first["type"] == "missing" else f" (got {value!r})"
+    return f"{key}: {message}{shown}"
 
 
 def _override(data: dict[str, Any], override: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import random
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ def play(
     """
     args = dict(env_args)
     try:
-        if policy == "expert" and "expert" in _options(_class_of(gymnasium.spec(env_id))):
+        if policy == "expert" and "expert" in _options(_class_of(_spec(env_id))):
             args.setdefault("expert", True)
         env = gymnasium.make(env_id, **args)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
@@ -133,6 +134,14 @@ def describe_environments() -> str:
         options = [f"    {name} = {default}" for name, default in _options(cls).items()]
         blocks.append("\n".join([env_id, f"  {text}", "  Options and defaults:", *options]))
     return "\n\n".join(blocks)
+
+
+def _spec(env_id: str) -> Any:
+    """The registered environment of an id; importing the module that `module:id` names first."""
+    module, colon, name = env_id.rpartition(":")
+    if colon:
+        importlib.import_module(module)
+    return gymnasium.spec(name)
 
 
 def _class_of(spec: Any) -> Any:

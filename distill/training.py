@@ -164,7 +164,7 @@ class Run:
             lessons,
             self._objectives[task],
             weight=self.config.tasks[task].weight,
-            seed=self.config.seed * 1_000_003 + step,
+            seed=self.config.seed * 1_000_003 + step // len(self.config.tasks),
         )
         clock.lap("update")
         if step % self.config.journal.episodes_every == 0:
