@@ -41,15 +41,13 @@ def save(
         _flush(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if (
-            isinstance(error, OSError)
-            or "No space left" in str(error)
-            or "PytorchStreamWriter" in str(error)
-        ):
+        # torch reports a full disk as a RuntimeError of many wordings, safetensors as its own.
+        if isinstance(error, OSError | RuntimeError) or "No space left" in str(error):
+            free = shutil.disk_usage(folder).free / 2**20
             raise OSError(
-                f"checkpoint {final} could not be saved ({_first_line(error)}): nothing"
-                " half-written is left and earlier checkpoints are whole; free some space and run"
-                " the same command again"
+                f"checkpoint {final} could not be saved ({_first_line(error)}; {free:.0f} MiB are"
+                " free there): nothing half-written is left and earlier checkpoints are whole;"
+                " free some space and run the same command again"
             ) from error
         raise
     shutil.rmtree(final, ignore_errors=True)

@@ -196,7 +196,7 @@ class TestAFullDisk:
         """torch.save on a full disk raises a RuntimeError of its zip writer."""
 
         def fail(*_: Any) -> None:
-            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
         monkeypatch.setattr(torch, "save", fail)
         with pytest.raises(OSError, match="could not be saved"):
