@@ -8,7 +8,7 @@ ALFWorld's own limit does.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from gymnasium import spaces
 
 from tutelage.envs.household.engine import Engine, Game, NativeEngine, View
 from tutelage.envs.names import unknown
+from tutelage.envs.selection import chosen_index
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -112,7 +113,7 @@ class HouseholdGameEnv(gym.Env[str, str]):
         """Start a game: the one of options["index"], or one drawn at random."""
         super().reset(seed=seed)
         self._game = None  # a reset that fails leaves no half-begun episode
-        game = self._games[self._index(options or {})]
+        game = self._games[chosen_index(options, self.num_episodes, self.np_random)]
         view = self._engine.reset(game)
         if self._expert is not None:
             self._expert.reset(game, view)
@@ -144,19 +145,6 @@ class HouseholdGameEnv(gym.Env[str, str]):
         """Release the engine."""
         self._game = None
         self._engine.close()
-
-    def _index(self, options: Mapping[str, Any]) -> int:
-        for name in options:
-            if name != "index":
-                raise ValueError(unknown("reset option", name, ["index"]))
-        index = options.get("index")
-        if index is None:
-            return int(self.np_random.integers(self.num_episodes))
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise ValueError(f"index {index!r} is no whole number")
-        if not 0 <= int(index) < self.num_episodes:
-            raise ValueError(f"index {index} is outside 0..{self.num_episodes - 1}")
-        return int(index)
 
     def _info(self, game: Game, view: View) -> dict[str, Any]:
         info: dict[str, Any] = {

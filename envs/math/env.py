@@ -17,6 +17,7 @@ from tutelage.envs.grading import judge
 from tutelage.envs.math.arithmetic import ArithmeticProblems, sizes
 from tutelage.envs.math.problems import Problem, load
 from tutelage.envs.names import unknown
+from tutelage.envs.selection import chosen_index
 
 BARE_PROMPT = "{problem}"  # a model of a million parameters has no budget for boilerplate
 PAPER_PROMPT = (
@@ -119,7 +120,7 @@ class MathEnv(gym.Env[str, str]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
-        self._current = self._problems[self._index(options or {})]
+        self._current = self._problems[chosen_index(options, self.num_episodes, self.np_random)]
         return self._prompt.replace("{problem}", self._current.question), self._info(self._current)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -133,19 +134,6 @@ class MathEnv(gym.Env[str, str]):
         info |= {"success": verdict.correct, "reason": verdict.reason}
         said = "Correct." if verdict.correct else f"Wrong: the answer is {problem.answer}."
         return said, float(verdict.correct), True, False, info
-
-    def _index(self, options: dict[str, Any]) -> int:
-        for name in options:
-            if name != "index":
-                raise ValueError(unknown("reset option", name, ["index"]))
-        index = options.get("index")
-        if index is None:
-            return int(self.np_random.integers(self.num_episodes))
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise ValueError(f"index {index!r} is no whole number")
-        if not 0 <= int(index) < self.num_episodes:
-            raise ValueError(f"index {index} is outside 0..{self.num_episodes - 1}")
-        return int(index)
 
     def _info(self, problem: Problem) -> dict[str, Any]:
         info: dict[str, Any] = {
