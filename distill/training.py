@@ -74,10 +74,11 @@ class Run:
         self.timetable = Timetable(
             {name: self._plan(name) for name in config.tasks}, steps=config.steps, seed=config.seed
         )
-        pools = EnvironmentPools(_rollouts(config))
+        rollouts = _rollouts(config)
+        pools = EnvironmentPools(rollouts)
         try:
             if config.cluster is None:
-                pools.open(_rollouts(config))  # a bad id or option shows before a model loads
+                pools.open(rollouts)  # a bad id or option shows before a model loads
             model = load_student(config.student, seed=config.seed)
             self.learner = Learner(
                 model, vocabulary=self.vocabulary, config=config.optimizer, steps=config.steps

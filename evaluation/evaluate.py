@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from tutelage.evaluation.metrics import mean_and_interval, wilson
+from tutelage.evaluation.metrics import wilson
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
 
 Collect = Callable[[Sequence[Order], SamplingLaw], list[Episode | Dropped]]
@@ -88,13 +89,12 @@ def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
     by_type: dict[str, list[Episode]] = defaultdict(list)
     for episode in played:
         by_type[episode.task_type].append(episode)
-    turns = [float(len(episode.turns)) for episode in played]
-    mean_turns, _ = mean_and_interval(turns)
+    turns = fmean(len(episode.turns) for episode in played)
     replies = [turn for episode in played for turn in episode.turns]
     return {
         **_rate(played),
         "dropped": len(outcomes) - len(played),
-        "turns": round(mean_turns, 2),
+        "turns": round(turns, 2),
         "cut_off": round(sum(not turn.complete for turn in replies) / max(1, len(replies)), 4),
         "unfinished": round(
             sum(episode.ended != "terminated" for episode in played) / len(played), 4
