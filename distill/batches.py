@@ -27,6 +27,8 @@ class Batch:
     sources_N: torch.Tensor  # index of the hidden state that predicts each chosen token
     targets_N: torch.Tensor
     behaviour_N: torch.Tensor
+    segments_N: torch.Tensor  # tokens of one number are one turn's reply
+    places_N: torch.Tensor  # how far into its reply a token stands, from 0
 
     def hidden(self, model: Any) -> torch.Tensor:
         """The hidden states [N, D] that predict the chosen tokens."""
@@ -63,14 +65,17 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
         ids_BT[b, : len(row.ids_T)] = row.ids_T
     branched = any(row.branches_T.any() for row in chosen)
     where = [np.flatnonzero(row.chosen_T) for row in chosen]
+    rows_N = np.concatenate([np.full(len(at), b) for b, at in enumerate(where)])
+    turns_N = np.concatenate([row.turns_T[at] for row, at in zip(chosen, where, strict=True)])
+    begins_N = np.ones(len(rows_N), dtype=bool)
+    begins_N[1:] = (np.diff(rows_N) != 0) | (np.diff(turns_N) != 0)
+    segments_N = np.cumsum(begins_N) - 1
     return Batch(
         members=members,
         ids_BT=torch.from_numpy(ids_BT).to(device),
         positions_BT=_positions(chosen, width).to(device) if branched else None,
         mask_B1TT=_branch_mask(chosen, width).to(device) if branched else None,
-        rows_N=torch.from_numpy(
-            np.concatenate([np.full(len(at), b) for b, at in enumerate(where)])
-        ).to(device),
+        rows_N=torch.from_numpy(rows_N).to(device),
         sources_N=_joined(
             [row.sources_T()[at] for row, at in zip(chosen, where, strict=True)], device
         ),
@@ -79,6 +84,10 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
         ).long(),
         behaviour_N=_joined(
             [row.logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
+        ),
+        segments_N=torch.from_numpy(segments_N).to(device),
+        places_N=torch.from_numpy(np.arange(len(rows_N)) - np.flatnonzero(begins_N)[segments_N]).to(
+            device
         ),
     )
 

@@ -134,7 +134,11 @@ class OptimizerConfig(_Section):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine: share of lr left at the end
     micro_tokens: Positive | None = None  # tokens, padding included, of one forward and backward;
     # none: 2,048 on the CPU, where what does not fit the cache costs twice, else 16,384
+    # a task's mean loss: over all its tokens (the papers' formula), or over rows of their means
     aggregate: Literal["token", "sequence"] = "token"
+    # several tasks in one update: `task` gives each its own mean, so that short answers are not
+    # drowned by long chains; `all` is one mean over everything
+    normalize: Literal["task", "all"] = "task"
 
 
 class EvaluationConfig(_Section):
@@ -155,6 +159,8 @@ class CheckpointConfig(_Section):
 class JournalConfig(_Section):
     tensorboard: bool = True
     episodes_every: Positive = 1  # steps between episode files
+    # steps between those diagnostics that need the student's distribution over the whole vocabulary
+    diagnostics_every: Positive = 10
 
 
 class ClusterConfig(_Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tutelage.distill import diagnostics
 from tutelage.distill.batches import Batch, pack
 from tutelage.distill.config import OptimizerConfig
-from tutelage.distill.objectives import DenseStudent, Objective, TeacherScores
+from tutelage.distill.diagnostics import Meter
+from tutelage.distill.objectives import (
+    DenseStudent,
+    Objective,
+    SparseStudent,
+    Student,
+    TeacherScores,
+    Tokens,
+)
 from tutelage.distill.optimizers import Optimizer
 from tutelage.scheduler.episodes import Row
 
@@ -44,6 +53,18 @@ class Lesson:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How a task is taught: by which objective, and how much its loss weighs."""
+
+    objective: Objective
+    weight: float = 1.0
+
+
+DENSE_VOCABULARY = 8192
+"""Up to this many ids whole logits are faster than gathered ones, and small."""
+
+
 class Learner:
     """Owns the student's weights and the optimizer's state.
 
@@ -51,99 +72,169 @@ class Learner:
         model: a causal LM, trained in place.
         vocabulary: ids that take probability.
         config: the optimizer section. steps: of the whole run, for the learning rate's schedule.
+        dense_vocabulary: up to this size of vocabulary, whole logits; above it, gathered ones.
     """
 
-    def __init__(self, model: Any, *, vocabulary: int, config: OptimizerConfig, steps: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        vocabulary: int,
+        config: OptimizerConfig,
+        steps: int,
+        dense_vocabulary: int = DENSE_VOCABULARY,
+    ) -> None:
         self.model, self.vocabulary, self._config, self._steps = model, vocabulary, config, steps
+        self._dense = vocabulary <= dense_vocabulary
         self.version = 0
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
         self.optimizer = Optimizer(model, config)
 
     def update(
-        self, lessons: Sequence[Lesson], objective: Objective, *, weight: float, seed: int
-    ) -> dict[str, float]:
-        """One optimizer step on the weighted mean loss, accumulated over micro-batches.
+        self,
+        lessons: Sequence[Lesson],
+        courses: Mapping[str, Course],
+        *,
+        seed: int,
+        progress: float = 0.0,
+        diagnose: bool = True,
+    ) -> dict[str, dict[str, float]]:
+        """One optimizer step on the sum of the tasks' weighted mean losses, accumulated over
+        micro-batches. Returns each task's metrics.
+
+        courses: by task. progress: share of the run done. diagnose: also the costly diagnostics.
 
         Raises:
             ValueError: the mask is empty.
             FloatingPointError: the loss or the gradient is not finite; the weights stay.
         """
-        masks = [torch.from_numpy(lesson.mask_T[lesson.row.chosen_T]) for lesson in lessons]
-        total = int(sum(mask.sum() for mask in masks))
-        if not total:
-            tasks = ", ".join(sorted({lesson.task for lesson in lessons})) or "none"
-            raise ValueError(
-                f"no token takes loss in {len(lessons)} rows (tasks: {tasks}):"
-                " objective.mask_tokens masks all that the student said, or every episode was"
-                " dropped"
-            )
-        device = self.model.device
-        generator = torch.Generator(device=device).manual_seed(seed)
-        sums: dict[str, float] = defaultdict(float)
+        if not lessons:
+            raise ValueError("there are no lessons to learn from: every episode was dropped")
+        by_task: dict[str, list[Lesson]] = defaultdict(list)
+        for lesson in lessons:
+            by_task[lesson.task].append(lesson)
+        sizes = {task: self._size(own) for task, own in by_task.items()}
+        total = sum(sizes.values())
+        rng = np.random.default_rng(seed)
         self.optimizer.zero_grad()
-        rows = [lesson.row for lesson in lessons]
-        for batch in pack(rows, max_tokens=self._micro_tokens, device=device):
-            weights_N = self._weights([masks[i] for i in batch.members], total, len(lessons)).to(
-                device
+        found: dict[str, dict[str, float]] = {}
+        for task, own in by_task.items():
+            share = 1.0 if self._config.normalize == "task" else sizes[task] / total
+            found[task] = self._accumulate(
+                own,
+                courses[task],
+                scale=share * courses[task].weight,
+                uniforms=[rng.random(len(lesson.row.ids_T), dtype=np.float32) for lesson in own],
+                progress=progress,
+                diagnose=diagnose,
             )
-            loss, found = self._loss(batch, lessons, objective, weights_N, generator)
-            (weight * loss).backward()
-            for name, value in found.items():
-                sums[name] += value
         norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
-        if not math.isfinite(sums["loss/mean"]) or not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"loss {sums['loss/mean']}, gradient norm {norm.item()} at update {self.version}:"
-                " the weights are as they were; lower optimizer.lr, or look at the step's episodes"
-            )
+        for task, metrics in found.items():
+            if not math.isfinite(metrics["loss/mean"]) or not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"task {task!r}: loss {metrics['loss/mean']}, gradient norm {norm.item()} at"
+                    f" update {self.version}: the weights are as they were; lower optimizer.lr, or"
+                    " look at the step's episodes"
+                )
         rate = self.learning_rate(self.version)
         self.optimizer.step(rate)
         self.version += 1
-        sums |= {
-            "optimizer/grad_norm": norm.item(),
-            "optimizer/lr": rate,
-            "tokens/trained": float(total),
-        }
-        return dict(sums)
+        shared = {"optimizer/grad_norm": norm.item(), "optimizer/lr": rate}
+        return {task: metrics | shared for task, metrics in found.items()}
 
-    def _weights(self, masks: Sequence[torch.Tensor], total: int, count: int) -> torch.Tensor:
-        """Each token's share of the mean: over the step's tokens, or over rows and their tokens."""
-        if self._config.aggregate == "token":
-            return torch.cat([mask.float() / total for mask in masks])
-        return torch.cat([mask.float() / mask.sum().clamp(min=1) / count for mask in masks])
-
-    def _loss(
-        self,
-        batch: Batch,
-        lessons: Sequence[Lesson],
-        objective: Objective,
-        weights_N: torch.Tensor,
-        generator: torch.Generator,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        scores = None
-        if objective.needs_teacher:
-            scores = _joined([lessons[i] for i in batch.members]).to(self.model.device)
+    def student(self, hidden_ND: torch.Tensor) -> Student:
+        """The student at the positions of `hidden_ND`, for an objective."""
         head = self.model.get_output_embeddings()
-        student = DenseStudent(head(batch.hidden(self.model))[:, : self.vocabulary])
-        loss_N, metrics = objective(
-            student, scores, batch.targets_N, batch.behaviour_N, generator=generator
-        )
-        # Where the weight is 0 the loss must not count even if it is infinite: 0 * inf is NaN.
-        loss = (torch.where(weights_N > 0, loss_N, 0.0) * weights_N).sum()
-        with torch.no_grad():
-            logprobs_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
-            entropy_N = -(student.logprobs().exp() * student.logprobs()).sum(-1)
-            shown = {"student/entropy": entropy_N, "student/logprob": logprobs_N, **metrics}
-            if scores is not None:
-                gap_N = scores.sampled_N - logprobs_N
-                shown["gap/mean"] = gap_N
-            if batch.behaviour_N.isfinite().all():
-                shown["gap/engine"] = (logprobs_N - batch.behaviour_N).abs()
-            found = {
-                name: float((torch.where(weights_N > 0, value, 0.0) * weights_N).sum())
-                for name, value in shown.items()
-            }
-        return loss, {"loss/mean": float(loss.detach()), **found}
+        if self._dense:
+            return DenseStudent(head(hidden_ND)[:, : self.vocabulary])
+        return SparseStudent(hidden_ND, head, vocabulary=self.vocabulary)
+
+    @torch.no_grad()
+    def own_support(self, rows: Sequence[Row], k: int) -> list[torch.Tensor]:
+        """The student's K most probable ids of each row's chosen tokens [N, K], on the CPU: what a
+        teacher is asked for when the support is the student's."""
+        found: dict[int, torch.Tensor] = {}
+        for batch in pack(rows, max_tokens=self._micro_tokens, device=self.model.device):
+            ids_NK = self.student(batch.hidden(self.model)).top_k(k).cpu()
+            counts = [int(rows[i].chosen_T.sum()) for i in batch.members]
+            found |= dict(zip(batch.members, ids_NK.split(counts), strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    def _size(self, lessons: Sequence[Lesson]) -> float:
+        """What a task's mean is over: its tokens that take loss, or its rows."""
+        tokens = int(sum(lesson.mask_T.sum() for lesson in lessons))
+        if not tokens:
+            raise ValueError(
+                f"task {lessons[0].task!r}: no token takes loss in {len(lessons)} rows:"
+                " objective.mask_tokens masks all that the student said, or every episode was"
+                " dropped"
+            )
+        rows = sum(bool(lesson.mask_T.any()) for lesson in lessons)
+        return float(tokens if self._config.aggregate == "token" else rows)
+
+    def _accumulate(
+        self,
+        lessons: Sequence[Lesson],
+        course: Course,
+        *,
+        scale: float,
+        uniforms: Sequence[npt.NDArray[np.float32]],
+        progress: float,
+        diagnose: bool,
+    ) -> dict[str, float]:
+        """Add the gradient of `scale` times one task's mean loss; return the task's metrics."""
+        device, meter = self.model.device, Meter()
+        size = self._size(lessons)
+        for batch in pack([x.row for x in lessons], max_tokens=self._micro_tokens, device=device):
+            members = [lessons[i] for i in batch.members]
+            masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x in members]
+            weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
+            drawn = [uniforms[i][lessons[i].row.chosen_T] for i in batch.members]
+            tokens = Tokens(
+                segments_N=batch.segments_N,
+                mask_N=weights_N > 0,
+                uniforms_N=torch.from_numpy(np.concatenate(drawn)).to(device),
+                progress=progress,
+            )
+            scores = _joined(members).to(device) if course.objective.needs_teacher else None
+            student = self.student(batch.hidden(self.model))
+            loss_N, metrics = course.objective(
+                student, scores, batch.targets_N, batch.behaviour_N, tokens=tokens
+            )
+            # Where the weight is 0 the loss must not count even if it is infinite: 0 * inf is NaN.
+            loss = (torch.where(weights_N > 0, loss_N, 0.0) * weights_N).sum()
+            (scale * loss).backward()
+            with torch.no_grad():
+                meter.add({"loss/mean": loss_N.detach(), **metrics}, weights_N)
+                self._diagnose(meter, batch, student, scores, weights_N, costly=diagnose)
+        trained = sum(int(lesson.mask_T.sum()) for lesson in lessons)
+        return meter.means() | {"tokens/trained": float(trained)}
+
+    def _weights(self, mask_N: torch.Tensor, size: float) -> torch.Tensor:
+        """Each token's share of the mean: over the task's tokens, or over rows and their tokens."""
+        if self._config.aggregate == "token":
+            return mask_N.float() / size
+        return mask_N.float() / mask_N.sum().clamp(min=1) / size
+
+    @staticmethod
+    def _diagnose(
+        meter: Meter,
+        batch: Batch,
+        student: Student,
+        scores: TeacherScores | None,
+        weights_N: torch.Tensor,
+        *,
+        costly: bool,
+    ) -> None:
+        if scores is not None:
+            sampled_N = batch.behaviour_N.isfinite()
+            found = diagnostics.recorded(scores, batch.behaviour_N)
+            meter.add(found, weights_N, sampled_N)
+            where_N = torch.where(sampled_N, weights_N, 0.0)
+            diagnostics.add_by_place(meter, found["gap/mean"], batch.places_N, where_N)
+        if costly:
+            found = diagnostics.examined(student, scores, batch.targets_N, batch.behaviour_N)
+            meter.add(found, weights_N)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant or cosine down to the floor."""

@@ -27,7 +27,7 @@ from tutelage.distill import checkpoints
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, build_objective
 from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.journal import Journal
-from tutelage.distill.learner import Learner, Lesson
+from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.masks import loss_mask, special_ids
 from tutelage.distill.models import (
     check_vocabularies,
@@ -64,9 +64,11 @@ class Run:
         self.vocabulary = check_vocabularies(config)
         prepare_process(config.student.threads)
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
-        self._objectives = {
-            name: build_objective(config.objective_of(name)) for name in config.tasks
+        self._courses = {
+            name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
+            for name, task in config.tasks.items()
         }
+        _check_supports(self._courses, self.vocabulary)
         self._special = {
             name: special_ids(self.tokenizer, config.objective_of(name).mask_tokens)
             for name in config.tasks
@@ -163,15 +165,16 @@ class Run:
         clock.lap("score")
         update = self.learner.update(
             lessons,
-            self._objectives[task],
-            weight=self.config.tasks[task].weight,
+            self._courses,
             seed=self.config.seed * 1_000_003 + step // len(self.config.tasks),
+            progress=step / self.config.steps,
+            diagnose=step % self.config.journal.diagnostics_every < len(self.config.tasks),
         )
         clock.lap("update")
         if step % self.config.journal.episodes_every == 0:
             journal.write_episodes(step, outcomes, lessons)
         clock.lap("journal")
-        return _outcome_metrics(outcomes) | update | clock.metrics(outcomes, lessons)
+        return _outcome_metrics(outcomes) | update[task] | clock.metrics(outcomes, lessons)
 
     def _lessons(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[Lesson]:
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
@@ -183,11 +186,15 @@ class Run:
                 f" ({first.order.name}) because its environment {first.reason}: {first.detail}"
             )
         rows = [row for episode in episodes for row in episode.rows]
-        objective, teacher = self._objectives[task], self.config.tasks[task].teacher
+        objective, teacher = self._courses[task].objective, self.config.tasks[task].teacher
         scores: list[TeacherScores | None] = [None] * len(rows)
         if objective.needs_teacher:
             assert teacher is not None
-            scores = list(self.placement.score(teacher, rows, k=objective.k))
+            k = max(objective.k, objective.student_k)
+            wanted: dict[str, Any] = {"k": k, "full": objective.needs_full}
+            if objective.student_k:
+                wanted["asked"] = self.learner.own_support(rows, objective.student_k)
+            scores = list(self.placement.score(teacher, rows, **wanted))
         special = self._special[task]
         return [
             Lesson(task=task, row=row, scores=score, mask_T=loss_mask(row, special))
@@ -196,7 +203,7 @@ class Run:
 
     def _plan(self, task: str) -> TaskPlan:
         config = self.config.tasks[task]
-        labels = not self._objectives[task].needs_teacher
+        labels = not self._courses[task].objective.needs_teacher
         share = config.expert_share
         return TaskPlan(
             episodes=config.episodes,
@@ -338,6 +345,16 @@ def _score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
         for mode, found in modes.items()
         if mode != "metric"
     }
+
+
+def _check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
+    """Raises ConfigError for a support larger than the vocabulary."""
+    for task, course in courses.items():
+        if (k := max(course.objective.k, course.objective.student_k)) > vocabulary:
+            raise ConfigError(
+                f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
+                f" {vocabulary} ids: lower objective.k"
+            )
 
 
 def _rollouts(config: RunConfig) -> dict[str, TaskRollout]:

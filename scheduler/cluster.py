@@ -26,8 +26,8 @@ class Placement(Protocol):
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games the task has; None: its environment does not say."""
 
-    def score(self, teacher: str, rows: Sequence[Row], *, k: int) -> list[Any]:
-        """A teacher's scores of rows."""
+    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
+        """A teacher's scores of rows; `wanted` is what its `score` takes."""
 
     def close(self) -> None:
         """Stop every process that was started."""
@@ -50,8 +50,8 @@ class InProcess:
     def num_episodes(self, task: str) -> int | None:
         return self._worker.num_episodes(task)
 
-    def score(self, teacher: str, rows: Sequence[Row], *, k: int) -> list[Any]:
-        scores: list[Any] = self._teachers[teacher].score(rows, k=k)
+    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
+        scores: list[Any] = self._teachers[teacher].score(rows, **wanted)
         return scores
 
     def close(self) -> None:
@@ -122,8 +122,8 @@ class RayCluster:
         (count,) = self._get([self._workers[0].call.remote("num_episodes", task)])
         return None if count is None else int(count)
 
-    def score(self, teacher: str, rows: Sequence[Row], *, k: int) -> list[Any]:
-        (scores,) = self._get([self._teachers[teacher].call.remote("score", rows, k=k)])
+    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
+        (scores,) = self._get([self._teachers[teacher].call.remote("score", rows, **wanted)])
         return list(scores)
 
     def close(self) -> None:

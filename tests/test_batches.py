@@ -221,7 +221,7 @@ class TestTeacher:
         rows = [make_row([("prompt", [50] * n), ("said", [n, 7, 11])]) for n in (9, 2, 5)]
         teacher = TransformersTeacher(model, vocabulary=101)
         whole = teacher.score(rows, k=3)
-        monkeypatch.setattr(teachers, "HEAD_TOKENS", 2)
+        monkeypatch.setattr(teachers, "CHUNK", 2 * 101)  # two positions at a time
         for one, other in zip(teacher.score(rows, k=3), whole, strict=True):
             torch.testing.assert_close(one.sampled_N, other.sampled_N)
             assert torch.equal(one.ids_NK, other.ids_NK)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tutelage.distill.config import OptimizerConfig
-from tutelage.distill.learner import Learner, Lesson
+from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.objectives import DenseStudent, TeacherScores, build
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
@@ -51,6 +51,15 @@ def _learner(model: Any, *, steps: int = 10, **options: Any) -> Learner:
     """Plain gradients are what is looked at: no clipping unless asked."""
     config = OptimizerConfig(**({"clip": 1e9, "micro_tokens": 4096} | options))
     return Learner(model, vocabulary=VOCABULARY, config=config, steps=steps)
+
+
+def _update(
+    learner: Learner, lessons: Sequence[Lesson], objective: Any, *, weight: float = 1.0, seed: int
+) -> dict[str, float]:
+    """One update on the lessons of one task; its metrics."""
+    courses = {x.task: Course(objective=objective, weight=weight) for x in lessons}
+    (metrics,) = learner.update(lessons, courses, seed=seed).values()
+    return metrics
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -115,7 +124,7 @@ def test_loss_and_gradient_are_the_mean_that_the_config_names(
     lessons = _lessons(rows, teacher if objective.needs_teacher else None, k=32)
     loss, expected = _direct(model, lessons, objective, reduce)
     learner = _learner(model, aggregate=aggregate, micro_tokens=40)
-    metrics = learner.update(lessons, objective, weight=1.0, seed=0)
+    metrics = _update(learner, lessons, objective, weight=1.0, seed=0)
     assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
     _assert_same(_gradients(model), expected, atol=1e-6)
     assert not model.lm_head.weight.grad[VOCABULARY:].any()
@@ -141,8 +150,8 @@ def test_micro_batches_do_not_change_the_update(
     for micro_tokens in (1, 45, 10_000):
         model = make_model(seed=1)
         learner = _learner(model, micro_tokens=micro_tokens, clip=0.5, lr=1e-2)
-        metrics = learner.update(
-            _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
+        metrics = _update(
+            learner, _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
         )
         found.append((metrics, _gradients(model), model.state_dict()))
     (first, gradients, weights), *others = found
@@ -166,7 +175,7 @@ def test_masked_tokens_leave_numerator_and_denominator(
         mask_T[np.flatnonzero(mask_T)[1::2]] = False
         lessons.append(Lesson(task="t", row=lesson.row, scores=lesson.scores, mask_T=mask_T))
     loss, expected = _direct(model, lessons, objective, _token_mean)
-    metrics = _learner(model).update(lessons, objective, weight=1.0, seed=0)
+    metrics = _update(_learner(model), lessons, objective, weight=1.0, seed=0)
     assert metrics["tokens/trained"] == 1 + 9 + 1 + 3
     assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
     _assert_same(_gradients(model), expected, atol=1e-6)
@@ -186,7 +195,7 @@ def test_an_infinite_loss_under_the_mask_does_not_count(
     mask_T = row.chosen_T & (row.ids_T != 3)
     model = make_model()
     lesson = Lesson(task="t", row=row, scores=None, mask_T=mask_T)
-    metrics = _learner(model).update([lesson], objective, weight=1.0, seed=0)  # type: ignore[arg-type]
+    metrics = _update(_learner(model), [lesson], objective, weight=1.0, seed=0)  # type: ignore[arg-type]
     assert math.isfinite(metrics["loss/mean"])
     assert all(gradient.isfinite().all() for gradient in _gradients(model).values())
 
@@ -197,8 +206,12 @@ def test_the_weight_scales_the_gradient_and_not_the_reported_loss(
     found = {}
     for weight in (1.0, 0.25):
         model = make_model(seed=1)
-        metrics = _learner(model).update(
-            _lessons(rows, teacher), build("local_support", k=8), weight=weight, seed=0
+        metrics = _update(
+            _learner(model),
+            _lessons(rows, teacher),
+            build("local_support", k=8),
+            weight=weight,
+            seed=0,
         )
         found[weight] = metrics, _gradients(model)
     assert found[0.25][0]["loss/mean"] == found[1.0][0]["loss/mean"]
@@ -210,8 +223,12 @@ def test_the_gradients_norm_is_clipped_after_it_is_reported(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:
     model = make_model(seed=1)
-    metrics = _learner(model, clip=0.01).update(
-        _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
+    metrics = _update(
+        _learner(model, clip=0.01),
+        _lessons(rows, teacher),
+        build("local_support", k=8),
+        weight=1.0,
+        seed=0,
     )
     after = torch.stack([g.norm() for g in _gradients(model).values()]).norm().item()
     assert metrics["optimizer/grad_norm"] > 0.1
@@ -232,11 +249,11 @@ def test_metrics_are_means_over_the_tokens_that_take_loss(
             said = logprobs.gather(1, ids_T[chosen][:, None])[:, 0]
             assert lesson.scores is not None
             entropies += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
-            gaps += (lesson.scores.sampled_N - said).tolist()
             behaviour = torch.from_numpy(lesson.row.logprobs_T[lesson.row.chosen_T])
+            gaps += (lesson.scores.sampled_N - behaviour).tolist()
             drifts += (said - behaviour).abs().tolist()
-    metrics = _learner(model, micro_tokens=40).update(
-        lessons, build("local_support", k=8), weight=1.0, seed=0
+    metrics = _update(
+        _learner(model, micro_tokens=40), lessons, build("local_support", k=8), weight=1.0, seed=0
     )
     assert metrics["student/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
     assert metrics["gap/mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
@@ -248,7 +265,7 @@ def test_an_update_lowers_the_loss_of_its_own_lessons(
 ) -> None:
     learner = _learner(make_model(seed=1), lr=1e-2)
     losses = [
-        learner.update(_lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=i)
+        _update(learner, _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=i)
         for i in range(5)
     ]
     assert losses[-1]["loss/mean"] < 0.7 * losses[0]["loss/mean"]
@@ -263,9 +280,10 @@ def test_an_empty_mask_is_refused(
         for x in _lessons(rows, teacher)
     ]
     learner = _learner(make_model())
-    for lessons, named in ((empty, "kitchen"), ([], "none")):
-        with pytest.raises(ValueError, match=rf"no token takes loss.*tasks: {named}"):
-            learner.update(lessons, build("local_support", k=8), weight=1.0, seed=0)
+    courses = {"kitchen": Course(objective=build("local_support", k=8))}
+    for lessons, said in ((empty, "'kitchen': no token takes loss"), ([], "there are no lessons")):
+        with pytest.raises(ValueError, match=said):
+            learner.update(lessons, courses, seed=0)
     assert learner.version == 0
 
 
@@ -284,10 +302,10 @@ def test_a_broken_loss_stops_before_the_weights_change(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learner, untouched = _learner(model, lr=1e-2), _learner(twin, lr=1e-2)
     with pytest.raises(FloatingPointError, match="weights are as they were"):
-        learner.update(_lessons(rows, None), broken, weight=1.0, seed=0)  # type: ignore[arg-type]
+        _update(learner, _lessons(rows, None), broken, weight=1.0, seed=0)  # type: ignore[arg-type]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for one in (learner, untouched):
-        one.update(_lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+        _update(one, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
     assert learner.version == untouched.version == 1
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -298,7 +316,7 @@ def test_weight_decay_spares_norms_and_biases(make_model: Make, rows: list[Row])
     model = make_model(seed=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learner = _learner(model, lr=1e-6, weight_decay=1e5)
-    learner.update(_lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+    _update(learner, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
     for name, parameter in model.named_parameters():
         kept = 0.9 if parameter.ndim >= 2 else 1.0
         torch.testing.assert_close(parameter, kept * before[name], rtol=1e-4, atol=5e-6, msg=name)
@@ -332,7 +350,7 @@ class TestLearningRate:
         moved = []
         for step in range(2):
             before = model.lm_head.weight.detach().clone()
-            metrics = learner.update(_lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+            metrics = _update(learner, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
             assert metrics["optimizer/lr"] == pytest.approx(1e-4 * (step + 1))
             moved.append((model.lm_head.weight - before).abs().median().item())
         assert moved == pytest.approx([1e-4, 2e-4], rel=0.05)
@@ -356,6 +374,10 @@ class TestLesson:
         self, make_model: Make, rows: list[Row]
     ) -> None:
         with pytest.raises(ValueError, match="without scores"):
-            _learner(make_model()).update(
-                _lessons(rows, None), build("sampled_token"), weight=1.0, seed=0
+            _update(
+                _learner(make_model()),
+                _lessons(rows, None),
+                build("sampled_token"),
+                weight=1.0,
+                seed=0,
             )

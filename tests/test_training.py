@@ -305,6 +305,7 @@ class TestImitation:
             {"math": EXPERT_MATH | {"expert_share": share}},
             steps=2,
             objective={"name": "imitation"},
+            journal={"diagnostics_every": 1, "tensorboard": False},
         )
         folder = _train(config)
         for line in _metrics(folder):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from tutelage.distill.objectives.scores import TeacherScores
-from tutelage.distill.objectives.students import Student
+from tutelage.distill.objectives.tokens import Case, Loss
 
 
 class Imitation:
@@ -21,14 +18,5 @@ class Imitation:
             raise ValueError(f"imitation: beta={beta}: it must be positive")
         self.beta = beta
 
-    def __call__(
-        self,
-        student: Student,
-        scores: TeacherScores | None,
-        sampled_ids_N: torch.Tensor,
-        behaviour_logprobs_N: torch.Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logprobs_N = student.logprobs_at(sampled_ids_N[:, None])[:, 0]
-        return -self.beta * logprobs_N, {}
+    def __call__(self, case: Case) -> Loss:
+        return -self.beta * case.student_logprobs(), {}

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from tutelage.distill.objectives.scores import TeacherScores
-from tutelage.distill.objectives.students import Student
+from tutelage.distill.objectives.divergences import check_direction, divergence
+from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss
 from tutelage.envs.names import unknown
 
-DIRECTIONS = ("reverse", "forward", "jsd")
+SUPPORTS = ("teacher", "student", "teacher+sampled", "student+sampled")
 
 
 class LocalSupport:
-    """KL on the teacher's top-K tokens, both sides renormalised there (Revisiting-OPD,
-    arXiv:2603.25562, "Ours", which is the reverse direction):
+    """KL on a support S of K tokens per position, both sides renormalised there (Revisiting-OPD,
+    arXiv:2603.25562, "Ours", which is support=teacher, direction=reverse):
 
         S(c) = TopK_q(c);  pi^(v) = pi(v) / sum_S pi,  q^(v) = q(v) / sum_S q
         reverse: sum_S pi^ log( pi^ / q^ )        seeks the teacher's modes
@@ -26,10 +24,26 @@ class LocalSupport:
     constant, and logits outside S get none. The normaliser over the vocabulary cancels, so only K
     logits per position are needed.
 
+    Without renormalisation the sum is no divergence: reverse has its minimum where 63 % of the
+    student's mass has left S (the paper's collapse, section 3.2). The tail of one sampled token
+    mends it (EMA-PG, arXiv:2602.04417; variants V4 and V5 of the paper's Table 4):
+
+        sum_S pi log( pi / q ) + 1[y not in S] s rho log( pi(y) / q(y) ),
+        rho = pi(y) / sg pi(y),  s = sg( pi(y) / pi_old(y) )
+
+    Its value and its gradient are, in the mean over y ~ pi, those of the full reverse KL. For the
+    gradient the logarithm must be differentiated too: with sg( log(pi/q) ), as the formula is also
+    found, the mean gradient is off by that of the mass pi(S).
+
     Args:
         k: the support's size.
+        support: whose top K, and whether y joins it (where it is not in it already).
+        renormalize: False: full-vocabulary probabilities on S.
         direction: reverse (the paper's), forward or jsd.
-        support, renormalize, tail: this version has the paper's form only.
+        tail: "sampled" adds the tail above; needs reverse, renormalize=False, and y not in S.
+        mass: adaptive support: only the teacher's fewest tokens with this mass, at most K (the
+            authors' future work). None: all K.
+        importance_clip: the largest s; None: none.
     """
 
     name = "local_support"
@@ -42,60 +56,77 @@ class LocalSupport:
         renormalize: bool = True,
         direction: str = "reverse",
         tail: bool | str = False,
+        mass: float | None = None,
+        importance_clip: float | None = None,
     ) -> None:
-        built = {"support": "teacher", "renormalize": True, "tail": False}
-        given = {"support": support, "renormalize": renormalize, "tail": tail}
-        for option, value in given.items():
-            if value != built[option]:
-                raise ValueError(
-                    f"local_support: {option}={value!r} is not built yet: use {built[option]!r}"
-                )
-        if direction not in DIRECTIONS:
-            raise ValueError(unknown("local_support direction", direction, DIRECTIONS))
+        check_direction(self.name, direction)
+        if support not in SUPPORTS:
+            raise ValueError(unknown("local_support support", support, SUPPORTS))
         if k < 1:
             raise ValueError(f"local_support: k={k}: it must be at least 1")
-        self.k, self.direction = k, direction
+        if tail not in (False, "sampled"):
+            raise ValueError(f"local_support: tail={tail!r}: it must be false or 'sampled'")
+        self.by, _, sampled = support.partition("+")
+        self.with_sampled = bool(sampled)
+        if tail and (renormalize or direction != "reverse" or self.with_sampled):
+            raise ValueError(
+                "local_support: tail='sampled' completes the unnormalised reverse KL: it needs"
+                f" renormalize=False (got {renormalize}), direction='reverse' (got {direction!r})"
+                f" and a support without '+sampled' (got {support!r})"
+            )
+        if mass is not None and not (0 < mass <= 1 and self.by == "teacher"):
+            raise ValueError(
+                f"local_support: mass={mass} with support={support!r}: it must be in (0, 1], of a"
+                " teacher's support"
+            )
+        if importance_clip is not None and importance_clip <= 0:
+            raise ValueError(
+                f"local_support: importance_clip={importance_clip}: it must be positive, or null"
+            )
+        self.k = k if self.by == "teacher" else 1
+        self.student_k = k if self.by == "student" else 0
+        self.renormalize, self.direction, self.tail = renormalize, direction, bool(tail)
+        self.mass, self.importance_clip = mass, importance_clip
 
-    def __call__(
-        self,
-        student: Student,
-        scores: TeacherScores | None,
-        sampled_ids_N: torch.Tensor,
-        behaviour_logprobs_N: torch.Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        assert scores is not None
-        if self.k > scores.ids_NK.shape[1]:
-            raise ValueError(
-                f"local_support: k={self.k}, but the teacher's scores hold"
-                f" {scores.ids_NK.shape[1]} ids a token"
-            )
-        support_NK = scores.ids_NK[:, : self.k]
-        teacher_NK = scores.logprobs_NK[:, : self.k].log_softmax(-1)
-        student_NK = student.logits_at(support_NK).log_softmax(-1)
-        if self.direction == "reverse" and (teacher_NK == -torch.inf).any():
-            raise ValueError(
-                f"local_support: the teacher gives probability 0 inside its top {self.k}: reverse"
-                " KL is infinite there; lower objective.k"
-            )
-        if self.direction == "reverse":
-            loss_N = _kl(student_NK, teacher_NK)
-        elif self.direction == "forward":
-            loss_N = _kl(teacher_NK, student_NK)
-        else:
-            middle_NK = torch.logaddexp(teacher_NK, student_NK) - math.log(2.0)
-            loss_N = (_kl(teacher_NK, middle_NK) + _kl(student_NK, middle_NK)) / 2
-        with torch.no_grad():
-            inside_N = (support_NK == sampled_ids_N[:, None]).any(-1)
+    def __call__(self, case: Case) -> Loss:
+        ids_NK, teacher_NK, kept_NK = self._support(case)
+        inside_N = ((ids_NK == case.ids_N[:, None]) & kept_NK).any(-1)
+        mass_N = torch.where(kept_NK, teacher_NK.exp(), 0.0).sum(-1)
+        if self.with_sampled:
+            ids_NK = torch.cat([ids_NK, case.ids_N[:, None]], -1)
+            teacher_NK = torch.cat([teacher_NK, case.teacher_logprobs()[:, None]], -1)
+            kept_NK = torch.cat([kept_NK, ~inside_N[:, None]], -1)
+        at = case.student.logits_at if self.renormalize else case.student.logprobs_at
+        student_NK = at(ids_NK).masked_fill(~kept_NK, IMPOSSIBLE)
+        teacher_NK = teacher_NK.masked_fill(~kept_NK, IMPOSSIBLE)
+        if self.renormalize:
+            student_NK, teacher_NK = student_NK.log_softmax(-1), teacher_NK.log_softmax(-1)
+        loss_N = divergence(student_NK, teacher_NK, direction=self.direction)
+        if self.tail:
+            loss_N = loss_N + torch.where(inside_N, 0.0, self._tail(case))
         return loss_N, {
-            "support/teacher_mass": scores.logprobs_NK[:, : self.k].exp().sum(-1),
+            "support/teacher_mass": mass_N,
             "support/sampled_outside": (~inside_N).float(),
+            "support/size": kept_NK.sum(-1).float(),
         }
 
+    def _support(self, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(ids, the teacher's log-probabilities there, which of them count) [N, K] each."""
+        scores = case.teacher
+        if self.by == "student":
+            ids_NK, teacher_NK = scores.at_student(case.student, self.student_k)
+        else:
+            ids_NK, teacher_NK = scores.ids_NK[:, : self.k], scores.logprobs_NK[:, : self.k]
+        kept_NK = torch.ones_like(ids_NK, dtype=torch.bool)
+        if self.mass is not None:
+            probs_NK = teacher_NK.exp()
+            kept_NK = probs_NK.cumsum(-1) - probs_NK < self.mass
+        return ids_NK, teacher_NK.clamp(min=IMPOSSIBLE), kept_NK
 
-def _kl(left_NK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
-    """KL(left || right) of log-probabilities; where left is zero its term is zero, not NaN."""
-    zero_NK = left_NK == -torch.inf
-    gap_NK = torch.where(zero_NK, 0.0, left_NK - right_NK)
-    return (left_NK.exp() * gap_NK).sum(-1)
+    def _tail(self, case: Case) -> torch.Tensor:
+        logprobs_N = case.student_logprobs()
+        weight_N = (logprobs_N.detach() - case.behaviour_N).clamp(-20, 20).exp()
+        if self.importance_clip is not None:
+            weight_N = weight_N.clamp(max=self.importance_clip)
+        rho_N = (logprobs_N - logprobs_N.detach()).exp()
+        return weight_N * rho_N * (logprobs_N - case.teacher_logprobs())

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from tutelage.distill.objectives.scores import TeacherScores
-from tutelage.distill.objectives.students import Student
+from tutelage.distill.objectives.policy_gradient import check_clips, returns_to_go, surrogate
+from tutelage.distill.objectives.tokens import Case, Loss
 
 
 class SampledToken:
-    """PPO surrogate on A = log q(y) - log pi_old(y), detached (Revisiting-OPD, arXiv:2603.25562,
-    section 3.1, gamma=0).
+    """PPO surrogate on the discounted return of R = log q(y) - log pi_old(y), detached
+    (Revisiting-OPD, arXiv:2603.25562, section 3.1):
+
+        A_t = sum_{t' >= t} gamma^(t' - t) R_t'     inside one reply
+
+    gamma = 0 is the token-level estimator, gamma = 1 the causal sequence-level one: unbiased for
+    the reverse KL of whole replies, and of a variance that grows much faster with their length. A
+    token outside the mask earns no reward, so that a special token's does not reach the ones before
+    it (the authors' code masks the loss alone).
 
     Args:
-        clip: PPO's epsilon, both sides.
-        dual_clip: a bound on the surrogate where A < 0 (Ye et al. 2020, arXiv:1912.09729); None:
-            none.
-        reward_clip: clamp A to [-reward_clip, reward_clip]; None: none (the paper's scripts).
+        clip, dual_clip: PPO's bounds; dual_clip=None: none.
+        reward_clip: clamp R to [-reward_clip, reward_clip]; None: none (the paper's scripts).
+        gamma: discount, 0 to 1.
     """
 
     name = "sampled_token"
@@ -30,47 +36,20 @@ class SampledToken:
         reward_clip: float | None = None,
         gamma: float = 0.0,
     ) -> None:
-        if gamma != 0.0:
-            raise ValueError(
-                f"sampled_token: gamma={gamma}: only the token-level form, gamma=0, is built"
-            )
-        if clip <= 0:
-            raise ValueError(f"sampled_token: clip={clip}: it must be positive")
-        if dual_clip is not None and dual_clip <= 1:
-            raise ValueError(f"sampled_token: dual_clip={dual_clip}: it must be above 1, or null")
+        check_clips(self.name, clip, dual_clip)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"sampled_token: gamma={gamma}: it must be between 0 and 1")
         if reward_clip is not None and reward_clip <= 0:
             raise ValueError(
                 f"sampled_token: reward_clip={reward_clip}: it must be positive, or null"
             )
         self.clip, self.dual_clip, self.reward_clip = clip, dual_clip, reward_clip
+        self.gamma = gamma
 
-    def __call__(
-        self,
-        student: Student,
-        scores: TeacherScores | None,
-        sampled_ids_N: torch.Tensor,
-        behaviour_logprobs_N: torch.Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        assert scores is not None
-        logprobs_N = student.logprobs_at(sampled_ids_N[:, None])[:, 0]
-        reward_N = (scores.sampled_N - behaviour_logprobs_N).detach()
-        # A token that the teacher finds impossible must stay finite: -inf times a zero gradient
-        # would be NaN.
-        advantage_N = reward_N.clamp(min=-1e4)
+    def __call__(self, case: Case) -> Loss:
+        reward_N = case.reward()
         if self.reward_clip is not None:
-            advantage_N = advantage_N.clamp(-self.reward_clip, self.reward_clip)
-        ratio_N = (logprobs_N - behaviour_logprobs_N).exp()
-        clipped_N = ratio_N.clamp(1 - self.clip, 1 + self.clip)
-        loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * clipped_N)
-        if self.dual_clip is not None:
-            bound_N = torch.minimum(loss_N, -advantage_N * self.dual_clip)
-            loss_N = torch.where(advantage_N < 0, bound_N, loss_N)
-        with torch.no_grad():
-            clipped = (-advantage_N * clipped_N > -advantage_N * ratio_N).float()
-        return loss_N, {
-            "reward/negative_share": (reward_N < 0).float(),
-            "ppo/clip_share": clipped,
-            "ppo/ratio": ratio_N.detach(),
-        }
+            reward_N = reward_N.clamp(-self.reward_clip, self.reward_clip)
+        reward_N = torch.where(case.unmasked(), reward_N, 0.0)
+        advantage_N = returns_to_go(reward_N, case.tokens.segments_N, gamma=self.gamma)
+        return surrogate(case, advantage_N, clip=self.clip, dual_clip=self.dual_clip)

@@ -1,14 +1,20 @@
 """What a teacher says of N tokens: its top-K ids with log-probabilities, and the sampled token's.
 
-Letters: N tokens, K support size, V vocabulary.
+Letters: N tokens, K support size, J ids that the student asks for, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+
+from tutelage.distill.objectives.students import Student
+
+CHUNK = 1 << 25
+"""Elements of a [tokens, vocabulary] block that exist at once: 128 MB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,14 +24,19 @@ class TeacherScores:
     ids_NK: int64, the teacher's K most probable ids, most probable first (ties by the lower id).
     logprobs_NK, sampled_N: float32. -inf is allowed (probability zero); NaN and +inf are not.
     vocabulary: V, the number of ids that take probability.
-    full_NV: every log-probability, where the teacher is at hand (`from_logits`); None from a
-    server.
+    entropy_N: nats, over the whole vocabulary; None from a server that does not say.
+    asked_ids_NJ, asked_logprobs_NJ: the teacher at ids that the student asked for (its own top J).
+    full_NV: every log-probability, where the teacher is at hand (`from_logits`) or was asked for
+    it.
     """
 
     ids_NK: torch.Tensor
     logprobs_NK: torch.Tensor
     sampled_N: torch.Tensor
     vocabulary: int
+    entropy_N: torch.Tensor | None = None
+    asked_ids_NJ: torch.Tensor | None = None
+    asked_logprobs_NJ: torch.Tensor | None = None
     full_NV: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -34,7 +45,17 @@ class TeacherScores:
                 f"teacher scores differ in shape: ids {tuple(self.ids_NK.shape)}, log-probabilities"
                 f" {tuple(self.logprobs_NK.shape)}, sampled {tuple(self.sampled_N.shape)}"
             )
-        for name, tensor in (("logprobs_NK", self.logprobs_NK), ("sampled_N", self.sampled_N)):
+        for name, tensor in self._tensors():
+            if len(tensor) != len(self):
+                raise ValueError(f"teacher {name} is of {len(tensor)} tokens, not {len(self)}")
+            if name.partition("_N")[0].endswith("ids"):
+                if tensor.numel() and (tensor.max() >= self.vocabulary or tensor.min() < 0):
+                    raise ValueError(
+                        f"teacher {name}: a support id lies outside the vocabulary of"
+                        f" {self.vocabulary}: the teacher's tokenizer or its padded embedding"
+                        " differs from the student's"
+                    )
+                continue
             bad = torch.isnan(tensor) | (tensor == torch.inf)
             if bad.any():
                 where = bad.nonzero()[0].tolist()
@@ -43,20 +64,73 @@ class TeacherScores:
                     " is at most 0 or -inf; check the teacher's weights (tutelage eval on its own"
                     " task) and its dtype"
                 )
-        if self.ids_NK.numel() and (self.ids_NK.max() >= self.vocabulary or self.ids_NK.min() < 0):
-            raise ValueError(
-                f"a support id lies outside the vocabulary of {self.vocabulary}: the teacher's"
-                " tokenizer or its padded embedding differs from the student's"
-            )
 
     def __len__(self) -> int:
         return len(self.sampled_N)
 
+    def full(self) -> torch.Tensor:
+        """Every log-probability [N, V].
+
+        Raises:
+            ValueError: these scores hold the top K alone.
+        """
+        if self.full_NV is None:
+            raise ValueError(
+                "these teacher scores hold the top"
+                f" {self.ids_NK.shape[1]} of {self.vocabulary} log-probabilities, and the objective"
+                " needs all of them: score with a teacher in this system's own engine (engine:"
+                " transformers), or choose an objective on the teacher's support"
+            )
+        return self.full_NV
+
+    def entropy(self) -> torch.Tensor:
+        """The teacher's entropy in nats [N].
+
+        Raises:
+            ValueError: these scores do not say.
+        """
+        if self.entropy_N is None:
+            raise ValueError(
+                "these teacher scores hold no entropy, and the objective needs it: score with a"
+                " teacher in this system's own engine (engine: transformers)"
+            )
+        return self.entropy_N
+
+    def at_student(self, student: Student, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the student's own K most probable ids, the teacher's log-probabilities there) [N, K].
+
+        Raises:
+            ValueError: the teacher was not asked for them and its whole distribution is not here.
+        """
+        if self.asked_ids_NJ is not None:
+            assert self.asked_logprobs_NJ is not None
+            if self.asked_ids_NJ.shape[1] < k:
+                raise ValueError(
+                    f"k={k}, but the teacher was asked for {self.asked_ids_NJ.shape[1]} ids a token"
+                )
+            return self.asked_ids_NJ[:, :k], self.asked_logprobs_NJ[:, :k]
+        ids_NK = student.top_k(k)
+        if self.full_NV is None:
+            raise ValueError(
+                "these teacher scores hold the teacher's own top"
+                f" {self.ids_NK.shape[1]} ids, and a student's support needs the teacher at the"
+                " student's ids: score with a teacher in this system's own engine (engine:"
+                " transformers), or choose support='teacher'"
+            )
+        return ids_NK, self.full_NV.gather(1, ids_NK)
+
     @classmethod
     def from_logits(
-        cls, logits_NV: torch.Tensor, sampled_ids_N: torch.Tensor, *, k: int, keep_full: bool = True
+        cls,
+        logits_NV: torch.Tensor,
+        sampled_ids_N: torch.Tensor,
+        *,
+        k: int,
+        keep_full: bool = True,
+        asked_ids_NJ: torch.Tensor | None = None,
     ) -> TeacherScores:
-        """Scores from the teacher's logits. `keep_full=False` drops what student supports need.
+        """Scores from the teacher's logits. `keep_full=False` drops the whole distribution, which
+        student supports and full-vocabulary divergences need; `asked_ids_NJ` keeps some of it.
 
         Raises:
             ValueError: k outside 1..V, or logits that are NaN or +inf.
@@ -71,39 +145,34 @@ class TeacherScores:
             logprobs_NK=top.values,
             sampled_N=full_NV.gather(1, sampled_ids_N[:, None].long())[:, 0],
             vocabulary=vocabulary,
+            entropy_N=-torch.where(full_NV == -torch.inf, 0.0, full_NV.exp() * full_NV).sum(-1),
+            asked_ids_NJ=asked_ids_NJ,
+            asked_logprobs_NJ=None if asked_ids_NJ is None else full_NV.gather(1, asked_ids_NJ),
             full_NV=full_NV if keep_full else None,
         )
 
     @classmethod
     def join(cls, parts: Sequence[TeacherScores]) -> TeacherScores:
-        """Several scores as one, in order."""
-        full = [part.full_NV for part in parts]
+        """Several scores as one, in order. What one of them lacks, the whole lacks."""
+        have = set.intersection(*({name for name, _ in part._tensors()} for part in parts))
         return cls(
-            ids_NK=torch.cat([part.ids_NK for part in parts]),
-            logprobs_NK=torch.cat([part.logprobs_NK for part in parts]),
-            sampled_N=torch.cat([part.sampled_N for part in parts]),
             vocabulary=parts[0].vocabulary,
-            full_NV=None
-            if any(f is None for f in full)
-            else torch.cat([f for f in full if f is not None]),
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in have},
         )
 
     def to(self, device: torch.device | str) -> TeacherScores:
         """The same scores on another device."""
-        return TeacherScores(
-            ids_NK=self.ids_NK.to(device),
-            logprobs_NK=self.logprobs_NK.to(device),
-            sampled_N=self.sampled_N.to(device),
-            vocabulary=self.vocabulary,
-            full_NV=None if self.full_NV is None else self.full_NV.to(device),
-        )
+        return self._mapped(lambda tensor: tensor.to(device))
 
     def take(self, index: torch.Tensor) -> TeacherScores:
         """The scores at `index` (a mask or positions along N)."""
-        return TeacherScores(
-            ids_NK=self.ids_NK[index],
-            logprobs_NK=self.logprobs_NK[index],
-            sampled_N=self.sampled_N[index],
-            vocabulary=self.vocabulary,
-            full_NV=None if self.full_NV is None else self.full_NV[index],
-        )
+        return self._mapped(lambda tensor: tensor[index])
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TeacherScores:
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors()}
+        return replace(self, **changed)
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The fields that are there, by name."""
+        found = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]

@@ -1,24 +1,41 @@
-"""The student as an objective sees it: logits and log-probabilities, not how they are made."""
+"""The student as an objective sees it: logits and log-probabilities, not how they are made.
+
+Letters: N tokens, K ids a token, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 
 class Student(Protocol):
-    """N positions of a student. Everything it returns is differentiable."""
+    """N positions of a student. Float32 (or float64), differentiable unless said."""
 
     vocabulary: int
 
     def __len__(self) -> int: ...
 
     def logits_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
-        """Logits [N, K] at `ids_NK`, float32."""
+        """Logits [N, K] at `ids_NK`, up to a constant per token (which no softmax sees)."""
 
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
-        """Full-vocabulary natural log-probabilities [N, K] at `ids_NK`, float32."""
+        """Full-vocabulary natural log-probabilities [N, K] at `ids_NK`."""
+
+    def top_k(self, k: int) -> torch.Tensor:
+        """The K most probable ids of each token [N, K], most probable first. No gradient."""
+
+    def entropy(self) -> torch.Tensor:
+        """Over the whole vocabulary, in nats [N]. No gradient."""
+
+    def over_vocabulary(
+        self,
+        measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        teacher_NV: torch.Tensor,
+    ) -> torch.Tensor:
+        """measure(log pi, log q) -> [N], over every token of the vocabulary."""
 
 
 class DenseStudent:
@@ -43,3 +60,17 @@ class DenseStudent:
 
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
         return self.logprobs().gather(1, ids_NK)
+
+    def top_k(self, k: int) -> torch.Tensor:
+        return self.logits_NV.detach().topk(k, dim=-1).indices
+
+    def entropy(self) -> torch.Tensor:
+        logprobs_NV = self.logprobs().detach()
+        return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+    def over_vocabulary(
+        self,
+        measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        teacher_NV: torch.Tensor,
+    ) -> torch.Tensor:
+        return measure(self.logprobs(), teacher_NV)

@@ -1,0 +1,101 @@
+"""Numbers that tell how a distillation goes, per token; the learner averages them.
+
+Cheap ones come of what was recorded when the tokens were sampled and scored. Costly ones need the
+student's distribution over the whole vocabulary.
+
+Letters: N tokens, K support size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from tutelage.distill.objectives import Student, TeacherScores
+
+BUCKETS = (0, 4, 16, 64, 256, 1024, 2048, 4096, 8192)
+"""First places, within a reply, of the buckets that gaps are averaged in."""
+
+
+class Meter:
+    """Weighted means of per-token values, over any number of batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
+
+    def add(
+        self,
+        values: Mapping[str, torch.Tensor],
+        weights_N: torch.Tensor,
+        where_N: torch.Tensor | None = None,
+    ) -> None:
+        """Count `values` [N] by weight, where `where_N` is true."""
+        if where_N is not None:
+            weights_N = torch.where(where_N, weights_N, 0.0)
+        total = float(weights_N.sum())
+        if total <= 0:
+            return
+        for name, value_N in values.items():
+            # Where the weight is 0 the value must not count even if it is infinite.
+            self._sums[name] += float((torch.where(weights_N > 0, value_N, 0.0) * weights_N).sum())
+            self._weights[name] += total
+
+    def means(self) -> dict[str, float]:
+        """The mean of each name over the tokens that it was counted on."""
+        return {name: self._sums[name] / self._weights[name] for name in self._sums}
+
+
+def recorded(scores: TeacherScores, behaviour_N: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Teacher against the policy that sampled, on sampled tokens (NaN behaviour: meaningless).
+
+    gap/mean: log q(y) - log pi_old(y), minus the k1 estimate of KL(pi || q) (Schulman 2020).
+    kl/k3: r - 1 - log r with r = q/pi: the same mean, never negative.
+    """
+    gap_N = scores.sampled_N - behaviour_N
+    return {
+        "gap/mean": gap_N,
+        "kl/k3": gap_N.exp() - 1 - gap_N,
+        "reward/negative_share": (gap_N < 0).float(),
+    }
+
+
+def add_by_place(
+    meter: Meter, gap_N: torch.Tensor, places_N: torch.Tensor, weights_N: torch.Tensor
+) -> None:
+    """The gap by how far into its reply a token stands (Revisiting-OPD, Figure 4)."""
+    ends = (*BUCKETS[1:], None)
+    for begin, end in zip(BUCKETS, ends, strict=True):
+        inside_N = places_N >= begin
+        if end is not None:
+            inside_N &= places_N < end
+        meter.add({f"gap/place_{begin}": gap_N}, weights_N, inside_N)
+
+
+def examined(
+    student: Student,
+    scores: TeacherScores | None,
+    ids_N: torch.Tensor,
+    behaviour_N: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """What takes the student's whole distribution.
+
+    gap/engine: |log pi(y) - log pi_old(y)|: on policy, how far rollout engine and learner are
+    apart. support/student_mass: pi on the teacher's top K; support/overlap: the share of the
+    teacher's top K that are the student's too.
+    """
+    logprobs_N = student.logprobs_at(ids_N[:, None])[:, 0]
+    found = {"student/logprob": logprobs_N, "student/entropy": student.entropy()}
+    if behaviour_N.isfinite().all():
+        found["gap/engine"] = (logprobs_N - behaviour_N).abs()
+    if scores is not None:
+        support_NK = scores.ids_NK
+        found["support/student_mass"] = student.logprobs_at(support_NK).exp().sum(-1)
+        own_NK = student.top_k(support_NK.shape[1])
+        shared_NK = (support_NK[:, :, None] == own_NK[:, None, :]).any(-1)
+        found["support/overlap"] = shared_NK.float().mean(-1)
+        if scores.entropy_N is not None:
+            found["teacher/entropy"] = scores.entropy_N
+    return found

@@ -1,0 +1,44 @@
+"""AOPD: forward KL where the sampled token's advantage is not positive, else policy gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from tutelage.distill.objectives.policy_gradient import check_clips, surrogate
+from tutelage.distill.objectives.tokens import Case, Loss
+from tutelage.distill.objectives.trust_region import forward_kl
+
+
+class AdvantageGated:
+    """Advantage-gated on-policy distillation (AOPD, arXiv:2605.06387). With A = log q(y) - log
+    pi_old(y), detached:
+
+        L = G sum_{TopK q} q log(q / pi) + (1 - G) L_sampled,   G = 1[q(y) - pi_old(y) <= tau]
+
+    tau = 0 is A <= 0; tau = -1 never opens the gate (the sampled-token objective), tau = 1 always
+    (forward KL).
+
+    Args:
+        k: the teacher's support (the paper's is not known). tau: a difference of probabilities.
+        clip, dual_clip: PPO's bounds.
+    """
+
+    name = "advantage_gated"
+    needs_teacher = True
+
+    def __init__(
+        self, k: int = 32, tau: float = 0.0, clip: float = 0.2, dual_clip: float | None = 3.0
+    ) -> None:
+        check_clips(self.name, clip, dual_clip)
+        if k < 1:
+            raise ValueError(f"advantage_gated: k={k}: it must be at least 1")
+        if not -1 <= tau <= 1:
+            raise ValueError(f"advantage_gated: tau={tau}: it must be between -1 and 1")
+        self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip
+
+    def __call__(self, case: Case) -> Loss:
+        gap_N = case.teacher_logprobs().exp() - case.behaviour_N.exp()
+        gated_N = gap_N <= self.tau
+        loss_N, metrics = surrogate(case, case.reward(), clip=self.clip, dual_clip=self.dual_clip)
+        loss_N = torch.where(gated_N, forward_kl(case, self.k), loss_N)
+        return loss_N, {"gate/share": gated_N.float(), **metrics}

@@ -1,0 +1,43 @@
+"""Divergences between rows of log-probabilities, whole or restricted to some columns.
+
+Letters: N tokens, K columns (a support, or the whole vocabulary).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tutelage.envs.names import unknown
+
+DIRECTIONS = ("reverse", "forward", "jsd")
+
+
+def check_direction(objective: str, direction: str) -> None:
+    """Raises ValueError for a direction that is none, naming the nearest."""
+    if direction not in DIRECTIONS:
+        raise ValueError(unknown(f"{objective} direction", direction, DIRECTIONS))
+
+
+def divergence(
+    student_NK: torch.Tensor, teacher_NK: torch.Tensor, *, direction: str, beta: float = 0.5
+) -> torch.Tensor:
+    """[N] of natural log-probabilities; both finite (IMPOSSIBLE stands for log 0).
+
+    reverse: KL(student || teacher); forward: KL(teacher || student);
+    jsd: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student,
+    and its limits by TRL's convention: beta = 0 is forward, beta = 1 is reverse (GKD, Agarwal et
+    al. 2023, arXiv:2306.13649).
+    """
+    if direction == "reverse" or (direction == "jsd" and beta == 1):
+        return kl(student_NK, teacher_NK)
+    if direction == "forward" or beta == 0:
+        return kl(teacher_NK, student_NK)
+    middle_NK = torch.logaddexp(teacher_NK + math.log(beta), student_NK + math.log1p(-beta))
+    return beta * kl(teacher_NK, middle_NK) + (1 - beta) * kl(student_NK, middle_NK)
+
+
+def kl(left_NK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
+    """sum_K left (log left - log right) [N]."""
+    return (left_NK.exp() * (left_NK - right_NK)).sum(-1)

@@ -1,0 +1,61 @@
+"""Policy gradients on a detached advantage: the clipped surrogate, and returns inside a reply.
+
+Letters: N tokens, S segments, L longest segment.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tutelage.distill.objectives.tokens import Case, Loss
+
+
+def check_clips(objective: str, clip: float, dual_clip: float | None) -> None:
+    """Raises ValueError for bounds that bound nothing."""
+    if clip <= 0:
+        raise ValueError(f"{objective}: clip={clip}: it must be positive")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"{objective}: dual_clip={dual_clip}: it must be above 1, or null")
+
+
+def surrogate(
+    case: Case, advantage_N: torch.Tensor, *, clip: float, dual_clip: float | None
+) -> Loss:
+    """PPO's clipped surrogate to minimise (Schulman et al. 2017, arXiv:1707.06347, equation 7):
+
+        max(-A rho, -A clip(rho, 1 - e, 1 + e)),  rho = pi(y) / pi_old(y)
+
+    and where A < 0 no more than -A dual_clip (Ye et al. 2020, arXiv:1912.09729, equation 5).
+    """
+    ratio_N = (case.student_logprobs() - case.behaviour_N).exp()
+    clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
+    loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * clipped_N)
+    if dual_clip is not None:
+        bound_N = torch.minimum(loss_N, -advantage_N * dual_clip)
+        loss_N = torch.where(advantage_N < 0, bound_N, loss_N)
+    with torch.no_grad():
+        clipped = (-advantage_N * clipped_N > -advantage_N * ratio_N).float()
+    return loss_N, {"ppo/clip_share": clipped, "ppo/ratio": ratio_N.detach()}
+
+
+def returns_to_go(
+    values_N: torch.Tensor, segments_N: torch.Tensor | None, *, gamma: float
+) -> torch.Tensor:
+    """sum_{t' >= t} gamma^(t' - t) values_t' inside each segment [N] (Revisiting-OPD, section 3.1).
+
+    gamma = 0 gives the values back, gamma = 1 the reverse cumulative sum.
+    """
+    if gamma == 0 or not len(values_N):
+        return values_N
+    if segments_N is None:
+        segments_N = torch.zeros_like(values_N, dtype=torch.long)
+    _, row_N, counts_S = segments_N.unique_consecutive(return_inverse=True, return_counts=True)
+    starts_S = counts_S.cumsum(0) - counts_S
+    column_N = torch.arange(len(values_N), device=values_N.device) - starts_S[row_N]
+    padded_SL = values_N.new_zeros(len(counts_S), int(counts_S.max()))
+    padded_SL[row_N, column_N] = values_N
+    run_S = padded_SL.new_zeros(len(counts_S))
+    for at in reversed(range(padded_SL.shape[1])):
+        run_S = padded_SL[:, at] + gamma * run_S
+        padded_SL[:, at] = run_S
+    return padded_SL[row_N, column_N]

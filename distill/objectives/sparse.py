@@ -1,0 +1,244 @@
+"""The student as hidden states and an output head: no [tokens, vocabulary] tensor, ever.
+
+A softmax over K chosen tokens needs K logits: the normaliser over the vocabulary cancels. So the
+head is applied to K gathered rows a token. What needs the normaliser (a full log-probability, an
+entropy) takes it block by block and computes the blocks again for the gradient. Products are
+accumulated in float32 whatever the weights are in.
+
+Letters: N tokens, K ids a token, D hidden size, V vocabulary, C tokens of a chunk, U head rows of a
+block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from tutelage.distill.objectives.scores import CHUNK
+
+GATHERED = 1 << 21
+"""Elements of gathered head rows at once: 8 MB in float32, what a CPU's cache holds."""
+
+BLOCK = 8192
+"""Head rows of one block of the normaliser: their float32 copy is 29 MB at D = 896."""
+
+
+class SparseStudent:
+    """A student given by the hidden states that predict N tokens, and its output head.
+
+    Args:
+        hidden_ND: what the head is applied to.
+        head: a linear layer (weight [>= V, D], perhaps a bias); tied or not.
+        vocabulary: V; head rows beyond it are padding and take no probability.
+    """
+
+    def __init__(self, hidden_ND: torch.Tensor, head: Any, *, vocabulary: int) -> None:
+        self._hidden_ND, self.vocabulary = hidden_ND, vocabulary
+        self._weight_VD, self._bias_V = head.weight, getattr(head, "bias", None)
+        self._normaliser_N: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._hidden_ND)
+
+    def logits_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
+        logits_NK: torch.Tensor = _GatheredLogits.apply(
+            self._hidden_ND, self._weight_VD, self._bias_V, ids_NK
+        )
+        return logits_NK
+
+    def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
+        if self._normaliser_N is None:
+            self._normaliser_N = _LogSumExp.apply(
+                self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
+            )
+        return self.logits_at(ids_NK) - self._normaliser_N[:, None]
+
+    @torch.no_grad()
+    def top_k(self, k: int) -> torch.Tensor:
+        parts = [self._logits(chunk).topk(k, dim=-1).indices for chunk in self._chunks()]
+        return torch.cat(parts) if parts else self._hidden_ND.new_zeros((0, k), dtype=torch.long)
+
+    @torch.no_grad()
+    def entropy(self) -> torch.Tensor:
+        normaliser_N, mean_N = _normalise(
+            self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
+        )
+        return normaliser_N - mean_N
+
+    def over_vocabulary(
+        self,
+        measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        teacher_NV: torch.Tensor,
+    ) -> torch.Tensor:
+        def part(hidden_CD: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
+            return measure(self._logits(hidden_CD).log_softmax(-1), teacher_CV)
+
+        sizes = [len(chunk) for chunk in self._chunks()]
+        parts = [
+            checkpoint(part, hidden_CD, teacher_CV, use_reentrant=False)
+            for hidden_CD, teacher_CV in zip(self._chunks(), teacher_NV.split(sizes), strict=True)
+        ]
+        return torch.cat(parts) if parts else teacher_NV.sum(-1)
+
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        """Hidden states whose whole logits fit."""
+        yield from self._hidden_ND.split(max(1, CHUNK // self.vocabulary))
+
+    def _logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        weight_VD = self._weight_VD[: self.vocabulary]
+        logits_CV = _product(hidden_CD, weight_VD)
+        return logits_CV if self._bias_V is None else logits_CV + self._bias_V[: self.vocabulary]
+
+
+class _GatheredLogits(Function):
+    """hidden_n . weight_v + bias_v at the ids v of each n [N, K]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        ids_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK)
+        logits_NK = hidden_ND.new_empty(ids_NK.shape, dtype=_wide(weight_VD))
+        for part in _parts(ids_NK, weight_VD.shape[1]):
+            rows_CKD = weight_VD[ids_NK[part]].to(logits_NK.dtype)
+            hidden_CD1 = hidden_ND[part, :, None].to(logits_NK.dtype)
+            torch.bmm(rows_CKD, hidden_CD1, out=logits_NK[part, :, None])
+        return logits_NK if bias_V is None else logits_NK + bias_V[ids_NK]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_NK,) = gradients
+        hidden_ND, weight_VD, bias_V, ids_NK = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = gradient_NK.dtype
+        hidden_gradient_ND = torch.empty_like(hidden_ND) if need_hidden else None
+        rows = _RowSums(weight_VD, ids_NK, wide) if need_weight else None
+        for part in _parts(ids_NK, weight_VD.shape[1]):
+            gradient_CK = gradient_NK[part]
+            if hidden_gradient_ND is not None:
+                rows_CKD = weight_VD[ids_NK[part]].to(wide)
+                summed_C1D = torch.bmm(gradient_CK[:, None], rows_CKD)
+                hidden_gradient_ND[part] = summed_C1D[:, 0].to(hidden_ND.dtype)
+            if rows is not None:
+                outer_CKD = gradient_CK[:, :, None] * hidden_ND[part, None].to(wide)
+                rows.add(part, outer_CKD.flatten(0, 1))
+        bias_gradient_V = None
+        if need_bias:
+            summed_V = gradient_NK.new_zeros(len(bias_V))
+            summed_V.index_add_(0, ids_NK.flatten(), gradient_NK.flatten())
+            bias_gradient_V = summed_V.to(bias_V.dtype)
+        return hidden_gradient_ND, rows.total() if rows else None, bias_gradient_V, None
+
+
+class _RowSums:
+    """Sums rows into a [V, D] gradient. Narrow weights (bfloat16) get a float32 sum beside it, of
+    those rows alone that some token uses."""
+
+    def __init__(self, weight_VD: torch.Tensor, ids_NK: torch.Tensor, wide: torch.dtype) -> None:
+        self._gradient_VD = torch.zeros_like(weight_VD)
+        self._used_U: torch.Tensor | None = None
+        self._places_NK, self._sums_UD = ids_NK, self._gradient_VD
+        if weight_VD.dtype != wide:
+            self._used_U, self._places_NK = ids_NK.unique(return_inverse=True)
+            shape = (len(self._used_U), weight_VD.shape[1])
+            self._sums_UD = weight_VD.new_zeros(shape, dtype=wide)
+
+    def add(self, part: slice, rows_XD: torch.Tensor) -> None:
+        self._sums_UD.index_add_(0, self._places_NK[part].flatten(), rows_XD)
+
+    def total(self) -> torch.Tensor:
+        if self._used_U is not None:
+            self._gradient_VD[self._used_U] = self._sums_UD.to(self._gradient_VD.dtype)
+        return self._gradient_VD
+
+
+class _LogSumExp(Function):
+    """log sum_v exp(hidden_n . weight_v + bias_v) over the vocabulary [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        vocabulary: int,
+    ) -> torch.Tensor:
+        normaliser_N, _ = _normalise(hidden_ND, weight_VD, bias_V, vocabulary)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, normaliser_N)
+        ctx.vocabulary = vocabulary
+        return normaliser_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_N,) = gradients
+        hidden_ND, weight_VD, bias_V, normaliser_N = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide_ND = hidden_ND.to(gradient_N.dtype)
+        hidden_sum_ND = torch.zeros_like(wide_ND) if need_hidden else None
+        weight_gradient_VD = torch.zeros_like(weight_VD) if need_weight else None
+        bias_gradient_V = torch.zeros_like(bias_V) if need_bias else None
+        for block, tokens, logits_CU in _blocks(hidden_ND, weight_VD, bias_V, ctx.vocabulary):
+            share_CU = logits_CU.sub_(normaliser_N[tokens, None]).exp_()
+            share_CU.mul_(gradient_N[tokens, None])
+            if hidden_sum_ND is not None:
+                hidden_sum_ND[tokens] += share_CU @ weight_VD[block].to(share_CU.dtype)
+            if weight_gradient_VD is not None:
+                weight_gradient_VD[block] += (share_CU.T @ wide_ND[tokens]).to(weight_VD.dtype)
+            if bias_gradient_V is not None:
+                bias_gradient_V[block] += share_CU.sum(0).to(bias_V.dtype)
+        hidden_gradient_ND = None if hidden_sum_ND is None else hidden_sum_ND.to(hidden_ND.dtype)
+        return hidden_gradient_ND, weight_gradient_VD, bias_gradient_V, None
+
+
+def _normalise(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log sum exp of the logits, their mean under the softmax) [N], in one pass over blocks."""
+    top_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf, dtype=_wide(weight_VD))
+    sum_N, weighted_N = torch.zeros_like(top_N), torch.zeros_like(top_N)
+    for _, tokens, logits_CU in _blocks(hidden_ND, weight_VD, bias_V, vocabulary):
+        higher_C = torch.maximum(top_N[tokens], logits_CU.amax(-1))
+        scale_C = (top_N[tokens] - higher_C).exp()
+        share_CU = (logits_CU - higher_C[:, None]).exp_()
+        sum_N[tokens] = sum_N[tokens] * scale_C + share_CU.sum(-1)
+        weighted_N[tokens] = weighted_N[tokens] * scale_C + share_CU.mul_(logits_CU).sum(-1)
+        top_N[tokens] = higher_C
+    return top_N + sum_N.log(), weighted_N / sum_N
+
+
+def _blocks(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, vocabulary: int
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(head rows, tokens, their logits [C, U]) until every pair has come once."""
+    size = max(1, CHUNK // BLOCK)
+    for start in range(0, vocabulary, BLOCK):
+        block = slice(start, min(start + BLOCK, vocabulary))
+        for first in range(0, len(hidden_ND), size):
+            tokens = slice(first, first + size)
+            logits_CU = _product(hidden_ND[tokens], weight_VD[block])
+            yield block, tokens, logits_CU if bias_V is None else logits_CU + bias_V[block]
+
+
+def _product(hidden_CD: torch.Tensor, weight_UD: torch.Tensor) -> torch.Tensor:
+    """hidden weight^T [C, U], accumulated and returned in at least float32."""
+    wide = _wide(weight_UD)
+    return hidden_CD.to(wide) @ weight_UD.to(wide).T
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _parts(ids_NK: torch.Tensor, hidden_size: int) -> Iterator[slice]:
+    """Slices of tokens whose gathered rows stay within GATHERED elements."""
+    size = max(1, GATHERED // max(1, ids_NK.shape[1] * hidden_size))
+    for first in range(0, len(ids_NK), size):
+        yield slice(first, first + size)
