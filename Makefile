@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt pip
-	$(PIP) install -q -c constraints.txt -e '.[math,dev]' $(ALFWORLD_NEEDS)
+	$(PIP) install -q -c constraints.txt -e '.[math,plots,dev]' $(ALFWORLD_NEEDS)
 	$(PIP) install -q -c constraints.txt --no-deps $(ALFWORLD)
 	@touch $@
 

@@ -90,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--index", type=int, help="which game or problem; else drawn from --seed")
     play.add_argument("--seed", type=int, default=0)
     play.add_argument("pairs", nargs="*", metavar="key=value", help="the environment's options")
+    study = command("study", _study, "an experiment on the objectives: table, plots, numbers")
+    study.add_argument("which", choices=["estimators"])
+    study.add_argument("--out", type=Path, default=Path("runs/studies/estimators"))
+    study.add_argument("--seeds", type=int, nargs="+", help="of the toy's students and teachers")
+    study.add_argument("--iterations", type=int, help="of the toy's students")
     command("envs", _envs, "every registered environment with its options")
     return parser
 
@@ -155,6 +160,18 @@ def _play(options: argparse.Namespace) -> int:
         index=options.index,
         seed=options.seed,
     )
+
+
+def _study(options: argparse.Namespace) -> int:
+    from tutelage.distill.studies import estimators
+
+    _quiet()
+    estimators.run_study(
+        options.out,
+        seeds=options.seeds or estimators.SEEDS,
+        iterations=estimators.ITERATIONS if options.iterations is None else options.iterations,
+    )
+    return 0
 
 
 def _envs(options: argparse.Namespace) -> int:

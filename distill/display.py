@@ -55,15 +55,16 @@ class ConsoleWatcher(Watcher):
         self._latest[task] = metrics
         rate = (step + 1 - self._first) / max(1e-9, time.monotonic() - self._begun)
         note = "  ".join(_brief(name, found) for name, found in sorted(self._latest.items()))
-        self._advance("training", step + 1, self._steps, f"{rate:.2f} steps/s  {note}")
+        self.advance("training", step + 1, self._steps, f"{rate:.2f} steps/s  {note}")
 
     def evaluating(self, task: str, mode: str, done: int, total: int) -> None:
-        self._advance(f"evaluating {task}, {mode}", done, total, "")
+        self.advance(f"evaluating {task}, {mode}", done, total)
 
     def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
         self._say(f"{task}, {mode}: {_percent(found)}")
 
-    def _advance(self, what: str, done: int, total: int, note: str) -> None:
+    def advance(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show how much of something is done."""
         if self._bar is not None:
             if what not in self._bars:
                 self._bars[what] = self._bar.add_task(what, total=total, note="")

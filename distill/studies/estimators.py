@@ -1,0 +1,210 @@
+"""`tutelage study estimators`: what a discount buys and costs, in a toy and in exact sums.
+
+Writes into its folder: table.md, estimators.json, variance_against_gamma.png,
+bias_against_variance.png.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from tutelage.distill import checkpoints
+from tutelage.distill.display import ConsoleWatcher
+from tutelage.distill.studies import enumeration, toy_control
+from tutelage.distill.studies.enumeration import Quality, run_enumeration
+from tutelage.distill.studies.plots import check_matplotlib, plot_bias, plot_variance
+from tutelage.distill.studies.toy_control import ToyRun, run_toy
+
+GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SEEDS = (42, 43, 2026)
+ITERATIONS = 2000
+"""Gammas, seeds and iterations are the paper's (Revisiting-OPD, arXiv:2603.25562, appendix C)."""
+BATCH = 64
+"""The table's last column: the error of a gradient averaged over that many sequences."""
+
+
+def run_study(
+    out: Path, *, seeds: Sequence[int] = SEEDS, iterations: int = ITERATIONS
+) -> tuple[list[ToyRun], list[Quality]]:
+    """Run both experiments, print the tables, write everything to `out`.
+
+    Raises:
+        ValueError: no iteration, the same seed twice, or matplotlib is missing.
+    """
+    if iterations < 1:
+        raise ValueError(f"--iterations {iterations}: it must be at least 1")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: each may stand once")
+    check_matplotlib()
+    out.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    with ConsoleWatcher() as watcher:
+        qualities = run_enumeration(GAMMAS, progress=watcher.advance)
+        runs = run_toy(GAMMAS, seeds, iterations, progress=watcher.advance)
+    settings = {"gammas": GAMMAS, "seeds": seeds, "iterations": iterations}
+    sheets = [toy_sheet(runs, iterations), enumeration_sheet(qualities)]
+    _write(out, sheets, runs, qualities, settings)
+    for sheet in sheets:
+        watcher.console.print(sheet.table())
+    minutes = (time.monotonic() - begun) / 60
+    watcher.console.print(f"{minutes:.1f} minutes; table, plots, numbers: {out}", highlight=False)
+    return runs, qualities
+
+
+def _write(
+    out: Path,
+    sheets: Sequence[Sheet],
+    runs: Sequence[ToyRun],
+    qualities: Sequence[Quality],
+    settings: dict[str, Any],
+) -> None:
+    text = "\n".join(sheet.markdown() for sheet in sheets)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    found = {
+        "settings": settings,
+        "toy": [asdict(run) | {"reached": run.reached, "diverged": run.diverged} for run in runs],
+        "enumeration": [asdict(quality) for quality in qualities],
+    }
+    checkpoints.write_json(out / "estimators.json", _finite(found))
+    plot_variance(runs, out / "variance_against_gamma.png")
+    plot_bias(qualities, out / "bias_against_variance.png")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for what a diverged run left."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """A table, for the terminal and for a file. The first `left` columns hold words."""
+
+    title: str
+    note: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int
+
+    def table(self) -> Table:
+        table = Table(title=self.title, caption=Text(self.note))
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="left" if number < self.left else "right")
+        for row in self.rows:
+            table.add_row(*map(Text, row))  # Text: brackets are no markup here
+        return table
+
+    def markdown(self) -> str:
+        rules = ["---" if number < self.left else "---:" for number in range(len(self.headings))]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.headings, rules, *self.rows)]
+        return "\n".join([f"## {self.title}", "", *lines, "", self.note, ""])
+
+
+def toy_sheet(runs: Sequence[ToyRun], iterations: int) -> Sheet:
+    """One row a gamma."""
+    rows = []
+    for gamma in dict.fromkeys(run.gamma for run in runs):
+        own = [run for run in runs if run.gamma == gamma]
+        rows.append(
+            [
+                f"{gamma:g}",
+                f"{sum(run.reached for run in own)} of {len(own)}",
+                f"{sum(run.diverged for run in own)} of {len(own)}",
+                *(_spread([run.distances[task] for run in own]) for task in (0, 1)),
+                _geometric([run.variance for run in own]),
+                _geometric([run.reference_variance for run in own]),
+                _geometric([run.first_variance for run in own]),
+            ]
+        )
+    return Sheet(
+        title=f"Two-task toy, {iterations} iterations",
+        note=(
+            f"Reached: both targets, within {toy_control.REACHED:g}. Diverged: farther from a"
+            " target than it began. Distances: mean over seeds [least, most]. Variances: over"
+            f" {toy_control.MICRO_BATCHES} micro-batches of"
+            f" {toy_control.TRAJECTORIES // toy_control.MICRO_BATCHES} trajectories, median over"
+            " the iterations, geometric mean over seeds; on the γ=0 students all γ meet the same"
+            " trajectories."
+        ),
+        headings=[
+            "γ",
+            "both reached",
+            "diverged",
+            "off left target",
+            "off right target",
+            "variance",
+            "on γ=0's students",
+            "first iteration",
+        ],
+        rows=rows,
+        left=1,
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def _geometric(values: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(values):.2g}"
+
+
+def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
+    """One row an estimator, numbered as in the plot."""
+    return Sheet(
+        title=(
+            f"Exact enumeration, {enumeration.VOCABULARY} tokens,"
+            f" length {enumeration.LENGTH}, {enumeration.WORLDS} random pairs"
+        ),
+        note=(
+            "Bias, root variance and error in units of the norm of the sequence-level gradient;"
+            " variance of one sequence's estimate. Seq.: against grad KL(π(y) || q(y)); token:"
+            " against the same with the prefixes held fixed."
+            f" Error: root mean square, of the mean over {BATCH} sequences, against the"
+            f" sequence-level gradient.{_crossing(qualities)}"
+        ),
+        headings=[
+            "#",
+            "objective",
+            "estimator",
+            "bias, seq.",
+            "bias, token",
+            "variance",
+            "cosine, seq.",
+            f"error at {BATCH}",
+        ],
+        rows=[
+            [
+                str(number),
+                quality.name,
+                quality.label,
+                f"{quality.sequence_bias:.3f}",
+                f"{quality.token_bias:.3f}",
+                f"{quality.variance:.3g}",
+                f"{quality.cosine:.3f}",
+                f"{quality.error(BATCH):.2f}",
+            ]
+            for number, quality in enumerate(qualities, 1)
+        ],
+        left=3,
+    )
+
+
+def _crossing(qualities: Sequence[Quality]) -> str:
+    """From how many sequences on the unbiased estimator has the smaller error."""
+    sampled = [quality for quality in qualities if quality.name == "sampled_token"]
+    token, causal = sampled[0], sampled[-1]
+    count = (causal.variance - token.variance) / (token.sequence_bias**2 - causal.sequence_bias**2)
+    return f" γ=1 has a smaller error than γ=0 from {math.ceil(count)} sequences a batch on."
