@@ -19,7 +19,7 @@ its output, advantage times score, is known in closed form, so that all gammas' 
 measured on all students.
 
 Letters: R runs, B trajectories, T steps, F input features, H hidden units, O outputs (mean, raw
-sigma), M micro-batches, G gammas.
+sigma), M micro-batches, G gammas, C = G O columns.
 """
 
 from __future__ import annotations
@@ -188,21 +188,15 @@ def micro_batch_variance(
 
     cost_RGBT: the weight of each score, one for each estimator G.
     """
-    runs, _, batch, horizon = cost_RGBT.shape
+    runs, gammas, batch, horizon = cost_RGBT.shape
     each = batch // MICRO_BATCHES
     inputs_RNH = torch.cat([hidden_RNH, torch.ones_like(hidden_RNH[..., :1])], dim=-1)
-    shape = (runs, MICRO_BATCHES, each * horizon)
-    gradient_RMGHO = (
-        torch.einsum(
-            "rmnh,rmno,rgmn->rmgho",
-            inputs_RNH.unflatten(1, shape[1:]),
-            score_RNO.unflatten(1, shape[1:]),
-            cost_RGBT.reshape(runs, -1, *shape[1:]),
-        )
-        / each
-    )
-    centred_RMGHO = gradient_RMGHO - gradient_RMGHO.mean(1, keepdim=True)
-    return centred_RMGHO.square().sum((-1, -2)).mean(1)
+    outward_RNGO = score_RNO[:, :, None] * cost_RGBT.view(runs, gammas, -1).mT[..., None]
+    inputs_RMNH = inputs_RNH.unflatten(1, (MICRO_BATCHES, each * horizon))
+    outward_RMNC = outward_RNGO.unflatten(1, (MICRO_BATCHES, each * horizon)).flatten(-2)
+    gradient_RMHGO = (inputs_RMNH.mT @ outward_RMNC / each).unflatten(-1, (gammas, -1))
+    centred_RMHGO = gradient_RMHGO - gradient_RMHGO.mean(1, keepdim=True)
+    return centred_RMHGO.square().sum((2, 4)).mean(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
