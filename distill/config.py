@@ -102,6 +102,15 @@ class RolloutConfig(_Section):
     attempts: Positive = 3  # of an episode whose environment died or hung
 
 
+class GuidanceConfig(_Section):
+    """TrOPD's prefixes (objective trust_region): part of the episodes begin with somebody else's
+    turns and tokens, at first all of them, by a cosine ever fewer, and the student goes on."""
+
+    by: Literal["expert", "teacher"] = "expert"  # the environment's, or the task's own teacher
+    share: Share = 0.2  # of the episodes (the official code: 128 beside 512)
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's steps; then none is left
+
+
 class TaskConfig(_Section):
     env: str
     env_args: dict[str, Any] = {}
@@ -111,6 +120,7 @@ class TaskConfig(_Section):
     group: Positive = 1  # episodes of one game or problem
     # imitation: the share of episodes that the expert plays itself, or [at first, at last]
     expert_share: Share | tuple[Share, Share] = 1.0
+    guidance: GuidanceConfig | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0  # of this task's loss
     objective: dict[str, Any] | None = None  # replaces the run's objective
     rollout: dict[str, Any] = {}  # replaces keys of the run's rollout section
@@ -159,7 +169,7 @@ class CheckpointConfig(_Section):
 class JournalConfig(_Section):
     tensorboard: bool = True
     episodes_every: Positive = 1  # steps between episode files
-    # steps between those diagnostics that need the student's distribution over the whole vocabulary
+    # a task's steps between diagnostics that need the student's distribution over all ids
     diagnostics_every: Positive = 10
 
 
@@ -195,6 +205,11 @@ class RunConfig(_Section):
         for name, task in self.tasks.items():
             objective = build_objective(self.objective_of(name))
             self.rollout_of(name)
+            if task.guidance is not None and objective.name != "trust_region":
+                raise ValueError(
+                    f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
+                    f" tokens, and this task's is {objective.name!r}: change one of them"
+                )
             if task.teacher is not None:
                 used.add(task.teacher)
                 if task.teacher not in self.teachers:

@@ -116,6 +116,7 @@ def _episode(episode: Episode, lessons: Mapping[int, Lesson]) -> dict[str, Any]:
         "seed": order.seed,
         "index": order.index,
         "actor": order.actor,
+        "guide": round(order.guide, 6),
         "task_type": episode.task_type,
         "success": episode.success,
         "reward": episode.reward,

@@ -42,6 +42,7 @@ from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
+from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
 from tutelage.scheduler.timetable import TaskPlan, Timetable
@@ -163,12 +164,13 @@ class Run:
         clock.lap("rollout")
         lessons = self._lessons(task, outcomes)
         clock.lap("score")
+        turn = self.timetable.turn_at(step)
         update = self.learner.update(
             lessons,
             self._courses,
-            seed=self.config.seed * 1_000_003 + step // len(self.config.tasks),
-            progress=step / self.config.steps,
-            diagnose=step % self.config.journal.diagnostics_every < len(self.config.tasks),
+            seed=self.config.seed * 1_000_003 + turn,
+            progress=turn / self.timetable.steps_of(task),
+            diagnose=turn % self.config.journal.diagnostics_every == 0,
         )
         clock.lap("update")
         if step % self.config.journal.episodes_every == 0:
@@ -204,12 +206,14 @@ class Run:
     def _plan(self, task: str) -> TaskPlan:
         config = self.config.tasks[task]
         labels = not self._courses[task].objective.needs_teacher
-        share = config.expert_share
+        share, guidance = config.expert_share, config.guidance
         return TaskPlan(
             episodes=config.episodes,
             group=config.group,
             labels=labels,
             expert_share=share if isinstance(share, tuple) else (share, share),
+            guided_share=guidance.share if guidance else 0.0,
+            guided_until=guidance.until if guidance else 1.0,
         )
 
     def _num_games(self, name: str) -> int | None:
@@ -324,8 +328,10 @@ def _outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
     episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
     count = len(episodes)
     replies = [turn for episode in episodes for turn in episode.turns]
+    alone = [episode for episode in episodes if not episode.order.guide] or episodes
     return {
-        "reward/success": sum(episode.success for episode in episodes) / count,
+        "reward/success": sum(episode.success for episode in alone) / len(alone),
+        "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
         "episodes/played": count,
         "episodes/dropped": len(outcomes) - count,
         "episodes/retried": sum(episode.attempts > 1 for episode in episodes),
@@ -370,10 +376,11 @@ def _placement(
 ) -> Placement:
     if config.cluster is None:
         engine = TransformersEngine(learner.model, vocabulary=vocabulary)
-        worker = RolloutWorker(engine, tokenizer, _rollouts(config), pools)
         teachers = {
             name: _make_teacher(teacher, vocabulary) for name, teacher in config.teachers.items()
         }
+        guides = _guides(config, teachers, vocabulary)
+        worker = RolloutWorker(engine, tokenizer, _rollouts(config), pools, guides)
         return InProcess(worker, teachers)
     return RayCluster(
         address=config.cluster.address,
@@ -396,7 +403,31 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
     model = load_student(config.student, seed=config.seed)
     tokenizer = load_tokenizer(student_tokenizer(config.student))
     engine = TransformersEngine(model, vocabulary=vocabulary)
-    return RolloutWorker(engine, tokenizer, _rollouts(config))
+    teachers = {
+        name: _make_teacher(config.teachers[name], vocabulary) for name in _guiding(config).values()
+    }
+    guides = _guides(config, teachers, vocabulary)
+    return RolloutWorker(engine, tokenizer, _rollouts(config), guides=guides)
+
+
+def _guiding(config: RunConfig) -> dict[str, str]:
+    """The teachers that play prefixes, by task."""
+    return {
+        name: str(task.teacher)
+        for name, task in config.tasks.items()
+        if task.guidance is not None and task.guidance.by == "teacher"
+    }
+
+
+def _guides(
+    config: RunConfig, teachers: Mapping[str, TransformersTeacher], vocabulary: int
+) -> dict[str, Engine]:
+    """An engine over the teacher's own weights for each task that it guides."""
+    return {
+        task: TransformersEngine(teachers[name].model, vocabulary=vocabulary)
+        for task, name in _guiding(config).items()
+        if name in teachers  # evaluation loads no teacher
+    }
 
 
 def _make_teacher(config: TeacherConfig, vocabulary: int) -> TransformersTeacher:

@@ -98,6 +98,7 @@ class Order:
     index: int  # which game or problem: the environment's options["index"]
     actor: str = "student"  # or "expert": who acts
     labels: bool = False  # also record the expert's action in every state
+    guide: float = 0.0  # share of the episode's length, 0 to 1, that its guide plays first
 
     @property
     def name(self) -> str:

@@ -49,6 +49,7 @@ class _Live:
     def __init__(self, order: Order, session: int, context: Context, attempts: int) -> None:
         self.order, self.session, self.context, self.attempts = order, session, context, attempts
         self.turns: list[Turn] = []
+        self.given: list[int] = []  # what a guide said first in this turn
         self.reward = 0.0
         self.observation = ""
         self.info: Mapping[str, Any] = {}
@@ -93,6 +94,8 @@ class RolloutWorker:
         tokenizer: the student's.
         tasks: how each task is played, by name.
         pools: the tasks' environments, where they were opened before; closed with the worker.
+        guides: by task, the engine of the teacher that plays the prefix of guided episodes; where
+            there is none, the expert does.
     """
 
     def __init__(
@@ -101,8 +104,10 @@ class RolloutWorker:
         tokenizer: Any,
         tasks: Mapping[str, TaskRollout],
         pools: EnvironmentPools | None = None,
+        guides: Mapping[str, Engine] | None = None,
     ) -> None:
         self.engine = engine
+        self._guides = dict(guides or {})
         self._tokenizer = tokenizer
         self._tasks = dict(tasks)
         self._pools = pools or EnvironmentPools(tasks)
@@ -140,6 +145,7 @@ class _Play:
 
     def __init__(self, worker: RolloutWorker, task: str, law: SamplingLaw) -> None:
         self._worker, self._engine, self._law = worker, worker.engine, law
+        self._guide = worker._guides.get(task)
         self._how = worker._tasks[task]
         self._pool = worker._pools[task]
         self._chat = Chat(worker._tokenizer, system=self._how.context.system)
@@ -157,6 +163,8 @@ class _Play:
                     self._take(self._answers())
                     if not self._engine.lockstep:
                         break
+                if self._guide is not None and self._guide.pending:
+                    self._begun(self._guide.step())
                 self._act(self._engine.step())
         finally:
             for live in list(self._live.values()):  # only after an error
@@ -167,7 +175,8 @@ class _Play:
         """What the environments have to say: all that is outstanding if the engine goes in lockstep
         (so that who came first shows nowhere), else what is there."""
         if not self._engine.lockstep:
-            return self._pool.receive(block=self._engine.pending == 0)
+            busy = self._engine.pending or (self._guide is not None and self._guide.pending)
+            return self._pool.receive(block=not busy)
         answers: list[Observed | Failed] = []
         while self._pool.outstanding:
             answers += self._pool.receive()
@@ -208,32 +217,71 @@ class _Play:
                 self._finish(live, "max_turns")
             elif self._room(live) < 1:
                 self._finish(live, "context")
-            elif live.order.actor == "expert":
-                acts.append(self._expert_acts(live))
-            else:
-                self._ask(live)
+            elif act := self._open_turn(live):
+                acts.append(act)
         if acts:
             self._pool.send(acts)
 
     def _room(self, live: _Live) -> int:
         return min(
             self._how.max_new_tokens, self._engine.max_context - len(live.context.prompt_ids)
-        )
+        ) - len(live.given)
 
-    def _ask(self, live: _Live) -> None:
+    def _open_turn(self, live: _Live) -> Act | None:
+        """Ask whoever speaks first in this turn; an act where the expert says it all."""
+        if live.order.actor == "expert":
+            return self._expert_acts(live)
+        guided = self._guided_tokens(live)
+        if guided and self._guide is None:
+            reply = self._chat.reply(self._expert_action(live))
+            if guided >= len(reply):
+                return self._expert_acts(live)
+            live.given = reply[:guided]
+        elif guided:
+            assert self._guide is not None
+            self._ask(live, self._guide, at_most=guided)
+            return None
+        return self._continue(live)
+
+    def _continue(self, live: _Live, *, closed: bool = False) -> Act | None:
+        """Let the student go on from what was given; an act where nothing is left to say."""
+        if closed or self._room(live) < 1:
+            return self._answer(live, ids=[], logprobs=[], closed=closed)
+        self._ask(live, self._engine)
+        return None
+
+    def _guided_tokens(self, live: _Live) -> int:
+        """How many tokens of this turn are the guide's: whole turns first, then a part of one."""
+        turns_left = live.order.guide * self._how.max_turns - len(live.turns)
+        return max(0, min(self._room(live), int(turns_left * self._how.max_new_tokens)))
+
+    def _ask(self, live: _Live, engine: Engine, *, at_most: int | None = None) -> None:
         turn = len(live.turns)
-        self._engine.submit(
+        entropy = [live.order.seed, turn] + ([1] if engine is self._guide else [])
+        engine.submit(
             Request(
                 session=live.session if live.context.appends else -live.session,
-                ids=live.context.prompt_ids,
-                max_new_tokens=self._room(live),
+                ids=[*live.context.prompt_ids, *live.given],
+                max_new_tokens=self._room(live) if at_most is None else at_most,
                 stop_ids=self._chat.eos_ids,
                 law=self._law,
-                seed=int(
-                    np.random.SeedSequence([live.order.seed, turn]).generate_state(1, np.uint64)[0]
-                ),
+                seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]),
             )
         )
+
+    def _begun(self, completions: Iterable[Completion]) -> None:
+        """What a guide said opens the turn; the student ends it, unless the guide has."""
+        acts = []
+        for completion in sorted(completions, key=lambda c: abs(c.session)):
+            live = self._live[abs(completion.session)]
+            if completion.session < 0:
+                assert self._guide is not None
+                self._guide.release(completion.session)
+            live.given = list(completion.ids)
+            if act := self._continue(live, closed=completion.stopped):
+                acts.append(act)
+        if acts:
+            self._pool.send(acts)
 
     def _act(self, completions: Iterable[Completion]) -> None:
         """Sampled ids become actions."""
@@ -242,27 +290,43 @@ class _Play:
             live = self._live[abs(completion.session)]
             if completion.session < 0:  # a window's prompt is never extended
                 self._engine.release(completion.session)
-            reply = Reply(
-                ids=completion.ids, logprobs=completion.logprobs, closed=completion.stopped
-            )
-            action = self._chat.text(completion.ids)
-            expert = self._expert_action(live) if live.order.labels else None
-            live.context.reply(
-                reply,
-                action=action,
-                expert_ids=None if expert is None else self._chat.reply(expert),
-            )
-            live.turns.append(
-                Turn(
-                    observation=live.observation,
-                    action=action,
-                    expert_action=expert,
-                    complete=completion.stopped,
+            acts.append(
+                self._answer(
+                    live,
+                    ids=completion.ids,
+                    logprobs=completion.logprobs,
+                    closed=completion.stopped,
                 )
             )
-            acts.append(Act(episode=live.session, action=action))
         if acts:
             self._pool.send(acts)
+
+    def _answer(
+        self, live: _Live, *, ids: Sequence[int], logprobs: Sequence[float], closed: bool
+    ) -> Act:
+        """Record the turn: what was given, then what the student sampled."""
+        reply = Reply(
+            ids=[*live.given, *ids],
+            logprobs=[*[float("nan")] * len(live.given), *logprobs],
+            closed=closed,
+        )
+        live.given = []
+        action = self._chat.text(reply.ids)
+        expert = self._expert_action(live) if live.order.labels else None
+        live.context.reply(
+            reply,
+            action=action,
+            expert_ids=None if expert is None else self._chat.reply(expert),
+        )
+        live.turns.append(
+            Turn(
+                observation=live.observation,
+                action=action,
+                expert_action=expert,
+                complete=closed,
+            )
+        )
+        return Act(episode=live.session, action=action)
 
     def _expert_acts(self, live: _Live) -> Act:
         action = self._expert_action(live)
@@ -277,7 +341,7 @@ class _Play:
         action = live.info.get("expert_action")
         if action is None:
             raise ValueError(
-                f"task {live.order.task!r}: imitation needs info['expert_action'] from"
+                f"task {live.order.task!r}: imitation and guidance need info['expert_action'] from"
                 f" {self._how.env!r}: give the environment expert=True under env_args, or another"
                 " objective"
             )
@@ -319,4 +383,6 @@ class _Play:
         del self._live[live.session]
         for session in (live.session, -live.session):
             self._engine.release(session)
+            if self._guide is not None:
+                self._guide.release(session)
         self._pool.abandon([live.session])

@@ -6,6 +6,7 @@ So a resumed run goes on exactly where it was.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,23 @@ class TaskPlan:
     group: episodes of one game. labels: the expert's action is recorded in every state (imitation).
     expert_share: share of the episodes that the expert plays itself, at the task's first and last
     step, linear between (DAgger's mixing rate, Ross et al. 2011, section 3).
+    guided_share: share of the episodes that begin with a guide's prefix. guided_until: the share of
+    the task's steps after which no prefix is left.
     """
 
     episodes: int
     group: int = 1
     labels: bool = False
     expert_share: tuple[float, float] = (0.0, 0.0)
+    guided_share: float = 0.0
+    guided_until: float = 1.0
+
+    def guide_at(self, progress: float) -> float:
+        """The prefix's share of an episode's greatest length: cosine from 1 to 0 (TrOPD,
+        arXiv:2606.01249: alpha = (1 + cos(pi t / T)) / 2)."""
+        if progress >= self.guided_until:
+            return 0.0
+        return 0.5 * (1 + math.cos(math.pi * progress / self.guided_until))
 
 
 class Timetable:
@@ -51,6 +63,10 @@ class Timetable:
         """The task of a step (0-based)."""
         return self._names[step % len(self._names)]
 
+    def turn_at(self, step: int) -> int:
+        """How many steps its task had before this one."""
+        return step // len(self._names)
+
     def steps_of(self, task: str) -> int:
         """How many of the run's steps are the task's."""
         return len(range(self._names.index(task), self.steps, len(self._names)))
@@ -67,13 +83,14 @@ class Timetable:
         Games come in passes: each once in an order shuffled anew, before any comes again.
         """
         task = self.task_at(step)
-        plan, turn = self._tasks[task], step // len(self._names)
+        plan, turn = self._tasks[task], self.turn_at(step)
         games = -(-plan.episodes // plan.group)
         first = turn * games
         indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
         begin, end = plan.expert_share
-        share = begin + (end - begin) * turn / max(1, self.steps_of(task) - 1)
-        by_expert = round(share * plan.episodes) if plan.labels else 0
+        progress = turn / max(1, self.steps_of(task) - 1)
+        by_expert = round((begin + (end - begin) * progress) * plan.episodes) if plan.labels else 0
+        guided, guide = round(plan.guided_share * plan.episodes), plan.guide_at(progress)
         orders = []
         for number in range(plan.episodes):
             entropy = np.random.SeedSequence([self._seed, _key(task), turn, number])
@@ -86,6 +103,7 @@ class Timetable:
                     # spread evenly, so that no kind of game goes to the expert alone
                     actor="expert" if _spread(number, by_expert, plan.episodes) else "student",
                     labels=plan.labels,
+                    guide=guide if _spread(number, guided, plan.episodes) else 0.0,
                 )
             )
         return orders

@@ -427,3 +427,63 @@ def test_the_environments_count_is_passed_on(make_worker: Any) -> None:
 def test_an_environment_that_cannot_be_made_is_named(make_worker: Any) -> None:
     with pytest.raises(ValueError, match="Scripted-v0"):
         make_worker(env_args={"lenght": 3}).collect(_orders(1))
+
+
+class TestGuidance:
+    """Part of an episode is another's: whole turns first, then the beginning of one."""
+
+    @pytest.mark.parametrize(
+        ("guide", "given"),
+        [
+            # 4 turns of 2 tokens each ("4<|end|>"); max_turns 4, max_new_tokens 8: of 32 tokens
+            (0.0, [0, 0, 0, 0]),
+            (0.25, [2, 0, 0, 0]),  # one whole turn
+            (0.29, [2, 1, 0, 0]),  # and one token (0.16 turns: 1.28 tokens) of the next
+            (0.5, [2, 2, 0, 0]),
+            (1.0, [2, 2, 2, 2]),
+        ],
+    )
+    def test_the_expert_gives_a_prefix_and_the_student_goes_on(
+        self, make_worker: Any, tokenizer: Any, guide: float, given: list[int]
+    ) -> None:
+        worker = make_worker(_wrong, max_turns=4, max_new_tokens=8)
+        (episode,) = _episodes(worker.collect(_orders(4, guide=guide)))
+        (row,) = episode.rows
+        for turn, count in enumerate(given):
+            inside = row.turns_T == turn
+            sampled = np.isfinite(row.logprobs_T[inside])
+            assert sampled.tolist() == [False] * count + [True] * (inside.sum() - count)
+            said = tokenizer.decode(row.ids_T[inside].tolist())
+            right = f"{4 - turn}<|end|>"
+            assert said == {0: "look<|end|>", 1: f"{4 - turn}look<|end|>", 2: right}[count]
+            assert episode.turns[turn].action == said.removesuffix("<|end|>")
+        assert episode.success == (guide == 1.0)
+
+    def test_what_was_given_stands_in_the_students_prompt_and_counts_to_its_limit(
+        self, make_worker: Any
+    ) -> None:
+        worker = make_worker(_wrong, max_turns=1, max_new_tokens=2)
+        (episode,) = _episodes(worker.collect(_orders(3, guide=0.5)))
+        (request,) = worker.engine.requests
+        (row,) = episode.rows
+        assert request.max_new_tokens == 1
+        assert list(request.ids) == row.ids_T[: len(request.ids)].tolist()
+        assert row.turns_T[len(request.ids) - 1] == 0  # the prompt ends with the expert's token
+
+    @pytest.mark.parametrize("kind", ["full", "window"])
+    def test_a_teacher_speaks_through_an_engine_of_its_own(
+        self, make_worker: Any, tokenizer: Any, kind: str
+    ) -> None:
+        worker = make_worker(
+            _wrong, max_turns=4, max_new_tokens=8, context=ContextSettings(kind=kind)
+        )
+        guide = FakeEngine(tokenizer, lambda prompt: "4")
+        worker._guides["t"] = guide
+        guided, alone = _episodes(worker.collect([*_orders(4, guide=0.29), *_orders(0, 2)[1:]]))
+        assert [request.max_new_tokens for request in guide.requests] == [8, 1]
+        given = [int(np.isnan(r.logprobs_T[r.chosen_T]).sum()) for r in guided.rows]
+        assert given == ([3] if kind == "full" else [2, 1, 0, 0])
+        assert not any(np.isnan(r.logprobs_T[r.chosen_T]).any() for r in alone.rows)
+        assert guide.pending == worker.engine.pending == 0
+        seeds = [request.seed for request in (*guide.requests, *worker.engine.requests)]
+        assert len(set(seeds)) == len(seeds)  # the teacher's draws are not the student's

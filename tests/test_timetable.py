@@ -169,3 +169,24 @@ def test_without_labels_no_expert_acts() -> None:
 def test_no_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one task"):
         Timetable({}, steps=1, seed=0)
+
+
+def test_a_guides_prefix_shrinks_by_a_cosine_from_all_to_nothing() -> None:
+    """TrOPD: alpha(0) = 1, alpha(T / 2) = 1/2, alpha(T) = 0; on the task's own steps."""
+    plan = TaskPlan(episodes=4, guided_share=0.5)
+    alone = Timetable({"a": plan}, steps=5, seed=0)
+    mixed = Timetable({"b": TaskPlan(episodes=1), "a": plan}, steps=10, seed=0)
+    guides = [[order.guide for order in alone.orders(step, None)] for step in range(5)]
+    assert [sum(g > 0 for g in step) for step in guides] == [2, 2, 2, 2, 0]
+    assert [max(step) for step in guides] == pytest.approx(
+        [1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0.0]
+    )
+    assert guides == [[order.guide for order in mixed.orders(2 * i + 1, None)] for i in range(5)]
+
+
+def test_guidance_can_end_before_the_run() -> None:
+    plan = TaskPlan(episodes=1, guided_share=1.0, guided_until=0.5)
+    timetable = Timetable({"a": plan}, steps=9, seed=0)
+    guides = [timetable.orders(step, None)[0].guide for step in range(9)]
+    assert guides[:5] == pytest.approx([1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0.0])
+    assert guides[4:] == [0.0] * 5

@@ -479,3 +479,21 @@ class TestEvaluation:
         lines = _metrics(_train(config))
         scored = [any(key.startswith("eval/") for key in line) for line in lines]
         assert scored == [False, True, False, True]
+
+
+@pytest.mark.parametrize("by", ["expert", "teacher"])
+def test_guided_episodes_are_learned_from_by_trust_region(configure: Configure, by: str) -> None:
+    """At the first step all of a guided episode is given, at the last nothing is left."""
+    task = MATH | {"guidance": {"by": by, "share": 0.5}}
+    if by == "expert":
+        task["env_args"] = task.get("env_args", {}) | {"expert": True}
+    config = configure(
+        {"math": task},
+        steps=3,
+        objective={"name": "trust_region", "k": 8},
+        journal={"tensorboard": False},
+    )
+    lines = _metrics(_train(config))
+    assert [line["episodes/guided"] for line in lines] == [0.5, 0.5, 0.0]
+    assert lines[0]["trust/given"] > lines[1]["trust/given"] > lines[2]["trust/given"] == 0.0
+    assert 0 < lines[2]["trust/share"] < 1
