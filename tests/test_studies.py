@@ -38,7 +38,7 @@ from tutelage.distill.studies.toy_control import (
     train_teachers,
 )
 
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # teacher scores are float32
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)  # all in float64
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_the_study_measures_the_truth_as_zero_bias() -> None:
     qualities = run_enumeration([0.0, 1.0], worlds=1, vocabulary=4, length=3)
     found = {(quality.name, quality.label): quality for quality in qualities}
     token, causal = found["sampled_token", "γ=0"], found["sampled_token", "γ=1"]
-    assert token.token_bias < 1e-5 < token.sequence_bias
-    assert causal.sequence_bias < 1e-5 < causal.token_bias
+    assert token.token_bias < 1e-12 < token.sequence_bias
+    assert causal.sequence_bias < 1e-12 < causal.token_bias
     assert causal.cosine == pytest.approx(1)
     assert causal.token_bias == pytest.approx(token.sequence_bias, rel=1e-4)
     assert token.error(10**9) == pytest.approx(token.sequence_bias, rel=1e-4)

@@ -196,10 +196,10 @@ def estimators(gammas: Sequence[float], vocabulary: int = VOCABULARY) -> list[Es
             local(f"top-{k}, sampled tail", k, renormalize=False, tail="sampled")
             for k in (few, many)
         ),
-        trust("outlier: forward KL", many),
-        trust("outlier: mask", many, outlier="mask"),
-        trust(f"outlier: clip at {TAU:g}", many, outlier="clip", tau=TAU),
-        trust("outlier: forward KL as reward", many, outlier="forward_kl_pg"),
+        trust("forward KL", many),
+        trust("mask", many, outlier="mask"),
+        trust(f"clip at {TAU:g}", many, outlier="clip", tau=TAU),
+        trust("forward KL as reward", many, outlier="forward_kl_pg"),
         *(
             Estimator(name="full_vocabulary", label=way, options={"direction": way})
             for way in ("reverse", "forward", "jsd")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -99,7 +100,13 @@ class Sheet:
     left: int
 
     def table(self) -> Table:
-        table = Table(title=self.title, caption=Text(self.note))
+        table = Table(
+            title=self.title,
+            caption=Text(self.note),
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,  # fits 80 columns
+            pad_edge=False,
+        )
         for number, heading in enumerate(self.headings):
             table.add_column(heading, justify="left" if number < self.left else "right")
         for row in self.rows:
@@ -171,7 +178,8 @@ def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
         note=(
             "Bias, root variance and error in units of the norm of the sequence-level gradient;"
             " variance of one sequence's estimate. Seq.: against grad KL(π(y) || q(y)); token:"
-            " against the same with the prefixes held fixed."
+            " against the same with the prefixes held fixed. Bias counts a gradient's length as"
+            " well as its direction, the cosine its direction alone."
             f" Error: root mean square, of the mean over {BATCH} sequences, against the"
             f" sequence-level gradient.{_crossing(qualities)}"
         ),

@@ -22,6 +22,10 @@ BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, GREY = (
 )
 NEAR = 0.03
 """Points closer than this share one label: in decades of variance, and in bias."""
+LABEL = (0.033, 0.03)
+"""About the size of a label, as a share of its panel's width and height."""
+SIDES = ((0, 1), (1, 0), (-1, 0), (0, -1))
+"""Where a label may stand from its point, the best first."""
 
 
 def check_matplotlib() -> None:
@@ -101,7 +105,7 @@ def _style(quality: Quality) -> tuple[str, str, str]:
     if quality.name == "full_vocabulary":
         return "full vocabulary", BROWN, "D"
     if quality.name == "trust_region":
-        return "trust region (TrOPD)", PURPLE, "s"
+        return "trust region (TrOPD), outlier:", PURPLE, "s"
     if quality.name != "local_support":
         return "other baselines", GREY, "P"
     if "tail" in quality.label:
@@ -127,26 +131,48 @@ def _bias_panel(axis: Any, qualities: Sequence[Quality], field: str, title: str)
     for number, quality in enumerate(qualities, 1):
         x, y = quality.variance, getattr(quality, field)
         _, color, marker = _style(quality)
-        axis.plot(x, y, marker, color=color, markersize=7, alpha=0.9, clip_on=False)
+        axis.plot(x, y, marker, color=color, markersize=7, alpha=0.9)
         for other_x, other_y, numbers in places:
             if abs(math.log10(x / other_x)) < NEAR and abs(y - other_y) < NEAR:
                 numbers.append(str(number))
                 break
         else:
             places.append((x, y, [str(number)]))
-    for x, y, numbers in places:
-        axis.annotate(
-            ", ".join(numbers),
-            (x, y),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7.5,
-        )
     axis.set_xscale("log")
-    axis.set_ylim(bottom=0)
     axis.set_xlabel("variance of one sequence's estimate / ‖sequence-level gradient‖²")
     axis.set_title(title, loc="left", fontsize=11)
+    axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+    _label(axis, places)
+
+
+def _label(axis: Any, places: Sequence[tuple[float, float, list[str]]]) -> None:
+    """Write each point's numbers on its least crowded side."""
+    scaled = axis.transScale.transform([(x, y) for x, y, _ in places])
+    points = (axis.transLimits.transform(scaled) / LABEL).tolist()
+    taken = list(points)  # by points and by labels, in sizes of a label
+    for (x, y, numbers), (left, bottom) in zip(places, points, strict=True):
+        text = ", ".join(numbers)
+        width = 0.5 + len(text) / 4
+        spots = [(left + across * width, bottom + up) for across, up in SIDES]
+        crowds = [_crowd(spot, taken, width) for spot in spots]
+        free = crowds.index(min(crowds))
+        taken.append(spots[free])
+        across, up = SIDES[free]
+        axis.annotate(
+            text,
+            (x, y),
+            xytext=(6 * across, 5 * up),
+            textcoords="offset points",
+            ha=("center", "left", "right")[across],
+            va=("center", "bottom", "top")[up],
+            fontsize=7.5,
+        )
+
+
+def _crowd(spot: Sequence[float], taken: Sequence[Sequence[float]], width: float) -> float:
+    """How much of what is there a label at `spot` would cover."""
+    gaps = (max(abs(spot[0] - x) / width, abs(spot[1] - y)) for x, y in taken)
+    return sum(max(0.0, 1 - gap) for gap in gaps)
 
 
 def _key(axis: Any, qualities: Sequence[Quality]) -> None:
@@ -158,7 +184,7 @@ def _key(axis: Any, qualities: Sequence[Quality]) -> None:
         name, color, marker = _style(quality)
         if name != family:
             family, row = name, row + 1.5
-            axis.plot(0.02, -row, marker, color=color, markersize=7)
+            axis.plot(0.02, -row, marker, color=color, markersize=7, clip_on=False)
             axis.text(0.08, -row, name, fontsize=8.5, fontweight="bold", va="center")
             row += 1
         axis.text(0.15, -row, str(number), fontsize=8, va="center", ha="right")
