@@ -187,10 +187,10 @@ def estimators(gammas: Sequence[float], vocabulary: int = VOCABULARY) -> list[Es
             Estimator(name="sampled_token", label=f"γ={gamma:g}", options={"gamma": float(gamma)})
             for gamma in gammas
         ),
-        *(local(f"teacher top-{k}", k) for k in (few, many, vocabulary)),
+        *(local(f"top-{k}", k) for k in (few, many, vocabulary)),
         local(f"student top-{many}", many, support="student"),
-        local(f"teacher top-{few} + sampled", few, support="teacher+sampled"),
-        local(f"teacher top-{few}, forward", few, direction="forward"),
+        local(f"top-{few} + sampled", few, support="teacher+sampled"),
+        local(f"top-{few}, forward", few, direction="forward"),
         *(local(f"top-{k}, unnormalised", k, renormalize=False) for k in (few, many)),
         *(
             local(f"top-{k}, sampled tail", k, renormalize=False, tail="sampled")
@@ -199,7 +199,7 @@ def estimators(gammas: Sequence[float], vocabulary: int = VOCABULARY) -> list[Es
         trust("forward KL", many),
         trust("mask", many, outlier="mask"),
         trust(f"clip at {TAU:g}", many, outlier="clip", tau=TAU),
-        trust("forward KL as reward", many, outlier="forward_kl_pg"),
+        trust("forward KL, reward", many, outlier="forward_kl_pg"),
         *(
             Estimator(name="full_vocabulary", label=way, options={"direction": way})
             for way in ("reverse", "forward", "jsd")

@@ -105,17 +105,20 @@ class Sheet:
             caption=Text(self.note),
             box=box.SIMPLE_HEAD,
             collapse_padding=True,  # fits 80 columns
+            show_edge=False,
             pad_edge=False,
         )
         for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="left" if number < self.left else "right")
+            words = number < self.left
+            table.add_column(heading, justify="left" if words else "right", no_wrap=words)
         for row in self.rows:
             table.add_row(*map(Text, row))  # Text: brackets are no markup here
         return table
 
     def markdown(self) -> str:
         rules = ["---" if number < self.left else "---:" for number in range(len(self.headings))]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.headings, rules, *self.rows)]
+        headings = [heading.replace("\n", " ") for heading in self.headings]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (headings, rules, *self.rows)]
         return "\n".join([f"## {self.title}", "", *lines, "", self.note, ""])
 
 
@@ -147,13 +150,13 @@ def toy_sheet(runs: Sequence[ToyRun], iterations: int) -> Sheet:
         ),
         headings=[
             "γ",
-            "both reached",
+            "both\nreached",
             "diverged",
-            "off left target",
-            "off right target",
+            "off left\ntarget",
+            "off right\ntarget",
             "variance",
-            "on γ=0's students",
-            "first iteration",
+            "on γ=0's\nstudents",
+            "first\niteration",
         ],
         rows=rows,
         left=1,
@@ -179,7 +182,8 @@ def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
             "Bias, root variance and error in units of the norm of the sequence-level gradient;"
             " variance of one sequence's estimate. Seq.: against grad KL(π(y) || q(y)); token:"
             " against the same with the prefixes held fixed. Bias counts a gradient's length as"
-            " well as its direction, the cosine its direction alone."
+            " well as its direction, the cosine its direction alone. Top-K: the teacher's, where not"
+            " said otherwise."
             f" Error: root mean square, of the mean over {BATCH} sequences, against the"
             f" sequence-level gradient.{_crossing(qualities)}"
         ),
@@ -187,11 +191,11 @@ def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
             "#",
             "objective",
             "estimator",
-            "bias, seq.",
-            "bias, token",
+            "bias,\nseq.",
+            "bias,\ntoken",
             "variance",
-            "cosine, seq.",
-            f"error at {BATCH}",
+            "cosine,\nseq.",
+            f"error\nat {BATCH}",
         ],
         rows=[
             [
