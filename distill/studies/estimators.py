@@ -182,8 +182,8 @@ def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
             "Bias, root variance and error in units of the norm of the sequence-level gradient;"
             " variance of one sequence's estimate. Seq.: against grad KL(π(y) || q(y)); token:"
             " against the same with the prefixes held fixed. Bias counts a gradient's length as"
-            " well as its direction, the cosine its direction alone. Top-K: the teacher's, where not"
-            " said otherwise."
+            " well as its direction, the cosine its direction alone. Top-K: the teacher's, or as"
+            " said."
             f" Error: root mean square, of the mean over {BATCH} sequences, against the"
             f" sequence-level gradient.{_crossing(qualities)}"
         ),
