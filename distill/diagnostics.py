@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from tutelage.distill.objectives import Student, TeacherScores
+from tutelage.distill.objectives.tokens import IMPOSSIBLE
 
 BUCKETS = (0, 4, 16, 64, 256, 1024, 2048, 4096, 8192)
 """First places, within a reply, of the buckets that gaps are averaged in."""
@@ -52,9 +53,10 @@ def recorded(scores: TeacherScores, behaviour_N: torch.Tensor) -> dict[str, torc
     """Teacher against the policy that sampled, on sampled tokens (NaN behaviour: meaningless).
 
     gap/mean: log q(y) - log pi_old(y), minus the k1 estimate of KL(pi || q) (Schulman 2020).
-    kl/k3: r - 1 - log r with r = q/pi: the same mean, never negative.
+    kl/k3: r - 1 - log r with r = q/pi: KL(pi || q) in the mean too, and never negative.
+    A token that the teacher rules out counts with IMPOSSIBLE, as in the losses: means stay finite.
     """
-    gap_N = scores.sampled_N - behaviour_N
+    gap_N = scores.sampled_N.clamp(min=IMPOSSIBLE) - behaviour_N
     return {
         "gap/mean": gap_N,
         "kl/k3": gap_N.exp() - 1 - gap_N,
@@ -74,22 +76,24 @@ def add_by_place(
         meter.add({f"gap/place_{begin}": gap_N}, weights_N, inside_N)
 
 
+def drift(
+    student: Student, ids_N: torch.Tensor, behaviour_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """gap/engine: |log pi(y) - log pi_old(y)| of sampled tokens (NaN behaviour: meaningless). On
+    policy, how far rollout engine and learner are apart."""
+    return {"gap/engine": (student.logprobs_at(ids_N[:, None])[:, 0] - behaviour_N).abs()}
+
+
 def examined(
-    student: Student,
-    scores: TeacherScores | None,
-    ids_N: torch.Tensor,
-    behaviour_N: torch.Tensor,
+    student: Student, scores: TeacherScores | None, ids_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """What takes the student's whole distribution.
 
-    gap/engine: |log pi(y) - log pi_old(y)|: on policy, how far rollout engine and learner are
-    apart. support/student_mass: pi on the teacher's top K; support/overlap: the share of the
-    teacher's top K that are the student's too.
+    support/student_mass: pi on the teacher's top K; support/overlap: the share of the teacher's top
+    K that are the student's too.
     """
     logprobs_N = student.logprobs_at(ids_N[:, None])[:, 0]
     found = {"student/logprob": logprobs_N, "student/entropy": student.entropy()}
-    if behaviour_N.isfinite().all():
-        found["gap/engine"] = (logprobs_N - behaviour_N).abs()
     if scores is not None:
         support_NK = scores.ids_NK
         found["support/student_mass"] = student.logprobs_at(support_NK).exp().sum(-1)

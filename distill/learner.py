@@ -226,15 +226,16 @@ class Learner:
         *,
         costly: bool,
     ) -> None:
+        sampled_N = batch.behaviour_N.isfinite()
         if scores is not None:
-            sampled_N = batch.behaviour_N.isfinite()
             found = diagnostics.recorded(scores, batch.behaviour_N)
             meter.add(found, weights_N, sampled_N)
             where_N = torch.where(sampled_N, weights_N, 0.0)
             diagnostics.add_by_place(meter, found["gap/mean"], batch.places_N, where_N)
         if costly:
-            found = diagnostics.examined(student, scores, batch.targets_N, batch.behaviour_N)
-            meter.add(found, weights_N)
+            meter.add(diagnostics.examined(student, scores, batch.targets_N), weights_N)
+            drift = diagnostics.drift(student, batch.targets_N, batch.behaviour_N)
+            meter.add(drift, weights_N, sampled_N)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant or cosine down to the floor."""

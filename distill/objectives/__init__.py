@@ -152,9 +152,11 @@ class Objective:
                     f"{self.name}: {what} of {len(value)} tokens for {count} positions"
                 )
         if count and (case.ids_N.max() >= vocabulary or case.ids_N.min() < 0):
+            outside_N = (case.ids_N >= vocabulary) | (case.ids_N < 0)
+            where = int(outside_N.nonzero()[0])
             raise ValueError(
-                f"{self.name}: sampled id {int(case.ids_N.max())} lies outside the student's"
-                f" vocabulary of {vocabulary}"
+                f"{self.name}: sampled id {int(case.ids_N[where])} of token {where} lies outside"
+                f" the student's vocabulary of {vocabulary}: the rollouts' tokenizer is another"
             )
         if max(self.k, self.student_k) > vocabulary:
             raise ValueError(
@@ -201,6 +203,8 @@ def build(name: str, **options: Any) -> Objective:
         if not _fits(value, kinds[option]):
             wanted = known[option].annotation
             raise ValueError(f"{name}: {option}={value!r}: it must be of type {wanted}")
+        if value != value:  # NaN passes every bound
+            raise ValueError(f"{name}: {option}={value!r}: it must be a number")
     return Objective(cls(**options))
 
 

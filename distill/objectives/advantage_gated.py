@@ -38,7 +38,8 @@ class AdvantageGated:
 
     def __call__(self, case: Case) -> Loss:
         gap_N = case.teacher_logprobs().exp() - case.behaviour_N.exp()
-        gated_N = gap_N <= self.tau
+        # -1 turns the gate off: a sure student and a teacher that excludes its token are at -1 too.
+        gated_N = (gap_N <= self.tau) & (self.tau > -1)
         loss_N, metrics = surrogate(case, case.reward(), clip=self.clip, dual_clip=self.dual_clip)
         loss_N = torch.where(gated_N, forward_kl(case, self.k), loss_N)
         return loss_N, {"gate/share": gated_N.float(), **metrics}

@@ -21,7 +21,7 @@ CHUNK = 1 << 25
 class TeacherScores:
     """Scores of N tokens, natural logs over the full vocabulary at temperature 1.
 
-    ids_NK: int64, the teacher's K most probable ids, most probable first (ties by the lower id).
+    ids_NK: int64, the teacher's K most probable ids, most probable first; ties in no order.
     logprobs_NK, sampled_N: float32. -inf is allowed (probability zero); NaN and +inf are not.
     vocabulary: V, the number of ids that take probability.
     entropy_N: nats, over the whole vocabulary; None from a server that does not say.
@@ -44,6 +44,19 @@ class TeacherScores:
             raise ValueError(
                 f"teacher scores differ in shape: ids {tuple(self.ids_NK.shape)}, log-probabilities"
                 f" {tuple(self.logprobs_NK.shape)}, sampled {tuple(self.sampled_N.shape)}"
+            )
+        asked, answered = self.asked_ids_NJ, self.asked_logprobs_NJ
+        if (None if asked is None else asked.shape) != (
+            None if answered is None else answered.shape
+        ):
+            raise ValueError(
+                "teacher scores at asked ids: the ids and the log-probabilities must come together,"
+                " in one shape"
+            )
+        if self.full_NV is not None and self.full_NV.shape[1] != self.vocabulary:
+            raise ValueError(
+                f"teacher full_NV has {self.full_NV.shape[1]} columns for a vocabulary of"
+                f" {self.vocabulary}"
             )
         for name, tensor in self._tensors():
             if len(tensor) != len(self):
@@ -109,7 +122,6 @@ class TeacherScores:
                     f"k={k}, but the teacher was asked for {self.asked_ids_NJ.shape[1]} ids a token"
                 )
             return self.asked_ids_NJ[:, :k], self.asked_logprobs_NJ[:, :k]
-        ids_NK = student.top_k(k)
         if self.full_NV is None:
             raise ValueError(
                 "these teacher scores hold the teacher's own top"
@@ -117,6 +129,7 @@ class TeacherScores:
                 " student's ids: score with a teacher in this system's own engine (engine:"
                 " transformers), or choose support='teacher'"
             )
+        ids_NK = student.top_k(k)
         return ids_NK, self.full_NV.gather(1, ids_NK)
 
     @classmethod

@@ -52,15 +52,21 @@ class SparseStudent:
 
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
         if self._normaliser_N is None:
-            self._normaliser_N = _LogSumExp.apply(
-                self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
-            )
+            with torch.enable_grad():  # kept, so that it must serve whoever asks next too
+                self._normaliser_N = _LogSumExp.apply(
+                    self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
+                )
         return self.logits_at(ids_NK) - self._normaliser_N[:, None]
 
     @torch.no_grad()
     def top_k(self, k: int) -> torch.Tensor:
-        parts = [self._logits(chunk).topk(k, dim=-1).indices for chunk in self._chunks()]
-        return torch.cat(parts) if parts else self._hidden_ND.new_zeros((0, k), dtype=torch.long)
+        weight_VD, bias_V = self._head()
+        return torch.cat(
+            [
+                _affine(hidden_CD, weight_VD, bias_V).topk(k, dim=-1).indices
+                for hidden_CD in self._chunks()
+            ]
+        )
 
     @torch.no_grad()
     def entropy(self) -> torch.Tensor:
@@ -74,24 +80,33 @@ class SparseStudent:
         measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         teacher_NV: torch.Tensor,
     ) -> torch.Tensor:
+        weight_VD, bias_V = self._head()
+
         def part(hidden_CD: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
-            return measure(self._logits(hidden_CD).log_softmax(-1), teacher_CV)
+            return measure(_affine(hidden_CD, weight_VD, bias_V).log_softmax(-1), teacher_CV)
 
-        sizes = [len(chunk) for chunk in self._chunks()]
-        parts = [
-            checkpoint(part, hidden_CD, teacher_CV, use_reentrant=False)
-            for hidden_CD, teacher_CV in zip(self._chunks(), teacher_NV.split(sizes), strict=True)
-        ]
-        return torch.cat(parts) if parts else teacher_NV.sum(-1)
+        chunks = self._chunks()
+        sizes = [len(chunk) for chunk in chunks]
+        return torch.cat(
+            [
+                checkpoint(part, hidden_CD, teacher_CV, use_reentrant=False)
+                for hidden_CD, teacher_CV in zip(chunks, teacher_NV.split(sizes), strict=True)
+            ]
+        )
 
-    def _chunks(self) -> Iterator[torch.Tensor]:
+    def _chunks(self) -> tuple[torch.Tensor, ...]:
         """Hidden states whose whole logits fit."""
-        yield from self._hidden_ND.split(max(1, CHUNK // self.vocabulary))
+        return self._hidden_ND.split(max(1, CHUNK // self.vocabulary))
 
-    def _logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        weight_VD = self._weight_VD[: self.vocabulary]
-        logits_CV = _product(hidden_CD, weight_VD)
-        return logits_CV if self._bias_V is None else logits_CV + self._bias_V[: self.vocabulary]
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that take probability, at the width of the products: cast once for all chunks,
+        so that their gradients too are summed before they are narrowed."""
+        wide = _wide(self._weight_VD)
+        bias_V = self._bias_V
+        return (
+            self._weight_VD[: self.vocabulary].to(wide),
+            None if bias_V is None else bias_V[: self.vocabulary].to(wide),
+        )
 
 
 class _GatheredLogits(Function):
@@ -135,7 +150,8 @@ class _GatheredLogits(Function):
             summed_V = gradient_NK.new_zeros(len(bias_V))
             summed_V.index_add_(0, ids_NK.flatten(), gradient_NK.flatten())
             bias_gradient_V = summed_V.to(bias_V.dtype)
-        return hidden_gradient_ND, rows.total() if rows else None, bias_gradient_V, None
+        weight_gradient_VD = None if rows is None else rows.total()
+        return hidden_gradient_ND, weight_gradient_VD, bias_gradient_V, None
 
 
 class _RowSums:
@@ -185,15 +201,21 @@ class _LogSumExp(Function):
         hidden_sum_ND = torch.zeros_like(wide_ND) if need_hidden else None
         weight_gradient_VD = torch.zeros_like(weight_VD) if need_weight else None
         bias_gradient_V = torch.zeros_like(bias_V) if need_bias else None
-        for block, tokens, logits_CU in _blocks(hidden_ND, weight_VD, bias_V, ctx.vocabulary):
-            share_CU = logits_CU.sub_(normaliser_N[tokens, None]).exp_()
-            share_CU.mul_(gradient_N[tokens, None])
-            if hidden_sum_ND is not None:
-                hidden_sum_ND[tokens] += share_CU @ weight_VD[block].to(share_CU.dtype)
+        for block, rows_UD, bias_U in _blocks(weight_VD, bias_V, ctx.vocabulary):
+            rows_sum_UD, bias_sum_U = torch.zeros_like(rows_UD), rows_UD.new_zeros(len(rows_UD))
+            for tokens in _spans(len(hidden_ND)):
+                share_CU = _affine(wide_ND[tokens], rows_UD, bias_U)
+                share_CU.sub_(normaliser_N[tokens, None]).exp_().mul_(gradient_N[tokens, None])
+                if hidden_sum_ND is not None:
+                    hidden_sum_ND[tokens].addmm_(share_CU, rows_UD)
+                if weight_gradient_VD is not None:
+                    rows_sum_UD.addmm_(share_CU.T, wide_ND[tokens])
+                if bias_gradient_V is not None:
+                    bias_sum_U += share_CU.sum(0)
             if weight_gradient_VD is not None:
-                weight_gradient_VD[block] += (share_CU.T @ wide_ND[tokens]).to(weight_VD.dtype)
+                weight_gradient_VD[block] = rows_sum_UD.to(weight_VD.dtype)
             if bias_gradient_V is not None:
-                bias_gradient_V[block] += share_CU.sum(0).to(bias_V.dtype)
+                bias_gradient_V[block] = bias_sum_U.to(bias_V.dtype)
         hidden_gradient_ND = None if hidden_sum_ND is None else hidden_sum_ND.to(hidden_ND.dtype)
         return hidden_gradient_ND, weight_gradient_VD, bias_gradient_V, None
 
@@ -204,33 +226,43 @@ def _normalise(
     """(log sum exp of the logits, their mean under the softmax) [N], in one pass over blocks."""
     top_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf, dtype=_wide(weight_VD))
     sum_N, weighted_N = torch.zeros_like(top_N), torch.zeros_like(top_N)
-    for _, tokens, logits_CU in _blocks(hidden_ND, weight_VD, bias_V, vocabulary):
-        higher_C = torch.maximum(top_N[tokens], logits_CU.amax(-1))
-        scale_C = (top_N[tokens] - higher_C).exp()
-        share_CU = (logits_CU - higher_C[:, None]).exp_()
-        sum_N[tokens] = sum_N[tokens] * scale_C + share_CU.sum(-1)
-        weighted_N[tokens] = weighted_N[tokens] * scale_C + share_CU.mul_(logits_CU).sum(-1)
-        top_N[tokens] = higher_C
+    wide_ND = hidden_ND.to(top_N.dtype)
+    for _, rows_UD, bias_U in _blocks(weight_VD, bias_V, vocabulary):
+        for tokens in _spans(len(hidden_ND)):
+            logits_CU = _affine(wide_ND[tokens], rows_UD, bias_U)
+            higher_C = torch.maximum(top_N[tokens], logits_CU.amax(-1))
+            scale_C = (top_N[tokens] - higher_C).exp()
+            share_CU = (logits_CU - higher_C[:, None]).exp_()
+            sum_N[tokens] = sum_N[tokens] * scale_C + share_CU.sum(-1)
+            weighted_N[tokens] = weighted_N[tokens] * scale_C + share_CU.mul_(logits_CU).sum(-1)
+            top_N[tokens] = higher_C
     return top_N + sum_N.log(), weighted_N / sum_N
 
 
 def _blocks(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, vocabulary: int
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """(head rows, tokens, their logits [C, U]) until every pair has come once."""
-    size = max(1, CHUNK // BLOCK)
+    weight_VD: torch.Tensor, bias_V: torch.Tensor | None, vocabulary: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """(where, head rows [U, D], their bias [U]) at the width of the products."""
+    wide = _wide(weight_VD)
     for start in range(0, vocabulary, BLOCK):
         block = slice(start, min(start + BLOCK, vocabulary))
-        for first in range(0, len(hidden_ND), size):
-            tokens = slice(first, first + size)
-            logits_CU = _product(hidden_ND[tokens], weight_VD[block])
-            yield block, tokens, logits_CU if bias_V is None else logits_CU + bias_V[block]
+        bias_U = None if bias_V is None else bias_V[block].to(wide)
+        yield block, weight_VD[block].to(wide), bias_U
 
 
-def _product(hidden_CD: torch.Tensor, weight_UD: torch.Tensor) -> torch.Tensor:
-    """hidden weight^T [C, U], accumulated and returned in at least float32."""
-    wide = _wide(weight_UD)
-    return hidden_CD.to(wide) @ weight_UD.to(wide).T
+def _spans(count: int) -> Iterator[slice]:
+    """Slices of tokens whose logits over one block fit."""
+    size = max(1, CHUNK // BLOCK)
+    for first in range(0, count, size):
+        yield slice(first, first + size)
+
+
+def _affine(
+    hidden_CD: torch.Tensor, weight_UD: torch.Tensor, bias_U: torch.Tensor | None
+) -> torch.Tensor:
+    """hidden weight^T + bias [C, U], a new tensor of the weight's type."""
+    logits_CU = hidden_CD.to(weight_UD.dtype) @ weight_UD.T
+    return logits_CU if bias_U is None else logits_CU + bias_U
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -55,7 +55,8 @@ class DenseStudent:
     def logprobs(self) -> torch.Tensor:
         """Every log-probability [N, V]."""
         if self._logprobs_NV is None:
-            self._logprobs_NV = self.logits_NV.log_softmax(-1)
+            with torch.enable_grad():  # kept, so that it must serve whoever asks next too
+                self._logprobs_NV = self.logits_NV.log_softmax(-1)
         return self._logprobs_NV
 
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,7 @@ class TrustRegion:
         ratio_N = (logprobs_N - old_N).exp()
         loss_N = torch.where(trusted_N, -reward_N * ratio_N, self._outlier(case, reward_N, ratio_N))
         loss_N = torch.where(given_N, -self.beta * logprobs_N, loss_N)
+        trusted_N = trusted_N & ~given_N  # no draw decides a given token
         return loss_N, {"trust/share": trusted_N.float(), "trust/given": given_N.float()}
 
     def _outlier(self, case: Case, reward_N: torch.Tensor, ratio_N: torch.Tensor) -> torch.Tensor:
