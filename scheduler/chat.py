@@ -28,11 +28,12 @@ class Chat:
             self._head, self._close, self._tail = _pieces(tokenizer, system)
         else:
             self._head, self._close, self._tail = "", "\n", "\n"
+        self._special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._close_ids = self._encode(self._close)
 
     def opening(self, text: str) -> list[int]:
         """The ids before the first reply."""
-        return self._encode(self._head + text + self._tail)
+        return self._between(self._head, text, self._tail)
 
     def following(self, text: str, *, closed: bool) -> list[int]:
         """The ids between two replies; `closed` says that the student ended its reply itself.
@@ -40,7 +41,7 @@ class Chat:
         The template's closing tokens begin with the end-of-turn token: it is not repeated when it
         was sampled.
         """
-        ids = self._encode(self._close + text + self._tail)
+        ids = self._between(self._close, text, self._tail)
         if closed and ids and ids[0] in self.eos_ids:
             del ids[0]
         return ids
@@ -60,12 +61,27 @@ class Chat:
         kept = [i for i in ids if i not in self.eos_ids]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
-    def _encode(self, text: str) -> list[int]:
+    def _between(self, before: str, text: str, after: str) -> list[int]:
+        """The ids of a text among the template's pieces, as one string, so that no word is split at
+        their seams. Where the text itself spells a special token it is encoded apart, as the plain
+        letters that it is: an environment cannot end the student's turn."""
+        if not any(token in text for token in self._special):
+            return self._encode(before + text + after)
+        return [*self._encode(before), *self._encode(text, plain=True), *self._encode(after)]
+
+    def _encode(self, text: str, *, plain: bool = False) -> list[int]:
         # The backend directly: a third of the cost of __call__, and no special tokens are added.
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
+        if backend is None:
+            given = {"split_special_tokens": True} if plain else {}
+            return list(self.tokenizer.encode(text, add_special_tokens=False, **given))
+        if not plain:
             return list(backend.encode(text, add_special_tokens=False).ids)
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        backend.encode_special_tokens = True  # of the tokenizer that everyone shares: for this call
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            backend.encode_special_tokens = False
 
 
 def _eos_ids(tokenizer: Any) -> frozenset[int]:
