@@ -37,8 +37,10 @@ class SparseStudent:
     """
 
     def __init__(self, hidden_ND: torch.Tensor, head: Any, *, vocabulary: int) -> None:
-        self._hidden_ND, self.vocabulary = hidden_ND, vocabulary
         self._weight_VD, self._bias_V = head.weight, getattr(head, "bias", None)
+        # Widened once: a log-probability's gradient is a small difference of two parts (its own row
+        # minus the mean row), which must meet before they are narrowed.
+        self._hidden_ND, self.vocabulary = hidden_ND.to(_wide(head.weight)), vocabulary
         self._normaliser_N: torch.Tensor | None = None
 
     def __len__(self) -> int:
