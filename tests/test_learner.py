@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,32 @@ def _lessons(rows: Sequence[Row], teacher: TransformersTeacher | None, k: int = 
     ]
 
 
-def _learner(model: Any, *, steps: int = 10, **options: Any) -> Learner:
+def _learner(model: Any, *, steps: int = 10, sparse: bool = False, **options: Any) -> Learner:
     """Plain gradients are what is looked at: no clipping unless asked."""
     config = OptimizerConfig(**({"clip": 1e9, "micro_tokens": 4096} | options))
-    return Learner(model, vocabulary=VOCABULARY, config=config, steps=steps)
+    dense = 0 if sparse else VOCABULARY
+    return Learner(model, vocabulary=VOCABULARY, config=config, steps=steps, dense_vocabulary=dense)
+
+
+def _ids(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the row's ids [1, T], where it has chosen tokens)."""
+    chosen = torch.from_numpy(np.flatnonzero(row.chosen_T))
+    return torch.from_numpy(row.ids_T.astype(np.int64))[None], chosen
+
+
+@torch.no_grad()
+def _near_policy(rows: Sequence[Row], model: Any) -> list[Row]:
+    """The rows as `model` would have said them, not quite: ratios around 1, most of them inside the
+    clip."""
+    rng, found = np.random.default_rng(2), []
+    for row in rows:
+        ids_1T, chosen = _ids(row)
+        full_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY].log_softmax(-1)
+        logprobs_T = row.logprobs_T.copy()
+        said_N = full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0].numpy()
+        logprobs_T[row.chosen_T] = said_N + 0.1 * rng.standard_normal(len(said_N))
+        found.append(replace(row, logprobs_T=logprobs_T))
+    return found
 
 
 def _update(
@@ -381,3 +404,271 @@ class TestLesson:
                 weight=1.0,
                 seed=0,
             )
+
+
+class TestSparse:
+    """Above `dense_vocabulary` the head meets gathered rows alone; nothing else may change."""
+
+    @pytest.fixture(scope="class")
+    def full(self, make_row: Callable[..., Row], teacher: TransformersTeacher, make_model: Make):  # type: ignore[no-untyped-def]
+        """Lessons near the policy of the model of seed 1, scored with all that can be asked."""
+        rng = np.random.default_rng(5)
+        rows = [
+            make_row([("prompt", [1, 2]), ("said", rng.integers(1, VOCABULARY, n).tolist())])
+            for n in (9, 4)
+        ]
+        rows = _near_policy(rows, make_model(seed=1))
+        return [
+            Lesson(task="t", row=row, scores=scores, mask_T=row.chosen_T.copy())
+            for row, scores in zip(rows, teacher.score(rows, k=8, full=True), strict=True)
+        ]
+
+    def test_every_objective_updates_as_the_dense_learner_does(
+        self, variant: tuple[str, dict[str, Any]], full: list[Lesson], make_model: Make
+    ) -> None:
+        """Gradients of every weight, losses and all diagnostics."""
+        name, options = variant
+        found = []
+        for sparse in (False, True):
+            model = make_model(seed=1, padding=11)
+            metrics = _update(_learner(model, sparse=sparse), full, build(name, **options), seed=0)
+            found.append((metrics, _gradients(model)))
+        (dense_metrics, dense), (metrics, gradients) = found
+        assert metrics == pytest.approx(dense_metrics, rel=1e-4, abs=1e-5)
+        assert metrics["optimizer/grad_norm"] > 1e-3
+        _assert_same(gradients, dense, atol=1e-5)
+        assert not gradients["lm_head.weight"][VOCABULARY:].any()
+
+    @pytest.mark.parametrize("name", ["local_support", "sampled_token", "full_vocabulary"])
+    def test_a_tied_head_gets_what_it_gets_as_embedding_and_as_head(
+        self, name: str, full: list[Lesson], make_model: Make
+    ) -> None:
+        """Against transformers' own logits, in micro-batches of one row."""
+        model = make_model(seed=1, padding=11, tied=True)
+        lessons = [
+            replace(x, row=row)
+            for x, row in zip(full, _near_policy([x.row for x in full], model), strict=True)
+        ]
+        objective = build(name, **({"k": 8} if name == "local_support" else {}))
+        loss, expected = _direct(model, lessons, objective, _token_mean)
+        metrics = _update(_learner(model, sparse=True, micro_tokens=1), lessons, objective, seed=0)
+        assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
+        assert "lm_head.weight" not in expected
+        _assert_same(_gradients(model), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_its_own_support_is_the_top_k_of_each_row(
+        self, sparse: bool, rows: list[Row], make_model: Make
+    ) -> None:
+        """In the rows' order, however they were packed; padded ids never."""
+        model = make_model(seed=1, padding=11)
+        learner = _learner(model, sparse=sparse, micro_tokens=40)
+        for row, found_NK in zip(rows, learner.own_support(rows, 5), strict=True):
+            ids_1T, chosen = _ids(row)
+            with torch.no_grad():
+                logits_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
+            assert torch.equal(found_NK, logits_NV.topk(5).indices)
+
+
+class TestSeveralTasks:
+    """Thirty tokens of one task against three of another."""
+
+    def _lessons(self, make_row: Callable[..., Row]) -> dict[str, list[Lesson]]:
+        rng, lessons = np.random.default_rng(1), {}
+        for task, lengths in (("chains", (18, 7, 5)), ("answers", (1, 2))):
+            rows = [
+                make_row([("prompt", [1, 2]), ("said", rng.integers(1, VOCABULARY, n).tolist())])
+                for n in lengths
+            ]
+            lessons[task] = [
+                Lesson(task=task, row=row, scores=None, mask_T=row.chosen_T) for row in rows
+            ]
+        return lessons
+
+    @pytest.mark.parametrize(
+        ("aggregate", "normalize", "shares"),
+        [
+            # of weights 1 and 0.5
+            ("token", "task", (1.0, 0.5)),
+            ("token", "all", (30 / 33, 0.5 * 3 / 33)),
+            ("sequence", "task", (1.0, 0.5)),
+            ("sequence", "all", (3 / 5, 0.5 * 2 / 5)),
+        ],
+    )
+    def test_a_task_has_the_share_of_the_gradient_that_the_config_gives_it(
+        self,
+        aggregate: str,
+        normalize: str,
+        shares: tuple[float, float],
+        make_model: Make,
+        make_row: Callable[..., Row],
+    ) -> None:
+        """normalize=task: its weight, however few its tokens; all: by its tokens (or rows) too, so
+        that the short answers have a tenth. Interleaved, in micro-batches of a row or two."""
+        model, lessons, objective = make_model(seed=1), self._lessons(make_row), build("imitation")
+        reduce = _token_mean if aggregate == "token" else _sequence_mean
+        alone = {task: _direct(model, own, objective, reduce) for task, own in lessons.items()}
+        learner = _learner(model, aggregate=aggregate, normalize=normalize, micro_tokens=24)
+        weights = {"chains": 1.0, "answers": 0.5}
+        courses = {t: Course(objective=objective, weight=w) for t, w in weights.items()}
+        one, other = lessons["chains"], lessons["answers"]
+        found = learner.update([one[0], other[0], one[1], other[1], one[2]], courses, seed=0)
+        gradients = _gradients(model)
+        for task, (loss, _) in alone.items():
+            assert found[task]["loss/mean"] == pytest.approx(loss, rel=1e-4)
+        wanted = {
+            name: sum(
+                share * alone[task][1][name] for share, task in zip(shares, alone, strict=True)
+            )
+            for name in gradients
+        }
+        _assert_same(gradients, wanted, atol=1e-6)
+        assert found["chains"]["tokens/trained"] == 10 * found["answers"]["tokens/trained"]
+        assert found["chains"]["optimizer/grad_norm"] == found["answers"]["optimizer/grad_norm"]
+
+    def test_each_has_its_own_objective_and_teacher(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        model = make_model(seed=1)
+        of = {
+            "match": (_lessons(rows[:2], teacher), build("local_support", k=8)),
+            "copy": (_lessons(rows[2:], None), build("imitation")),
+        }
+        alone = {task: _direct(model, own, how, _token_mean) for task, (own, how) in of.items()}
+        lessons = [replace(x, task=task) for task, (own, _) in of.items() for x in own]
+        courses = {task: Course(objective=how) for task, (_, how) in of.items()}
+        found = _learner(model).update(lessons, courses, seed=0)
+        assert {task: x["loss/mean"] for task, x in found.items()} == pytest.approx(
+            {task: loss for task, (loss, _) in alone.items()}, rel=1e-4
+        )
+        assert "gap/mean" in found["match"] and "gap/mean" not in found["copy"]
+        gradients = _gradients(model)
+        wanted = {n: alone["match"][1][n] + alone["copy"][1][n] for n in gradients}
+        _assert_same(gradients, wanted, atol=1e-6)
+
+
+class TestTokens:
+    """What the learner tells an objective of its tokens."""
+
+    def test_trust_is_drawn_by_the_steps_seed_whatever_the_micro_batches(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        rows = _near_policy(rows, make_model(seed=1))
+        found: dict[tuple[int, int], Any] = {}
+        for seed, micro_tokens in ((0, 1), (0, 45), (0, 10_000), (1, 45)):
+            model = make_model(seed=1)
+            metrics = _update(
+                _learner(model, micro_tokens=micro_tokens),
+                _lessons(rows, teacher),
+                build("trust_region", k=8),
+                seed=seed,
+            )
+            found[seed, micro_tokens] = metrics["trust/share"], _gradients(model)
+        share, gradients = found[0, 1]
+        assert 0 < share < 1
+        for micro_tokens in (45, 10_000):
+            other, other_gradients = found[0, micro_tokens]
+            assert other == pytest.approx(share, rel=1e-6)
+            _assert_same(other_gradients, gradients, atol=1e-6)
+        moved = (found[1, 45][1]["lm_head.weight"] - gradients["lm_head.weight"]).abs().max()
+        assert moved > 1e-3
+
+    @pytest.mark.parametrize(("micro_tokens", "aggregate"), [(1, "token"), (10_000, "sequence")])
+    def test_a_row_that_is_masked_whole_changes_nothing(
+        self,
+        micro_tokens: int,
+        aggregate: str,
+        variant: tuple[str, dict[str, Any]],
+        make_model: Make,
+        make_row: Callable[..., Row],
+        teacher: TransformersTeacher,
+    ) -> None:
+        """Alone in its micro-batch or beside others, though its teacher rules out all that it
+        said: no share of the mean, no NaN."""
+        name, options = variant
+        rows = [make_row([("prompt", [1, 2]), ("said", ids)]) for ids in ([5, 9, 30], [7, 7, 2, 3])]
+        rows = _near_policy(rows, make_model(seed=1))
+        lesson, masked = (
+            Lesson(task="t", row=row, scores=scores, mask_T=row.chosen_T.copy())
+            for row, scores in zip(rows, teacher.score(rows, k=8, full=True), strict=True)
+        )
+        assert masked.scores is not None
+        ruled_out = torch.full_like(masked.scores.sampled_N, -torch.inf)
+        masked = replace(
+            masked,
+            mask_T=np.zeros_like(masked.mask_T),
+            scores=replace(masked.scores, sampled_N=ruled_out),
+        )
+        found = []
+        for lessons in ([lesson], [lesson, masked]):
+            model = make_model(seed=1)
+            learner = _learner(model, aggregate=aggregate, micro_tokens=micro_tokens)
+            metrics = _update(learner, lessons, build(name, **options), seed=0)
+            found.append((metrics, _gradients(model)))
+        (metrics, gradients), (with_masked, with_masked_gradients) = found
+        assert with_masked == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        _assert_same(with_masked_gradients, gradients, atol=1e-5)
+
+    def test_returns_and_masks_reach_the_objective(
+        self, make_model: Make, make_row: Callable[..., Row], teacher: TransformersTeacher
+    ) -> None:
+        """gamma = 1 over a row of two replies with a masked token in the second: the costs of a
+        reply stay in it, and the masked one's nowhere, as computed from the tokens by hand."""
+        parts = [("prompt", [1, 2]), ("said", [5, 9]), ("prompt", [3]), ("said", [7, 4, 8])]
+        (row,) = _near_policy([make_row(parts)], make_model(seed=1))
+        (scores,) = teacher.score([row], k=1)
+        mask_T = row.chosen_T.copy()
+        mask_T[6] = False  # the 4
+        lesson = Lesson(task="t", row=row, scores=scores, mask_T=mask_T)
+        objective = build("sampled_token", gamma=1.0, clip=0.9)
+        model = make_model(seed=1)
+        ids_1T, chosen = _ids(row)
+        old_N = torch.from_numpy(row.logprobs_T)[chosen]
+        with torch.no_grad():
+            full_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY].log_softmax(-1)
+        ratios = (full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0] - old_N).exp().tolist()
+        reward = (scores.sampled_N - old_N).tolist()
+        advantages = [reward[0] + reward[1], reward[1], reward[2] + reward[4], None, reward[4]]
+        wanted = -sum(a * r for a, r in zip(advantages, ratios, strict=True) if a is not None) / 4
+        metrics = _update(_learner(model), [lesson], objective, seed=0)
+        assert metrics["loss/mean"] == pytest.approx(wanted, rel=1e-4)
+
+    def test_progress_turns_the_phase(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        rows = _near_policy(rows, make_model(seed=1))
+        lessons, objective = _lessons(rows, teacher), build("reward_clipped", switch=0.5)
+        losses = {}
+        for progress in (0.0, 0.49, 0.5, 1.0):
+            courses = {"t": Course(objective=objective)}
+            learner = _learner(make_model(seed=1))
+            found = learner.update(lessons, courses, seed=0, progress=progress)
+            losses[progress] = found["t"]["loss/mean"]
+        assert losses[0.0] == losses[0.49] != losses[0.5] == losses[1.0]
+
+    def test_the_engines_drift_is_a_mean_over_sampled_tokens(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        """Given tokens in the same micro-batch have no recorded log-probability: they leave the
+        mean, and do not take it with them. Cheap diagnostics are there without the costly ones."""
+        near = _near_policy(rows, make_model(seed=1))
+        given = []
+        for row in near:
+            logprobs_T = row.logprobs_T.copy()
+            logprobs_T[np.flatnonzero(row.chosen_T)[::2]] = np.nan
+            given.append(replace(row, logprobs_T=logprobs_T))
+        drifts = []
+        with torch.no_grad():
+            for row in given:
+                ids_1T, chosen = _ids(row)
+                logits_NV = make_model(seed=1)(input_ids=ids_1T).logits[0, chosen - 1]
+                said_N = logits_NV.log_softmax(-1).gather(1, ids_1T[0, chosen][:, None])[:, 0]
+                drift_N = (said_N - torch.from_numpy(row.logprobs_T)[chosen]).abs()
+                drifts += drift_N[drift_N.isfinite()].tolist()
+        lessons = _lessons(given, teacher)
+        courses = {"t": Course(objective=build("trust_region", k=8))}
+        found = _learner(make_model(seed=1)).update(lessons, courses, seed=0)["t"]
+        assert found["gap/engine"] == pytest.approx(np.mean(drifts), rel=1e-3)
+        assert found["trust/given"] == pytest.approx((1 + 9 + 1 + 3) / 26)
+        cheap = _learner(make_model(seed=1)).update(lessons, courses, seed=0, diagnose=False)["t"]
+        assert "gap/mean" in cheap and not {"gap/engine", "student/entropy"} & set(cheap)
