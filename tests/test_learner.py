@@ -409,8 +409,10 @@ class TestLesson:
 class TestSparse:
     """Above `dense_vocabulary` the head meets gathered rows alone; nothing else may change."""
 
-    @pytest.fixture(scope="class")
-    def full(self, make_row: Callable[..., Row], teacher: TransformersTeacher, make_model: Make):  # type: ignore[no-untyped-def]
+    @pytest.fixture
+    def full(
+        self, make_row: Callable[..., Row], teacher: TransformersTeacher, make_model: Make
+    ) -> list[Lesson]:
         """Lessons near the policy of the model of seed 1, scored with all that can be asked."""
         rng = np.random.default_rng(5)
         rows = [

@@ -1,0 +1,85 @@
+"""Whole runs of objectives that ask more of the teacher: its whole distribution, or its word on ids
+of the student's choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutelage.distill.config import parse_config
+from tutelage.distill.training import Run
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "student support": {"name": "local_support", "k": 8, "support": "student"},
+    "student+sampled": {"name": "local_support", "k": 8, "support": "student+sampled"},
+    "whole vocabulary": {"name": "full_vocabulary", "direction": "jsd"},
+    "trust region": {"name": "trust_region", "k": 8},
+    "adaptive support": {"name": "local_support", "k": 8, "mass": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def models(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
+) -> dict[str, str]:
+    """A student and another model: random, of the tiny vocabulary, far from each other."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: save_model(folder / name, tokenizer, seed=seed)
+        for seed, name in enumerate(["student", "other"])
+    }
+
+
+def _run(
+    folder: Path, models: dict[str, str], teacher: str, objective: dict[str, Any], **sections: Any
+) -> list[dict[str, Any]]:
+    """The metrics of a short run on sums, of one to eight tokens each."""
+    data = {
+        "run": str(folder),
+        "steps": 1,
+        "student": {"model": models["student"], "threads": 1, "device": "cpu"},
+        "teachers": {"t": {"model": models[teacher], "device": "cpu"}},
+        "tasks": {
+            "math": {
+                "env": "tutelage/Math-v0",
+                "env_args": {"problems": "arithmetic"},
+                "teacher": "t",
+                "episodes": 6,
+            }
+        },
+        "objective": objective,
+        "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 8},
+        "optimizer": {"micro_tokens": 64},
+        "journal": {"tensorboard": False},
+    }
+    with Run(parse_config(data | sections, "test")) as run:
+        run.train()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_student_has_nothing_to_learn_from_itself_and_something_from_another(
+    objective: dict[str, Any], tmp_path: Path, models: dict[str, str]
+) -> None:
+    """From rollout to update: an answer at another row's ids, or at another token's, shows here."""
+    (own,) = _run(tmp_path / "own", models, "student", objective)
+    (other,) = _run(tmp_path / "other", models, "other", objective)
+    assert own["tokens/trained"] > 20
+    assert own["loss/mean"] == pytest.approx(0, abs=1e-5)
+    assert own["optimizer/grad_norm"] < 1e-4
+    assert abs(other["loss/mean"]) > 0.1 and other["optimizer/grad_norm"] > 0.01
+    if objective["name"] == "trust_region":
+        assert own["trust/share"] == 1 and 0 < other["trust/share"] < 1
+
+
+def test_the_whole_divergence_falls(tmp_path: Path, models: dict[str, str]) -> None:
+    """On new problems at each step."""
+    objective = OBJECTIVES["whole vocabulary"]
+    lines = _run(tmp_path, models, "other", objective, steps=18, optimizer={"lr": 1e-2})
+    first, last = (sum(line["loss/mean"] for line in part) for part in (lines[:3], lines[-3:]))
+    assert last < 0.8 * first
