@@ -16,6 +16,7 @@ from tutelage.distill.objectives import build
 from tutelage.envs.names import unknown
 from tutelage.scheduler.contexts import ContextSettings
 from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.policies import Policy, make_policy
 from tutelage.scheduler.rollouts import TaskRollout
 
 
@@ -121,13 +122,23 @@ class TaskConfig(_Section):
     # imitation: the share of episodes that the expert plays itself, or [at first, at last]
     expert_share: Share | tuple[Share, Share] = 1.0
     guidance: GuidanceConfig | None = None
+    start: Annotated[int, Field(ge=0)] = 0  # the first of the run's steps that the task may have
+    end: Positive | None = None  # the first that it may have no more
+    steps: Positive | None = None  # how many it gets at most
     weight: Annotated[float, Field(gt=0)] = 1.0  # of this task's loss
     objective: dict[str, Any] | None = None  # replaces the run's objective
     rollout: dict[str, Any] = {}  # replaces keys of the run's rollout section
 
 
 class ScheduleConfig(_Section):
-    policy: Literal["alternate"] = "alternate"
+    """alternate: in turn, a task a step. weighted: a task a step, as often as its weight says.
+    mixed: every task in every step. token_budget: a task a step, so that trained tokens stand in
+    proportion to the weights. gap: a task a step, more often the one that closes on its teacher
+    fastest."""
+
+    policy: Literal["alternate", "weighted", "mixed", "token_budget", "gap"] = "alternate"
+    weights: dict[str, float] = {}  # by task, of weighted and token_budget; 1 where none is given
+    least: Annotated[float, Field(gt=0, le=1)] = 0.4  # gap: the part that all share equally
 
 
 class OptimizerConfig(_Section):
@@ -223,9 +234,17 @@ class RunConfig(_Section):
                     f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
                     f" tasks.{name}.teacher"
                 )
+        self.policy()
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
         return self
+
+    def policy(self) -> Policy:
+        """A new policy, with nothing recorded."""
+        schedule = self.schedule
+        return make_policy(
+            schedule.policy, [*self.tasks], weights=schedule.weights, least=schedule.least
+        )
 
     def objective_of(self, task: str) -> ObjectiveConfig:
         """The task's own objective, or the run's."""

@@ -50,7 +50,8 @@ class Journal:
         return self._file.tell()
 
     def write(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics, flushed."""
+        """One line of metrics, flushed. task: several are joined by `+`, and their metrics' names
+        begin with theirs."""
         record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
         with _named(self._path):
             self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
@@ -58,7 +59,8 @@ class Journal:
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float):
-                    self._board.add_scalar(f"{task}/{name}", value, step)
+                    tag = name if "+" in task else f"{task}/{name}"
+                    self._board.add_scalar(tag, value, step)
 
     def write_episodes(
         self, step: int, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]

@@ -1,11 +1,12 @@
 """The training loop, and what it is put together from.
 
-for step, task in timetable:                       # a pure function of (seed, step)
+for step, tasks in timetable:                      # a function of (seed, step, history)
     placement.sync(learner)                        # rollouts use this version of the student
-    episodes = placement.collect(orders)           # token-exact; failures are counted records
-    lessons  = placement.score(teacher, episodes)
-    metrics  = learner.update(lessons, objective)
-    journal.write(step, task, metrics)
+    for task in tasks:
+        episodes = placement.collect(orders)       # token-exact; failures are counted records
+        lessons += placement.score(teacher, episodes)
+    metrics  = learner.update(lessons, objectives)
+    timetable.record(step); journal.write(step, task, metrics)
     checkpoint / evaluate where due
 """
 
@@ -16,6 +17,7 @@ import platform
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +46,7 @@ from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode
+from tutelage.scheduler.policies import Step
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
 from tutelage.scheduler.timetable import TaskPlan, Timetable
 
@@ -74,9 +77,7 @@ class Run:
             name: special_ids(self.tokenizer, config.objective_of(name).mask_tokens)
             for name in config.tasks
         }
-        self.timetable = Timetable(
-            {name: self._plan(name) for name in config.tasks}, steps=config.steps, seed=config.seed
-        )
+        self.timetable = _timetable(config, self._courses)
         rollouts = _rollouts(config)
         pools = EnvironmentPools(rollouts)
         try:
@@ -115,13 +116,12 @@ class Run:
         )
         try:
             self.watch.start(config, start)
-            for step, task in self.timetable.walk(start):
-                metrics = self._step(step, task, journal)
-                self.watch.step(step, task, metrics)
+            for step, tasks in self.timetable.walk():
+                metrics = self._step(step, tasks, journal)
                 done = step + 1
                 if config.evaluation.every and done % config.evaluation.every == 0:
                     metrics |= _score_metrics(self.evaluate(config.evaluation.live_modes))
-                journal.write(step, task, metrics)
+                journal.write(step, "+".join(tasks), metrics)
                 if self._stop or done % config.checkpoint.every == 0 or done == config.steps:
                     self._save(done, journal)
                 if self._stop and done < config.steps:
@@ -156,27 +156,48 @@ class Run:
     def _metric(self, task: str) -> str:
         return "pass@1" if self.config.rollout_of(task).max_turns == 1 else "success rate"
 
-    def _step(self, step: int, task: str, journal: Journal) -> dict[str, Any]:
-        clock = _Clock()
+    def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
+        """One update on one or several tasks; its line of metrics."""
+        clock, timetable = _Clock(), self.timetable
+        outcomes: dict[str, list[Episode | Dropped]] = {}
+        lessons: list[Lesson] = []
         self.placement.sync(self.learner.version)
         clock.lap("sync")
-        outcomes = self.placement.collect(self.timetable.orders(step, self._num_games(task)))
-        clock.lap("rollout")
-        lessons = self._lessons(task, outcomes)
-        clock.lap("score")
-        turn = self.timetable.turn_at(step)
+        for task in tasks:
+            orders = timetable.orders(task, self._num_games(task))
+            outcomes[task] = self.placement.collect(orders)
+            clock.lap("rollout")
+            lessons += self._lessons(task, outcomes[task])
+            clock.lap("score")
+        turn = timetable.turn(tasks[0])
         update = self.learner.update(
             lessons,
             self._courses,
             seed=self.config.seed * 1_000_003 + turn,
-            progress=turn / self.timetable.steps_of(task),
+            progress=timetable.progress(tasks[0]),
             diagnose=turn % self.config.journal.diagnostics_every == 0,
         )
         clock.lap("update")
+        everything = [outcome for own in outcomes.values() for outcome in own]
         if step % self.config.journal.episodes_every == 0:
-            journal.write_episodes(step, outcomes, lessons)
+            journal.write_episodes(step, everything, lessons)
         clock.lap("journal")
-        return _outcome_metrics(outcomes) | update[task] | clock.metrics(outcomes, lessons)
+        found = {task: _outcome_metrics(outcomes[task]) | update[task] for task in tasks}
+        timetable.record(
+            Step(
+                active=timetable.active(),
+                trained=tuple(tasks),
+                tokens={task: found[task]["tokens/trained"] for task in tasks},
+                gaps={task: _gap(found[task]) for task in tasks},
+            )
+        )
+        for task in tasks:
+            self.watch.step(step, task, found[task])
+        timings = clock.metrics(everything, lessons)
+        if len(tasks) == 1:
+            return found[tasks[0]] | timings
+        named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
+        return named | timings
 
     def _lessons(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[Lesson]:
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
@@ -203,19 +224,6 @@ class Run:
             for row, score in zip(rows, scores, strict=True)
         ]
 
-    def _plan(self, task: str) -> TaskPlan:
-        config = self.config.tasks[task]
-        labels = not self._courses[task].objective.needs_teacher
-        share, guidance = config.expert_share, config.guidance
-        return TaskPlan(
-            episodes=config.episodes,
-            group=config.group,
-            labels=labels,
-            expert_share=share if isinstance(share, tuple) else (share, share),
-            guided_share=guidance.share if guidance else 0.0,
-            guided_until=guidance.until if guidance else 1.0,
-        )
-
     def _num_games(self, name: str) -> int | None:
         if name not in self._games:
             self._games[name] = self.placement.num_episodes(name)
@@ -232,6 +240,7 @@ class Run:
                 "version": self.learner.version,
                 "position": journal.position,
                 "optimizer": self.learner.optimizer.state_dict(),
+                "history": [asdict(step) for step in self.timetable.history],
             },
             keep=self.config.checkpoint.keep,
         )
@@ -246,6 +255,7 @@ class Run:
         checkpoints.load_weights(checkpoint, self.learner.model)
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.version = state["version"]
+        self.timetable.restore([Step(**step) for step in state["history"]])
         return state["step"], state["position"]
 
 
@@ -306,7 +316,7 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self._laps[name] = now - self._last
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def metrics(
@@ -351,6 +361,37 @@ def _score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
         for mode, found in modes.items()
         if mode != "metric"
     }
+
+
+def _timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetable:
+    """The run's steps.
+
+    Raises:
+        ConfigError: the tasks' start, end and steps leave a step without any.
+    """
+    plans = {}
+    for name, task in config.tasks.items():
+        share, guidance = task.expert_share, task.guidance
+        plans[name] = TaskPlan(
+            episodes=task.episodes,
+            group=task.group,
+            labels=not courses[name].objective.needs_teacher,
+            expert_share=share if isinstance(share, tuple) else (share, share),
+            guided_share=guidance.share if guidance else 0.0,
+            guided_until=guidance.until if guidance else 1.0,
+            start=task.start,
+            end=task.end,
+            most=task.steps,
+        )
+    try:
+        return Timetable(plans, steps=config.steps, seed=config.seed, make_policy=config.policy)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _gap(metrics: Mapping[str, float]) -> float:
+    """How far the student is from its teacher, for the schedule."""
+    return -metrics["gap/mean"] if "gap/mean" in metrics else metrics["loss/mean"]
 
 
 def _check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:

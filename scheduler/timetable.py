@@ -1,4 +1,4 @@
-"""Which task is next, and which of its games: a pure function of (seed, step).
+"""Which tasks are next, and which of their games: a function of (seed, step, recorded history).
 
 So a resumed run goes on exactly where it was.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tutelage.scheduler.episodes import Order
+from tutelage.scheduler.policies import Alternate, Policy, Step
 
 ENDLESS = 100_000
 
@@ -25,7 +26,8 @@ class TaskPlan:
     expert_share: share of the episodes that the expert plays itself, at the task's first and last
     step, linear between (DAgger's mixing rate, Ross et al. 2011, section 3).
     guided_share: share of the episodes that begin with a guide's prefix. guided_until: the share of
-    the task's steps after which no prefix is left.
+    the task's steps after which no prefix is left. start, end: the run's steps in which the task
+    can be chosen, from start up to before end. most: how many steps it gets at most.
     """
 
     episodes: int
@@ -34,6 +36,9 @@ class TaskPlan:
     expert_share: tuple[float, float] = (0.0, 0.0)
     guided_share: float = 0.0
     guided_until: float = 1.0
+    start: int = 0
+    end: int | None = None
+    most: int | None = None
 
     def guide_at(self, progress: float) -> float:
         """The prefix's share of an episode's greatest length: cosine from 1 to 0 (TrOPD,
@@ -44,51 +49,89 @@ class TaskPlan:
 
 
 class Timetable:
-    """Alternates the tasks in their given order, one a step (Revisiting-OPD's round robin).
+    """The steps of a run, one after the other: `for step, tasks in timetable.walk()`, and after
+    each one `record` what it did.
 
     A task's n-th step is the same whatever else is in the run: its seeds come from (seed, task, n)
     alone.
 
     Args:
         tasks: by name, in order. steps: of the run. seed: the run's.
+        make_policy: a new policy, that decides who is next; None: they alternate.
+
+    Raises:
+        ValueError: no task, or a step at which none can be chosen.
     """
 
-    def __init__(self, tasks: Mapping[str, TaskPlan], *, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        tasks: Mapping[str, TaskPlan],
+        *,
+        steps: int,
+        seed: int,
+        make_policy: Callable[[], Policy] | None = None,
+    ) -> None:
         if not tasks:
             raise ValueError("a timetable needs at least one task")
-        self._tasks, self._names = dict(tasks), tuple(tasks)
-        self.steps, self._seed = steps, seed
+        self._tasks, self._seed, self.steps = dict(tasks), seed, steps
+        self._make_policy = make_policy or (lambda: Alternate([*tasks]))
+        self._expected = self._rehearse()
+        self.restore([])
 
-    def task_at(self, step: int) -> str:
-        """The task of a step (0-based)."""
-        return self._names[step % len(self._names)]
+    def restore(self, history: Sequence[Step]) -> None:
+        """Begin after these steps."""
+        self._policy, self._turns = self._make_policy(), dict.fromkeys(self._tasks, 0)
+        self.history: list[Step] = []
+        for step in history:
+            self.record(step)
 
-    def turn_at(self, step: int) -> int:
-        """How many steps its task had before this one."""
-        return step // len(self._names)
+    def record(self, step: Step) -> None:
+        """The next step is done."""
+        self._policy.record(step)
+        for task in step.trained:
+            self._turns[task] += 1
+        self.history.append(step)
+
+    def walk(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """(step, its tasks) from the first that is not recorded on.
+
+        Raises:
+            RuntimeError: a step was not recorded before the next was asked for.
+        """
+        for step in range(len(self.history), self.steps):
+            if len(self.history) != step:
+                raise RuntimeError(f"step {len(self.history)} was not recorded before step {step}")
+            yield step, self._policy.choose(self.active())
+
+    def active(self) -> tuple[str, ...]:
+        """The tasks that the next step may have."""
+        return self._active(len(self.history), self._turns)
+
+    def turn(self, task: str) -> int:
+        """How many steps the task has had."""
+        return self._turns[task]
 
     def steps_of(self, task: str) -> int:
-        """How many of the run's steps are the task's."""
-        return len(range(self._names.index(task), self.steps, len(self._names)))
+        """How many of the run's steps are the task's. Where that hangs on what happens in the run
+        (token_budget, gap), as many as if every step trained as much and closed as much."""
+        return self._expected[task]
 
-    def walk(self, start: int = 0) -> Iterator[tuple[int, str]]:
-        """(step, task) from `start` on."""
-        for step in range(start, self.steps):
-            yield step, self.task_at(step)
+    def progress(self, task: str) -> float:
+        """The share of its steps that the task has had, 0 to 1."""
+        return min(1.0, self._turns[task] / max(1, self.steps_of(task) - 1))
 
-    def orders(self, step: int, num_games: int | None) -> list[Order]:
-        """The episodes of a step. num_games: how many distinct games the task's environment has;
-        None: unknown.
+    def orders(self, task: str, num_games: int | None) -> list[Order]:
+        """The episodes of the task's next step. num_games: how many distinct games its environment
+        has; None: unknown.
 
         Games come in passes: each once in an order shuffled anew, before any comes again.
         """
-        task = self.task_at(step)
-        plan, turn = self._tasks[task], self.turn_at(step)
+        plan, turn = self._tasks[task], self._turns[task]
         games = -(-plan.episodes // plan.group)
         first = turn * games
         indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
         begin, end = plan.expert_share
-        progress = turn / max(1, self.steps_of(task) - 1)
+        progress = self.progress(task)
         by_expert = round((begin + (end - begin) * progress) * plan.episodes) if plan.labels else 0
         guided, guide = round(plan.guided_share * plan.episodes), plan.guide_at(progress)
         orders = []
@@ -107,6 +150,33 @@ class Timetable:
                 )
             )
         return orders
+
+    def _active(self, step: int, turns: Mapping[str, int]) -> tuple[str, ...]:
+        found = tuple(
+            name
+            for name, plan in self._tasks.items()
+            if plan.start <= step
+            and (plan.end is None or step < plan.end)
+            and (plan.most is None or turns[name] < plan.most)
+        )
+        if not found:
+            raise ValueError(
+                f"no task is left for step {step} of {self.steps}: tasks.NAME.start, end and steps"
+                f" leave none; lower steps to {step}, or widen them"
+            )
+        return found
+
+    def _rehearse(self) -> dict[str, int]:
+        """Every task's number of steps, if all trained and closed alike."""
+        policy, turns = self._make_policy(), dict.fromkeys(self._tasks, 0)
+        for step in range(self.steps):
+            active = self._active(step, turns)
+            chosen = policy.choose(active)
+            alike = dict.fromkeys(chosen, 1.0)
+            policy.record(Step(active=active, trained=chosen, tokens=alike, gaps=alike))
+            for task in chosen:
+                turns[task] += 1
+        return turns
 
 
 def _spread(number: int, count: int, total: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which task and which game comes when: a function of (seed, step) and of nothing else."""
+"""Which tasks and which games come when: a function of (seed, step, history) and nothing else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from tutelage.scheduler.episodes import Order
+from tutelage.scheduler.policies import Step
 from tutelage.scheduler.timetable import ENDLESS, TaskPlan, Timetable
 
 PLANS = {
@@ -22,35 +23,66 @@ def _table(*names: str, steps: int = 60, seed: int = 3) -> Timetable:
     return Timetable({name: PLANS[name] for name in names}, steps=steps, seed=seed)
 
 
+def _walk(table: Timetable, *, gap: float = 1.0) -> list[tuple[str, ...]]:
+    """Every step's tasks, each recorded as if all trained alike."""
+    walked = []
+    for _, tasks in table.walk():
+        same = dict.fromkeys(tasks, gap)
+        table.record(Step(active=table.active(), trained=tasks, tokens=same, gaps=same))
+        walked.append(tasks)
+    return walked
+
+
 def _task_orders(table: Timetable, task: str, num_games: int | None) -> list[list[Order]]:
-    return [table.orders(step, num_games) for step, name in table.walk() if name == task]
+    """The task's episodes, step by step, from the first."""
+    table.restore([])
+    return _rest(table, task, num_games)
+
+
+def _rest(table: Timetable, task: str, num_games: int | None) -> list[list[Order]]:
+    found = []
+    for _, tasks in table.walk():
+        if task in tasks:
+            found.append(table.orders(task, num_games))
+        table.record(Step(active=table.active(), trained=tasks))
+    return found
 
 
 def test_tasks_alternate_in_their_given_order() -> None:
-    names = [task for _, task in _table("math", "household", "third", steps=7).walk()]
+    names = [task for (task,) in _walk(_table("math", "household", "third", steps=7))]
     assert names == ["math", "household", "third", "math", "household", "third", "math"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 11])
 def test_steps_of_counts_what_walk_gives(steps: int) -> None:
     table = _table("math", "household", "third", steps=steps)
-    counts = Counter(task for _, task in table.walk())
-    assert {name: table.steps_of(name) for name in PLANS} == {n: counts[n] for n in PLANS}
+    expected = {name: table.steps_of(name) for name in PLANS}
+    counts = Counter(task for (task,) in _walk(table))
+    assert expected == {name: counts[name] for name in PLANS}
 
 
-def test_a_walk_from_the_middle_is_the_rest_of_the_whole() -> None:
-    table = _table("math", "household", steps=9)
-    assert [*table.walk()][4:] == [*table.walk(4)]
+def test_a_restored_table_goes_on_with_the_rest_of_the_whole() -> None:
+    """Tasks, games and seeds, from any step."""
+    whole = _table("math", "household", steps=9)
+    tasks, orders = _walk(whole), _task_orders(whole, "math", 17)
+    for stop in (0, 1, 4, 8):
+        resumed = _table("math", "household", steps=9)
+        resumed.restore(whole.history[:stop])
+        assert _walk(resumed) == tasks[stop:]
+        resumed.restore(whole.history[:stop])
+        assert _rest(resumed, "math", 17) == orders[(stop + 1) // 2 :]
 
 
-def test_a_step_is_a_pure_function_of_seed_and_step() -> None:
-    """Another object, asked in another order, for one step only."""
-    one, other = _table("household", "math"), _table("household", "math")
-    backwards = {step: one.orders(step, 17) for step in reversed(range(60))}
-    assert backwards[41] == other.orders(41, 17)
-    assert backwards[0] == other.orders(0, 17)
-    reseeded = _table("household", "math", seed=4).orders(41, 17)
-    assert {o.seed for o in reseeded}.isdisjoint({o.seed for o in backwards[41]})
+def test_a_step_that_was_not_recorded_stops_the_walk() -> None:
+    walk = _table("math", "household").walk()
+    next(walk)
+    with pytest.raises(RuntimeError, match="step 0 was not recorded"):
+        next(walk)
+
+
+def test_another_seed_has_other_draws() -> None:
+    one, other = (_task_orders(_table("math", seed=seed), "math", 17)[40] for seed in (3, 4))
+    assert {order.seed for order in one}.isdisjoint({order.seed for order in other})
 
 
 def test_it_is_the_same_in_another_process() -> None:
@@ -58,12 +90,12 @@ def test_it_is_the_same_in_another_process() -> None:
     code = (
         "from tutelage.scheduler.timetable import *;"
         "t = Timetable({'math': TaskPlan(episodes=6, group=3)}, steps=60, seed=3);"
-        "print([(o.index, o.seed) for o in t.orders(5, 17)])"
+        "print([(o.index, o.seed) for o in t.orders('math', 17)])"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout
-    here = [(order.index, order.seed) for order in _table("math").orders(5, 17)]
+    here = [(order.index, order.seed) for order in _table("math").orders("math", 17)]
     assert printed.strip() == repr(here)
 
 
@@ -107,7 +139,7 @@ def test_passes_differ_from_seed_to_seed_and_from_task_to_task() -> None:
     plan = TaskPlan(episodes=50)
     found = {
         (name, seed): tuple(
-            order.index for order in Timetable({name: plan}, steps=1, seed=seed).orders(0, 50)
+            order.index for order in Timetable({name: plan}, steps=1, seed=seed).orders(name, 50)
         )
         for name in ("a", "b")
         for seed in (0, 1)
@@ -126,7 +158,7 @@ def test_endless_games_are_never_repeated() -> None:
 
 
 def test_a_group_plays_one_game_with_seeds_of_its_own() -> None:
-    orders = _table("math").orders(4, 50)
+    orders = _table("math").orders("math", 50)
     assert len(orders) == 6 and [order.number for order in orders] == list(range(6))
     games = [order.index for order in orders]
     assert games[0] == games[1] == games[2] != games[3] == games[4] == games[5]
@@ -135,15 +167,19 @@ def test_a_group_plays_one_game_with_seeds_of_its_own() -> None:
 
 def test_a_last_group_may_be_short() -> None:
     table = Timetable({"t": TaskPlan(episodes=5, group=2)}, steps=4, seed=0)
-    games = [[order.index for order in table.orders(step, 12)] for step in range(4)]
+    games = [[order.index for order in orders] for orders in _task_orders(table, "t", 12)]
     assert all(len(set(step)) == 3 and len(step) == 5 for step in games)
     assert sorted({game for step in games for game in step}) == list(range(12))
 
 
 def test_seeds_never_repeat_over_a_run() -> None:
     """32 bits for 60 * 4 draws: a repeat would mean that some draw is not independent."""
-    table = _table("household", "math")
-    seeds = [order.seed for step, _ in table.walk() for order in table.orders(step, 9)]
+    seeds = [
+        order.seed
+        for name in ("household", "math")
+        for orders in _task_orders(_table("household", "math"), name, 9)
+        for order in orders
+    ]
     assert len(set(seeds)) == len(seeds) == 30 * 4 + 30 * 6
 
 
@@ -155,14 +191,14 @@ def test_the_experts_share_is_exact_and_spread_evenly(
     episodes: int, share: float, experts: list[int]
 ) -> None:
     plan = TaskPlan(episodes=episodes, labels=True, expert_share=(share, share))
-    orders = Timetable({"t": plan}, steps=1, seed=0).orders(0, None)
+    orders = Timetable({"t": plan}, steps=1, seed=0).orders("t", None)
     assert [order.number for order in orders if order.actor == "expert"] == experts
     assert all(order.labels for order in orders)
 
 
 def test_without_labels_no_expert_acts() -> None:
     plan = TaskPlan(episodes=4, expert_share=(1.0, 1.0))
-    orders = Timetable({"t": plan}, steps=1, seed=0).orders(0, None)
+    orders = Timetable({"t": plan}, steps=1, seed=0).orders("t", None)
     assert {(order.actor, order.labels) for order in orders} == {("student", False)}
 
 
@@ -176,17 +212,38 @@ def test_a_guides_prefix_shrinks_by_a_cosine_from_all_to_nothing() -> None:
     plan = TaskPlan(episodes=4, guided_share=0.5)
     alone = Timetable({"a": plan}, steps=5, seed=0)
     mixed = Timetable({"b": TaskPlan(episodes=1), "a": plan}, steps=10, seed=0)
-    guides = [[order.guide for order in alone.orders(step, None)] for step in range(5)]
+    guides = [[order.guide for order in orders] for orders in _task_orders(alone, "a", None)]
     assert [sum(g > 0 for g in step) for step in guides] == [2, 2, 2, 2, 0]
     assert [max(step) for step in guides] == pytest.approx(
         [1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0.0]
     )
-    assert guides == [[order.guide for order in mixed.orders(2 * i + 1, None)] for i in range(5)]
+    same = [[order.guide for order in orders] for orders in _task_orders(mixed, "a", None)]
+    assert guides == same
 
 
 def test_guidance_can_end_before_the_run() -> None:
     plan = TaskPlan(episodes=1, guided_share=1.0, guided_until=0.5)
     timetable = Timetable({"a": plan}, steps=9, seed=0)
-    guides = [timetable.orders(step, None)[0].guide for step in range(9)]
+    guides = [orders[0].guide for orders in _task_orders(timetable, "a", None)]
     assert guides[:5] == pytest.approx([1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0.0])
     assert guides[4:] == [0.0] * 5
+
+
+class TestWindows:
+    def test_a_task_starts_late_ends_early_and_has_a_cap(self) -> None:
+        plans = {
+            "always": TaskPlan(episodes=1),
+            "late": TaskPlan(episodes=1, start=3),
+            "early": TaskPlan(episodes=1, end=5),
+            "capped": TaskPlan(episodes=1, most=2),
+        }
+        table = Timetable(plans, steps=12, seed=0)
+        names = [task for (task,) in _walk(table)]
+        assert names[:6] == ["always", "early", "capped", "always", "late", "capped"]
+        assert set(names[6:]) == {"always", "late"}
+        assert names.count("capped") == table.turn("capped") == 2
+
+    def test_a_step_without_any_task_is_refused_before_the_run(self) -> None:
+        plans = {"a": TaskPlan(episodes=1, most=2), "b": TaskPlan(episodes=1, end=4)}
+        with pytest.raises(ValueError, match="no task is left for step 4 of 9"):
+            Timetable(plans, steps=9, seed=0)

@@ -184,6 +184,36 @@ class TestResuming:
         assert [path.name for path in (killed / "checkpoints").iterdir()] == ["000002"]
         _assert_same_run(_train(config("killed")), whole, 5)
 
+    @pytest.mark.parametrize(
+        "schedule",
+        [
+            {"policy": "weighted", "weights": {"math": 2}},
+            {"policy": "token_budget"},
+            {"policy": "gap"},
+            {"policy": "mixed"},
+        ],
+        ids=lambda schedule: schedule["policy"],
+    )
+    def test_every_policy_goes_on_where_it_was(
+        self, configure: Configure, schedule: dict[str, Any]
+    ) -> None:
+        """What it had learned of the run so far comes back with the checkpoint."""
+
+        def config(run: str) -> RunConfig:
+            tasks = {"household": HOUSEHOLD, "math": MATH}
+            return configure(tasks, run, steps=5, schedule=schedule, checkpoint={"every": 3})
+
+        whole = _train(config("whole"))
+        with pytest.raises(KeyboardInterrupt):
+            _train(config("killed"), _StopAfter(4, kill=True))
+        _assert_same_run(_train(config("killed")), whole, 5)
+        names = [line["task"] for line in _metrics(whole)]
+        if schedule["policy"] == "weighted":
+            assert names == ["math", "household", "math", "math", "household"]
+        if schedule["policy"] == "mixed":
+            assert names == ["household+math"] * 5
+            assert {"household/loss/mean", "math/loss/mean"} <= _metrics(whole)[0].keys()
+
     def test_another_configuration_does_not_go_on_in_the_same_folder(
         self, configure: Configure
     ) -> None:
