@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", type=Path, help="where eval.json goes; else the run folder")
     evaluate.add_argument("pairs", nargs="*", metavar="key=value")
+    plan = command("plan", _plan, "what would run and what it takes; loads no weights")
+    plan.add_argument("config", type=Path)
+    plan.add_argument("pairs", nargs="*", metavar="key=value")
     play = command("play", _play, "play an environment by hand, or watch a policy play")
     play.add_argument("env_id", metavar="ENV_ID")
     play.add_argument(
@@ -147,6 +150,18 @@ def _demo(options: argparse.Namespace) -> int:
 
     _quiet()
     return run_demo(CONFIGS / "demo.yaml", options.pairs)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tutelage.distill.config import load_config
+    from tutelage.distill.pages import show_plan
+    from tutelage.distill.plan import make_plan
+
+    _quiet()
+    show_plan(make_plan(load_config(options.config, options.pairs)), Console())
+    return 0
 
 
 def _play(options: argparse.Namespace) -> int:

@@ -98,19 +98,28 @@ def load_student(config: StudentConfig, *, seed: int) -> Any:
     """The student's model: from a checkpoint, or from scratch with weights drawn from `seed`."""
     if config.model is not None:
         return load_model(config.model, dtype=config.dtype, device=config.device)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(student_tokenizer(config))
-    init = {"model_type": "qwen2", "vocab_size": len(tokenizer), **(config.init or {})}
-    kind = init.pop("model_type")
-    settings = AutoConfig.for_model(
-        kind, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **init
-    )
+    settings = student_settings(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     model = model.to(getattr(torch, config.dtype))
     return _checked(model.to(device_of(config.device)).eval(), "student.init")
+
+
+def student_settings(config: StudentConfig) -> Any:
+    """The student's model configuration, without weights."""
+    if config.model is not None:
+        return load_settings(config.model)
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(student_tokenizer(config))
+    init = {"model_type": "qwen2", "vocab_size": len(tokenizer), **(config.init or {})}
+    kind = init.pop("model_type")
+    return AutoConfig.for_model(
+        kind, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **init
+    )
 
 
 def student_tokenizer(config: StudentConfig) -> str:

@@ -1,0 +1,270 @@
+"""What `tutelage plan` says, against numbers worked out by hand; and that it loads no weights."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tutelage.distill import cli, footprint, models
+from tutelage.distill import plan as planning
+from tutelage.distill.config import ConfigError, RunConfig, load_config, parse_config
+from tutelage.distill.objectives import TeacherScores, build
+from tutelage.distill.optimizers import Optimizer
+from tutelage.distill.pages import count, show_plan, size
+from tutelage.distill.plan import Need, Plan, make_plan, score_bytes
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DEMO = CONFIGS / "demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that loads weights, or asks the hub, fails."""
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a plan reads no weights and asks no network")
+
+    monkeypatch.setattr(models, "load_model", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+def _need(plan: Plan, what: str) -> Need:
+    (need,) = [need for need in plan.needs if what in need.what]
+    return need
+
+
+def _page(config: RunConfig, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    show_plan(make_plan(config), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return str(text)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_every_shipped_config_has_a_plan_of_80_columns(path: Path) -> None:
+    config = load_config(path)
+    page = _page(config)
+    assert max(map(len, page.splitlines())) <= 80
+    for name in (*config.tasks, *config.teachers):
+        assert name in page
+
+
+def test_the_demo_in_numbers() -> None:
+    plan = make_plan(load_config(DEMO, ["student.device=cpu"]))
+    household, math = plan.tasks
+    assert (household.steps, household.run_episodes) == (300, 300 * 16)
+    assert (household.tokens, household.run_tokens) == (16 * 16 * 12, 300 * 16 * 16 * 12)
+    assert (math.tokens, math.run_episodes) == (128 * 40, 300 * 128)
+    assert household.evaluated == 600 // 200 * 200  # greedy alone while training
+    assert (household.teacher, math.teacher) == ("housekeeper", "calculator")
+    assert math.score_bytes == 16 * (4 + 2) + 4 + 2
+    assert math.step_bytes == 102 * 128 * 40
+    # Qwen2: embedding (the head too), 4 layers of 4 attention matrices with 3 biases, 3
+    # feed-forward matrices, 2 norms, and the last norm.
+    hidden = 4 * (4 * 128 * 128 + 3 * 128 * 512)
+    weights = 4 * (825 * 128 + hidden + 4 * (3 * 128 + 2 * 128) + 128)
+    assert _need(plan, "student: weights").most == weights
+    assert _need(plan, "gradients").most == weights
+    assert _need(plan, "optimizer").most == 2 * weights - 4 * hidden  # one moment of those
+    assert _need(plan, "teacher calculator").most == weights
+    keys_and_values = 4 * (4 * 2 * 4 * 32)  # layers, two, heads, head size
+    cache = _need(plan, "keys and values, 128 sessions")
+    assert cache.least == keys_and_values * 128 * 16 * 12
+    assert cache.most == keys_and_values * 128 * 2048
+    assert _need(plan, "logits [tokens, 825]").most == 3 * 4 * 825 * 2048
+
+
+@pytest.mark.parametrize(
+    ("policy", "household", "math"),
+    [
+        ("{policy: mixed}", 80, 80),
+        ("{policy: weighted, weights: {household: 3}}", 60, 20),
+        ("{policy: token_budget}", 50, 30),  # 3,072 tokens a step against 5,120
+    ],
+)
+def test_steps_are_the_schedules(policy: str, household: int, math: int) -> None:
+    plan = make_plan(load_config(DEMO, ["steps=80", f"schedule={policy}"]))
+    assert [task.steps for task in plan.tasks] == [household, math]
+
+
+def test_a_task_that_starts_late_and_ends_early_has_its_steps_alone() -> None:
+    plan = make_plan(load_config(DEMO, ["steps=40", "tasks.math.start=10", "tasks.math.steps=4"]))
+    assert [task.steps for task in plan.tasks] == [36, 4]
+
+
+def test_the_count_is_that_of_the_loaded_model(
+    tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any]
+) -> None:
+    """Grouped queries, an untied head, padding rows: as torch and the optimizer count them."""
+    model = make_model(vocabulary=len(tokenizer), padding=7)
+    model.config.save_pretrained(tmp_path)
+    found = footprint.footprint(str(tmp_path))
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.shape is not None
+    assert found.shape.rows == len(tokenizer) + 7
+    section = load_config(DEMO, ["optimizer.name=muon"]).optimizer
+    muon = Optimizer(model, section)._parts[1]
+    by_muon = sum(p.numel() for group in muon.param_groups for p in group["params"])
+    assert found.shape.hidden_matrices == by_muon
+
+
+def test_activations_are_what_autograd_keeps(make_model: Callable[..., Any]) -> None:
+    model = make_model(layers=4)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = 4 * 128
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(4, 128, dtype=torch.long), use_cache=False)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    shape = footprint._measured("", model.config).shape
+    assert shape is not None
+    assert measured == pytest.approx(4 * tokens * shape.activations, rel=0.1)
+
+
+def test_a_model_of_another_machine_is_known_by_its_name() -> None:
+    plan = make_plan(load_config(CONFIGS / "joint_7b.yaml"))
+    assert not plan.student.here
+    assert _need(plan, "student: weights").least == 28e9  # 7B in float32
+    assert _need(plan, "optimizer").least == 56e9
+    assert _need(plan, "teacher agent").least == 14e9  # in bfloat16
+    assert _need(plan, "keys and values").most is None
+    assert [task.score_bytes for task in plan.tasks] == [198, 198]  # 192 of the 32 ids, and 6
+    least, _, unknown = plan.total("cuda:0")
+    assert least > 112e9 and unknown
+    page = " ".join(_page(load_config(CONFIGS / "joint_7b.yaml")).split())
+    assert "not on this machine, known by name alone: Qwen/Qwen2.5-7B-Instruct" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", 7e9),
+        ("Qwen/Qwen3-0.6B", 0.6e9),
+        ("./models/GiGPO-Qwen2.5-7B-Instruct-ALFWorld/", 7e9),
+        ("HuggingFaceTB/SmolLM2-135M", 135e6),
+        ("openai-community/gpt2", None),
+        ("org/model-4bit-v2", None),
+    ],
+)
+def test_the_size_in_a_name(name: str, parameters: float | None) -> None:
+    assert footprint.named_size(name) == parameters
+
+
+def test_a_full_distribution_costs_the_vocabulary() -> None:
+    plan = make_plan(load_config(DEMO, ["student.device=cpu", "objective={name: full_vocabulary}"]))
+    assert plan.tasks[0].score_bytes == 6 + 6 + 2 * 825
+    assert _need(plan, "full distributions").most == 4 * 825 * 2048
+
+
+def test_imitation_sends_no_scores() -> None:
+    plan = make_plan(load_config(CONFIGS / "tiny" / "arithmetic.yaml"))
+    (task,) = plan.tasks
+    assert (task.teacher, task.score_bytes, task.step_bytes) == (None, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["local_support", "full_vocabulary"])
+def test_score_bytes_are_those_that_travel(name: str) -> None:
+    from tutelage.distill.transport import CompactScores
+
+    objective = build(name)
+    ids_N = torch.arange(5)
+    scores = TeacherScores.from_logits(
+        torch.randn(5, 100), ids_N, k=objective.k, keep_full=objective.needs_full
+    )
+    assert CompactScores.pack(scores, teacher="").nbytes == 5 * (score_bytes(objective, 100) or 0)
+
+
+def test_a_student_support_is_asked_for_and_answered() -> None:
+    objective = build("local_support", k=8, support="student")
+    assert score_bytes(objective, 825) == 8 * 6 + 6 + 8 * (4 + 2)
+
+
+def test_ray_workers_have_weights_and_caches_of_their_own() -> None:
+    alone = make_plan(load_config(DEMO, ["student.device=cpu"]))
+    plan = make_plan(load_config(DEMO, ["student.device=cpu", "cluster={workers: 2}"]))
+    weights = _need(alone, "student: weights").most
+    assert weights is not None
+    assert _need(plan, "rollout workers: 2 x weights").most == 2 * weights
+    assert "100 sessions a worker" in _need(plan, "keys and values").what  # of 200 evaluated
+    assert _need(plan, "Python").least == 5 * planning.LIBRARIES  # and two teachers
+
+
+def test_what_does_not_fit_says_which_key_to_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "memory_here", lambda device: 500_000_000)
+    config = load_config(DEMO, ["student.device=cpu", "teachers.calculator.device=cpu"])
+    assert any("does not fit" in note for note in planning.notes(make_plan(config)))
+    monkeypatch.setattr(planning, "memory_here", lambda device: 1_000_000_000)
+    notes = planning.notes(make_plan(config))
+    assert any("full contexts would not fit" in note and "max_live" in note for note in notes)
+
+
+def test_vocabularies_on_this_machine_are_compared(
+    tmp_path: Path, tokenizer: Any, save_model: Callable[..., str]
+) -> None:
+    teacher = save_model(tmp_path / "teacher", tokenizer, seed=1)
+    text = (tmp_path / "teacher" / "tokenizer.json").read_text()
+    (tmp_path / "teacher" / "tokenizer.json").write_text(text.replace('"<|user|>"', '"<|usr|>"'))
+    config = load_config(DEMO, [f"teachers.calculator.model={teacher}"])
+    with pytest.raises(ConfigError, match=r"teachers\.calculator: its vocabulary differs"):
+        make_plan(config)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("stesp=3", "stesp: unknown key"),
+        ("tasks.math.teacher=calculatr", "did you mean 'calculator'"),
+        ("teachers.calculator.model=builtin:arithmatic", "'builtin:arithmatic' is not built in"),
+        ("objective.k=5000", "lower objective.k"),
+    ],
+)
+def test_a_broken_config_is_one_line_and_exit_code_2(
+    pair: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(DEMO), pair])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_command_prints_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(DEMO), "steps=7"])
+    assert ended.value.code == 0
+    assert "runs/demo: 7 steps" in capsys.readouterr().out
+
+
+def test_sizes_are_short() -> None:
+    assert [count(n) for n in (7, 5120, 7_615_616_512)] == ["7", "5.12K", "7.62B"]
+    assert [size(n) for n in (192, 1_074_000_000, None)] == ["192 B", "1.07 GB", "?"]
+
+
+def test_groups_and_weights_are_shown() -> None:
+    data = {
+        "run": "x",
+        "steps": 4,
+        "student": {"model": "org/student-3B"},
+        "teachers": {"t": {"model": "org/teacher-7B"}},
+        "tasks": {"a": {"env": "x:Y-v0", "teacher": "t", "group": 8, "weight": 0.5}},
+        "objective": {"name": "local_support", "k": 8, "support": "student", "renormalize": True},
+    }
+    page = " ".join(_page(parse_config(data, "test"), width=100).split())
+    assert "16, 8 a game" in page
+    assert "local_support k=8 support=student (weight 0.5)" in page  # defaults go unsaid
