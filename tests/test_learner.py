@@ -13,7 +13,7 @@ import torch
 
 from tutelage.distill.config import OptimizerConfig
 from tutelage.distill.learner import Course, Learner, Lesson
-from tutelage.distill.objectives import DenseStudent, TeacherScores, build
+from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
@@ -471,6 +471,24 @@ class TestSparse:
                 logits_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
             assert torch.equal(found_NK, logits_NV.topk(5).indices)
 
+    def test_a_teacher_answers_at_each_rows_own_ids(
+        self, rows: list[Row], make_model: Make, teacher: TransformersTeacher
+    ) -> None:
+        """Row by row, though they are packed by length, with and without its whole distribution."""
+        own = _learner(make_model(seed=1)).own_support(rows, 5)
+        answers = teacher.score(rows, k=2, asked=own, full=True)
+        for row, asked_NJ, scores in zip(rows, own, answers, strict=True):
+            ids_1T, chosen = _ids(row)
+            with torch.no_grad():
+                logits_NV = teacher.model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
+            full_NV = logits_NV.log_softmax(-1)
+            assert scores.asked_ids_NJ is not None and torch.equal(scores.asked_ids_NJ, asked_NJ)
+            for found, wanted in (
+                (scores.asked_logprobs_NJ, full_NV.gather(1, asked_NJ)),
+                (scores.full_NV, full_NV),
+            ):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
 
 class TestSeveralTasks:
     """Thirty tokens of one task against three of another."""
@@ -574,6 +592,32 @@ class TestTokens:
             _assert_same(other_gradients, gradients, atol=1e-6)
         moved = (found[1, 45][1]["lm_head.weight"] - gradients["lm_head.weight"]).abs().max()
         assert moved > 1e-3
+
+    def test_every_token_has_a_draw_of_its_own(
+        self, make_model: Make, make_row: Callable[..., Row]
+    ) -> None:
+        """Distinct over rows, the same however they are packed, others for another seed."""
+        ids = list(range(1, 41))
+        rows = [make_row([("prompt", [50]), ("said", part)]) for part in (ids[:25], ids[25:])]
+
+        def draws(seed: int, micro_tokens: int) -> dict[int, float]:
+            seen: dict[int, float] = {}
+
+            def objective(student: Any, scores: Any, ids_N: Any, _: Any, *, tokens: Tokens) -> Any:
+                assert tokens.uniforms_N is not None
+                seen.update(zip(ids_N.tolist(), tokens.uniforms_N.tolist(), strict=True))
+                return -student.logprobs_at(ids_N[:, None])[:, 0], {}
+
+            objective.needs_teacher = False  # type: ignore[attr-defined]
+            learner = _learner(make_model(seed=1), micro_tokens=micro_tokens)
+            _update(learner, _lessons(rows, None), objective, seed=seed)
+            return seen
+
+        one = draws(0, 1)
+        assert set(one) == set(ids) and len(set(one.values())) == 40
+        assert all(0 <= value < 1 for value in one.values())
+        assert draws(0, 10_000) == one
+        assert not set(draws(1, 1).values()) & set(one.values())
 
     @pytest.mark.parametrize(("micro_tokens", "aggregate"), [(1, "token"), (10_000, "sequence")])
     def test_a_row_that_is_masked_whole_changes_nothing(

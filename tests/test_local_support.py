@@ -358,6 +358,23 @@ class TestSupports:
             )
 
 
+def test_a_sampled_token_that_an_adaptive_support_left_out_joins_it(
+    draw: Draw, make_scores: Scores
+) -> None:
+    """y is the teacher's fourth of k = 4, the mass is had with the first: outside, and then in."""
+    student_1V, teacher_1V = draw(1, V), draw(1, V)
+    first, *_, y = teacher_1V[0].topk(4).indices.tolist()
+    ids_N = torch.tensor([y])
+    scores = make_scores(teacher_1V, ids_N, k=4)
+    objective = build("local_support", k=4, mass=0.01, support="teacher+sampled")
+    loss_N, metrics = objective(DenseStudent(student_1V), scores, ids_N, torch.zeros(1))
+    assert metrics["support/sampled_outside"].item() == 1.0
+    assert metrics["support/size"].item() == 2.0
+    pair_12 = torch.tensor([[first, y]])
+    wanted_N = _reverse_kl(student_1V.gather(1, pair_12), teacher_1V.gather(1, pair_12))
+    torch.testing.assert_close(loss_N, wanted_N)
+
+
 class TestWithoutRenormalisation:
     """Why the paper renormalises (section 3.2), and the tail that mends the sum otherwise."""
 

@@ -88,11 +88,14 @@ class TestTrust:
     def test_it_is_decided_against_the_policy_that_sampled(
         self, lesson: Any, sampled_ids_N: torch.Tensor, draw: Draw
     ) -> None:
-        """However far the student has moved since: q / pi_old, by hand."""
+        """However far the student has moved since: accepted just below q / pi_old, and not just
+        above it."""
         student_NV, _, old_N, scores = lesson
-        uniforms_N = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6])
-        wanted_N = (uniforms_N < (scores.sampled_N - old_N).exp()).float()
-        assert 0 < wanted_N.sum() < N
+        accepted_N = (scores.sampled_N - old_N).exp().clamp(max=1)
+        below_N = torch.tensor([True, False] * 4)[:N]
+        uniforms_N = torch.where(below_N, 0.99 * accepted_N, (1.01 * accepted_N).clamp(max=0.999))
+        wanted_N = (below_N | (accepted_N == 1)).float()
+        assert 0 < wanted_N.sum() < N and 0 < (accepted_N == 1).sum() < N
         for logits_NV in (student_NV, draw(N, V)):
             _, metrics = _build("mask")(
                 DenseStudent(logits_NV),
