@@ -43,7 +43,7 @@ class LocalSupport:
         tail: "sampled" adds the tail above; needs reverse, renormalize=False, and y not in S.
         mass: adaptive support: only the teacher's fewest tokens with this mass, at most K (the
             authors' future work). None: all K.
-        importance_clip: the largest s; None: none.
+        importance_clip: the largest s; None: none (but e^20, as in the authors' code).
     """
 
     name = "local_support"
