@@ -101,6 +101,7 @@ class RolloutConfig(_Section):
         60.0  # seconds an environment may take for one batch of steps
     )
     attempts: Positive = 3  # of an episode whose environment died or hung
+    lost: Share = 0.5  # a step that loses a greater share of its episodes stops the run, saved
 
 
 class GuidanceConfig(_Section):
@@ -188,6 +189,9 @@ class ClusterConfig(_Section):
     address: str = "local"
     workers: Positive = 1
     threads: Positive = 1  # of torch in each actor
+    # seconds that an actor may take for one step's rollouts or one scoring; then it is replaced
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    attempts: Positive = 3  # of a piece of work, each on a fresh actor
 
 
 class RunConfig(_Section):

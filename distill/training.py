@@ -117,7 +117,7 @@ class Run:
         try:
             self.watch.start(config, start)
             for step, tasks in self.timetable.walk():
-                metrics = self._step(step, tasks, journal)
+                metrics = self._step_or_save(step, tasks, journal)
                 done = step + 1
                 if config.evaluation.every and done % config.evaluation.every == 0:
                     metrics |= _score_metrics(self.evaluate(config.evaluation.live_modes))
@@ -155,6 +155,15 @@ class Run:
 
     def _metric(self, task: str) -> str:
         return "pass@1" if self.config.rollout_of(task).max_turns == 1 else "success rate"
+
+    def _step_or_save(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
+        """A step; when it fails, what was learned before it is saved before the error rises."""
+        try:
+            return self._step(step, tasks, journal)
+        except Exception:
+            if step and self.learner.version == len(self.timetable.history) == step:
+                self._save(step, journal)
+            raise
 
     def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
         """One update on one or several tasks; its line of metrics."""
@@ -194,6 +203,7 @@ class Run:
         for task in tasks:
             self.watch.step(step, task, found[task])
         timings = clock.metrics(everything, lessons)
+        timings["perf/actors_replaced"] = float(self.placement.restarts)
         if len(tasks) == 1:
             return found[tasks[0]] | timings
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
@@ -201,12 +211,13 @@ class Run:
 
     def _lessons(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[Lesson]:
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
-        if not episodes:
-            first = outcomes[0]
-            assert isinstance(first, Dropped)
+        lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
+        most = self.config.rollout_of(task).lost
+        if lost and (not episodes or len(lost) > most * len(outcomes)):
             raise RuntimeError(
-                f"task {task!r}: all {len(outcomes)} episodes were dropped, the first"
-                f" ({first.order.name}) because its environment {first.reason}: {first.detail}"
+                f"task {task!r}: {len(lost)} of {len(outcomes)} episodes were lost (rollout.lost"
+                f" allows a share of {most}), the first ({lost[0].order.name}) because its"
+                f" environment {lost[0].reason}: {lost[0].detail}"
             )
         rows = [row for episode in episodes for row in episode.rows]
         objective, teacher = self._courses[task].objective, self.config.tasks[task].teacher
@@ -344,7 +355,8 @@ def _outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
         "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
         "episodes/played": count,
         "episodes/dropped": len(outcomes) - count,
-        "episodes/retried": sum(episode.attempts > 1 for episode in episodes),
+        # under perf/, since faults of the machine are no part of what is learned
+        "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
         "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
         "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
@@ -427,6 +439,9 @@ def _placement(
         address=config.cluster.address,
         workers=config.cluster.workers,
         threads=config.cluster.threads,
+        timeout=config.cluster.timeout,
+        attempts=config.cluster.attempts,
+        stalled=(Path(config.run) / "stalled").absolute(),
         make_worker=partial(_make_worker, config, vocabulary),
         make_teachers={
             name: partial(_make_teacher, teacher, vocabulary)

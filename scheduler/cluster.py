@@ -5,7 +5,13 @@ The same classes either way, chosen by one line of configuration. The only modul
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingLaw
@@ -13,7 +19,9 @@ from tutelage.scheduler.rollouts import RolloutWorker
 
 
 class Placement(Protocol):
-    """The learner's view of everything that is not the learner."""
+    """The learner's view of everything that is not the learner. restarts: actors replaced."""
+
+    restarts: int
 
     def sync(self, version: int) -> None:
         """From here on, rollouts use this version of the student."""
@@ -35,6 +43,8 @@ class Placement(Protocol):
 
 class InProcess:
     """Everything here: rollouts share the learner's weights, teachers answer by call."""
+
+    restarts = 0
 
     def __init__(self, worker: RolloutWorker, teachers: Mapping[str, Any]) -> None:
         self._worker, self._teachers = worker, dict(teachers)
@@ -58,8 +68,16 @@ class InProcess:
         self._worker.close()
 
 
+START_SECONDS = 3600.0
+"""An actor may take this long to load its model."""
+
+
 class RayCluster:
     """Rollout workers and teachers as Ray actors; the learner stays here.
+
+    An actor that dies or overruns its deadline is killed and replaced, and its work is done again:
+    what a worker plays follows from its orders and the weights, so the run goes on as if nothing
+    had happened.
 
     Args:
         address: `local` starts Ray on this machine; `auto` or `ray://...` joins a running cluster.
@@ -70,6 +88,8 @@ class RayCluster:
             in the actor.
         weights: the student's current weights by name, as arrays.
         timeout: seconds that one step's rollouts or one scoring may take.
+        attempts: of a piece of work, each on a fresh actor; then the run stops.
+        stalled: a folder for the stacks of actors that overran, or None.
     """
 
     def __init__(
@@ -82,11 +102,15 @@ class RayCluster:
         make_teachers: Mapping[str, Callable[[], Any]],
         weights: Callable[[], Mapping[str, Any]],
         timeout: float = 3600.0,
+        attempts: int = 3,
+        stalled: Path | None = None,
     ) -> None:
         import ray
 
         self._ray, self._weights, self._timeout = ray, weights, timeout
-        self._version: int | None = None
+        self._attempts, self._stalled = attempts, stalled
+        self._loaded: tuple[Any, int] | None = None  # (the weights in Ray's store, their version)
+        self.restarts = 0
         self._owned = not ray.is_initialized()
         if self._owned:
             ray.init(
@@ -98,24 +122,32 @@ class RayCluster:
         actor = ray.remote(num_cpus=0)(
             _Actor
         )  # threads are limited by hand: Ray's CPU counts are no limit
-        self._workers = [actor.remote(make_worker, threads) for _ in range(workers)]
-        self._teachers = {name: actor.remote(make, threads) for name, make in make_teachers.items()}
-        self._get([a.ready.remote() for a in (*self._workers, *self._teachers.values())])
+
+        def member(name: str, make: Callable[[], Any]) -> _Member:
+            dump = None if stalled is None else (str(stalled / f"{name}.txt"), 0.9 * timeout)
+            return _Member(name, lambda: actor.remote(make, threads, dump))
+
+        self._workers = [member(f"worker-{i}", make_worker) for i in range(workers)]
+        self._teachers = {
+            name: member(f"teacher-{name}", make) for name, make in make_teachers.items()
+        }
+        everyone = (*self._workers, *self._teachers.values())
+        for reference in [one.actor.ready.remote() for one in everyone]:
+            self._get(reference, START_SECONDS)
 
     def sync(self, version: int) -> None:
-        if version == self._version:  # an evaluation after a step: they have it
-            return
-        self._version = version
-        weights = self._ray.put(dict(self._weights()))
-        self._get([worker.call.remote("load", weights, version) for worker in self._workers])
+        if self._loaded is not None and self._loaded[1] == version:
+            return  # an evaluation after a step: they have it
+        self._loaded = self._ray.put(dict(self._weights())), version
+        self._run([_Job(worker, "load", self._loaded) for worker in self._workers])
 
     def collect(
         self, orders: Sequence[Order], *, law: SamplingLaw | None = None
     ) -> list[Episode | Dropped]:
         shares = [orders[i :: len(self._workers)] for i in range(len(self._workers))]
-        parts = self._get(
+        parts = self._run(
             [
-                worker.call.remote("collect", share, law=law)
+                _Job(worker, "collect", (share,), {"law": law})
                 for worker, share in zip(self._workers, shares, strict=True)
             ]
         )
@@ -123,40 +155,126 @@ class RayCluster:
         return [by_number[order.number] for order in orders]
 
     def num_episodes(self, task: str) -> int | None:
-        (count,) = self._get([self._workers[0].call.remote("num_episodes", task)])
+        (count,) = self._run([_Job(self._workers[0], "num_episodes", (task,))])
         return None if count is None else int(count)
 
     def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
-        (scores,) = self._get([self._teachers[teacher].call.remote("score", rows, **wanted)])
+        (scores,) = self._run([_Job(self._teachers[teacher], "score", (rows,), wanted)])
         return list(scores)
 
     def close(self) -> None:
         for worker in self._workers:
-            self._get([worker.call.remote("close")])
-        for actor in (*self._workers, *self._teachers.values()):
-            self._ray.kill(actor)
+            with contextlib.suppress(self._ray.exceptions.RayError):  # dead or hung: killed below
+                self._get(worker.actor.call.remote("close"), 10.0)
+        for one in (*self._workers, *self._teachers.values()):
+            self._ray.kill(one.actor)
         if self._owned:
             self._ray.shutdown()
+        if self._stalled is not None and self._stalled.is_dir():
+            for path in self._stalled.glob("*.txt"):
+                if not path.stat().st_size:
+                    path.unlink()
+            if not any(self._stalled.iterdir()):
+                self._stalled.rmdir()
 
-    def _get(self, references: Sequence[Any]) -> list[Any]:
-        """Results, within the deadline; an actor's error is raised as itself."""
+    def _run(self, jobs: Sequence[_Job]) -> list[Any]:
+        """Every job's result, in order; those that lost their actor again on a fresh one.
+
+        Raises:
+            RuntimeError: a job lost as many actors as it may.
+        """
+        results: dict[int, Any] = {}
+        waiting = dict(enumerate(jobs))
+        for attempt in range(1, self._attempts + 1):
+            references = {i: job.start() for i, job in waiting.items()}
+            deadline, lost = time.monotonic() + self._timeout, dict[int, Exception]()
+            for i, reference in references.items():
+                try:
+                    left = max(0.0, deadline - time.monotonic())
+                    results[i] = self._get(reference, left)
+                except self._ray.exceptions.RayTaskError:
+                    raise  # the actor's own code raised: it would again
+                except self._ray.exceptions.RayError as error:
+                    lost[i] = error
+            for i, fault in lost.items():
+                job = jobs[i]
+                if attempt == self._attempts:
+                    raise RuntimeError(
+                        f"{job.member.name}: {job.method!r} failed on {attempt} actors, the last"
+                        f" with {type(fault).__name__}: {str(fault).strip().splitlines()[0]};"
+                        " see cluster.timeout and the folder `stalled` in the run's"
+                    ) from fault
+                self._replace(job.member)
+            if not lost:
+                break
+            waiting = {i: jobs[i] for i in lost}
+        return [results[i] for i in range(len(jobs))]
+
+    def _replace(self, member: _Member) -> None:
+        """A fresh actor in the member's place, with the weights that the others have."""
+        self.restarts += 1
+        self._ray.kill(member.actor)
+        member.actor = member.start()
+        self._get(member.actor.ready.remote(), START_SECONDS)
+        if member in self._workers and self._loaded is not None:
+            member.actor.call.remote("load", *self._loaded)  # actors work in order
+
+    def _get(self, reference: Any, timeout: float) -> Any:
+        """A result; an error that the actor's own code raised is raised as itself."""
         try:
-            return list(self._ray.get(list(references), timeout=self._timeout))
+            return self._ray.get(reference, timeout=timeout)
         except self._ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
 
 
-class _Actor:
-    """Holds one worker or teacher inside an actor process."""
+class _Member:
+    """A place for an actor, which may have to be filled again."""
 
-    def __init__(self, make: Callable[[], Any], threads: int) -> None:
+    def __init__(self, name: str, start: Callable[[], Any]) -> None:
+        self.name, self.start = name, start
+        self.actor = start()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A call that can be made again."""
+
+    member: _Member
+    method: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def start(self) -> Any:
+        return self.member.actor.call.remote(self.method, *self.args, **self.kwargs)
+
+
+class _Actor:
+    """Holds one worker or teacher inside an actor process.
+
+    dump: (a file, seconds): where its stack goes when a call takes longer.
+    """
+
+    def __init__(
+        self, make: Callable[[], Any], threads: int, dump: tuple[str, float] | None
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        self._dump: tuple[Any, float] | None = None
+        if dump is not None:
+            path, seconds = Path(dump[0]), dump[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._dump = path.open("a", encoding="utf-8"), seconds
         self._held = make()
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> int:
+        """The process, once its model is loaded."""
+        return os.getpid()
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._held, method)(*args, **kwargs)
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        if self._dump is not None:
+            faulthandler.dump_traceback_later(self._dump[1], file=self._dump[0])
+        try:
+            return getattr(self._held, method)(*args, **kwargs)
+        finally:
+            faulthandler.cancel_dump_traceback_later()

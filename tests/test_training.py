@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from tutelage.distill import training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.training import Run, Watcher, evaluate_model
+from tutelage.scheduler.episodes import Dropped
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
 Configure = Callable[..., RunConfig]
@@ -290,6 +293,62 @@ def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
     cluster = {"address": "local", "workers": 1, "threads": 1}
     there = _train(configure(tasks, "there", cluster=cluster, **sections))
     _assert_same_run(here, there, 3)
+
+
+@pytest.mark.slow
+def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
+    """Worker and teacher are killed by SIGKILL after the first step: the same run, to the byte."""
+
+    class Killer(Watcher):
+        run: Run
+
+        def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+            if step == 0:
+                import ray
+
+                cluster: Any = self.run.placement
+                for member in (*cluster._workers, *cluster._teachers.values()):
+                    os.kill(ray.get(member.actor.ready.remote()), signal.SIGKILL)
+
+    here = _train(configure({"math": MATH}, "here", steps=3))
+    there = configure(
+        {"math": MATH}, "there", steps=3, cluster={"address": "local", "workers": 1, "threads": 1}
+    )
+    killer = Killer()
+    with Run(there, watch=killer) as run:
+        killer.run = run
+        run.train()
+        assert run.placement.restarts == 2
+    _assert_same_run(here, Path(there.run), 3)
+
+
+class TestLosses:
+    def test_a_step_that_loses_too_many_episodes_stops_the_run_saved(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Half may be lost, two thirds may not; what was learned before is there to go on from."""
+        from tutelage.scheduler.cluster import InProcess
+
+        collect = InProcess.collect
+        losses = iter([0, 3, 4])
+
+        def lossy(self: InProcess, orders: Any, **law: Any) -> list[Any]:
+            outcomes: list[Any] = collect(self, orders, **law)
+            for i in range(next(losses)):
+                outcomes[i] = Dropped(
+                    order=orders[i], reason="timeout", detail="60 s passed", attempts=3
+                )
+            return outcomes
+
+        monkeypatch.setattr(InProcess, "collect", lossy)
+        config = configure({"math": MATH}, steps=5)
+        with pytest.raises(RuntimeError, match=r"4 of 6 episodes were lost .*timeout: 60 s passed"):
+            _train(config)
+        assert [line["episodes/dropped"] for line in _metrics(Path(config.run))] == [0, 3]
+        assert [path.name for path in (Path(config.run) / "checkpoints").iterdir()] == ["000002"]
+        monkeypatch.undo()
+        _train(config)
+        assert len(_metrics(Path(config.run))) == 5
 
 
 class TestSelfDistillation:

@@ -1,0 +1,164 @@
+"""Ray actors that die, hang or raise: their work is done again, or the run is told why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutelage.scheduler.cluster import RayCluster
+from tutelage.scheduler.episodes import Dropped, Order
+
+pytestmark = pytest.mark.slow
+
+
+def _fragile(plan: Path) -> Any:
+    """Makes what stands for a worker and for a teacher. A file `METHOD.die`, `.hang` or `.raise` in
+    `plan` makes the method go wrong: once, or always if it holds "always". (A class inside a
+    function travels to actors, which cannot import the tests.)"""
+    import os
+    import signal
+    import time
+
+    class Fragile:
+        def __init__(self) -> None:
+            self.loaded: tuple[Any, int] | None = None
+
+        def load(self, weights: Any, version: int) -> None:
+            self.loaded = weights, version
+
+        def num_episodes(self, task: str) -> int:
+            return len(task)
+
+        def collect(self, orders: Any, *, law: Any) -> list[Dropped]:
+            _meet_fate("collect")
+            told = repr(self.loaded)
+            return [Dropped(order=o, reason="died", detail=told, attempts=1) for o in orders]
+
+        def score(self, rows: Any, *, k: int) -> list[int]:
+            _meet_fate("score")
+            return [k * row for row in rows]
+
+        def close(self) -> None:
+            return
+
+    def _meet_fate(method: str) -> None:
+        for fate in ("die", "hang", "raise"):
+            path = plan / f"{method}.{fate}"
+            try:
+                if path.read_text() != "always":
+                    path.unlink()  # by one actor alone
+            except FileNotFoundError:
+                continue
+            if fate == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fate == "raise":
+                raise ValueError("the teacher is out of words")
+            time.sleep(600)
+
+    return Fragile()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+Make = Callable[..., RayCluster]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made = []
+
+    def make(workers: int = 2, **options: Any) -> RayCluster:
+        cluster = RayCluster(
+            address="local",
+            workers=workers,
+            threads=1,
+            make_worker=lambda: _fragile(tmp_path),
+            make_teachers={"t": lambda: _fragile(tmp_path)},
+            weights=lambda: {"w": 1.5},
+            stalled=tmp_path / "stalled",
+            **options,
+        )
+        made.append(cluster)
+        return cluster
+
+    yield make
+    for cluster in made:
+        cluster.close()
+
+
+ORDERS = [Order(task="t", number=i, seed=i, index=i) for i in range(5)]
+
+
+@pytest.mark.parametrize("fate", ["die", "hang"])
+def test_a_lost_workers_share_is_played_again_with_the_same_weights(
+    make: Make, tmp_path: Path, fate: str
+) -> None:
+    cluster = make(timeout=4.0)
+    cluster.sync(7)
+    (tmp_path / f"collect.{fate}").touch()
+    outcomes = cluster.collect(ORDERS)
+    assert [outcome.order for outcome in outcomes] == ORDERS
+    assert {o.detail for o in outcomes if isinstance(o, Dropped)} == {"({'w': 1.5}, 7)"}
+    assert cluster.restarts == 1
+    assert [o.order for o in cluster.collect(ORDERS)] == ORDERS and cluster.restarts == 1
+
+
+@pytest.mark.parametrize("fate", ["die", "hang"])
+def test_a_lost_teacher_scores_again(make: Make, tmp_path: Path, fate: str) -> None:
+    cluster = make(workers=1, timeout=4.0)
+    (tmp_path / f"score.{fate}").touch()
+    assert cluster.score("t", [3, 5], k=2) == [6, 10]  # type: ignore[list-item]
+    assert cluster.restarts == 1
+
+
+def test_a_hung_actors_stack_is_kept(make: Make, tmp_path: Path) -> None:
+    cluster = make(workers=1, timeout=3.0)
+    (tmp_path / "score.hang").touch()
+    cluster.score("t", [1], k=1)  # type: ignore[list-item]
+    cluster.close()
+    (dump,) = (tmp_path / "stalled").iterdir()  # those that never hung left none
+    assert dump.name == "teacher-t.txt"
+    assert "in _meet_fate" in dump.read_text() and "in score" in dump.read_text()
+
+
+def test_actors_are_not_replaced_for_ever(make: Make, tmp_path: Path) -> None:
+    cluster = make(workers=1, attempts=2)
+    (tmp_path / "score.die").write_text("always")
+    with pytest.raises(RuntimeError, match="teacher-t: 'score' failed on 2 actors"):
+        cluster.score("t", [1], k=1)  # type: ignore[list-item]
+
+
+def test_an_error_of_the_actors_own_code_rises_as_itself_and_is_not_tried_again(
+    make: Make, tmp_path: Path
+) -> None:
+    cluster = make(workers=1)
+    (tmp_path / "score.raise").touch()
+    with pytest.raises(ValueError, match="out of words"):
+        cluster.score("t", [1], k=1)  # type: ignore[list-item]
+    assert cluster.restarts == 0
+
+
+def test_weights_of_one_version_travel_once(make: Make) -> None:
+    sent = 0
+
+    def weights() -> dict[str, float]:
+        nonlocal sent
+        sent += 1
+        return {"w": float(sent)}
+
+    cluster = make(workers=1)
+    cluster._weights = weights
+    for version in (1, 1, 2, 2):
+        cluster.sync(version)
+    (outcome,) = cluster.collect(ORDERS[:1])
+    assert isinstance(outcome, Dropped) and outcome.detail == "({'w': 2.0}, 2)"
