@@ -220,7 +220,8 @@ class RunConfig(_Section):
         for name, task in self.tasks.items():
             objective = build_objective(self.objective_of(name))
             self.rollout_of(name)
-            if task.guidance is not None and objective.name != "trust_region":
+            taught = objective.needs_teacher and objective.takes_given
+            if task.guidance is not None and not taught:
                 raise ValueError(
                     f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
                     f" tokens, and this task's is {objective.name!r}: change one of them"

@@ -103,7 +103,7 @@ class Objective:
     @property
     def takes_given(self) -> bool:
         """Whether tokens that the student did not sample may be among the others."""
-        return self.name in ("imitation", "trust_region")
+        return bool(getattr(self.rule, "takes_given", False))
 
     def __call__(
         self,

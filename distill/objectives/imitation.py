@@ -11,6 +11,7 @@ class Imitation:
 
     name = "imitation"
     needs_teacher = False
+    takes_given = True
     k = 0
 
     def __init__(self, beta: float = 1.0) -> None:

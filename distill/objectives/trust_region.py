@@ -36,6 +36,7 @@ class TrustRegion:
 
     name = "trust_region"
     needs_teacher = True
+    takes_given = True
 
     def __init__(
         self,
