@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "what would run and what it takes; loads no weights")
     plan.add_argument("config", type=Path)
     plan.add_argument("pairs", nargs="*", metavar="key=value")
+    doctor = command("doctor", _doctor, "preflight: tokenizers, templates, scores, environments")
+    doctor.add_argument("config", type=Path)
+    doctor.add_argument("pairs", nargs="*", metavar="key=value")
     play = command("play", _play, "play an environment by hand, or watch a policy play")
     play.add_argument("env_id", metavar="ENV_ID")
     play.add_argument(
@@ -162,6 +165,21 @@ def _plan(options: argparse.Namespace) -> int:
     _quiet()
     show_plan(make_plan(load_config(options.config, options.pairs)), Console())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tutelage.distill.config import load_config
+    from tutelage.distill.doctor.examination import examine
+    from tutelage.distill.pages import show_findings
+
+    _quiet()
+    config = load_config(options.config, options.pairs)
+    with Console(stderr=True).status("") as status:
+        findings = list(examine(config, say=lambda what: status.update(f"examining: {what}")))
+    show_findings(findings, Console())
+    return int(any(finding.level == "fault" for finding in findings))
 
 
 def _play(options: argparse.Namespace) -> int:

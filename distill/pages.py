@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.distill.config import RunConfig
+from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.footprint import Footprint
 from tutelage.distill.plan import Plan, device_name, memory_here, notes
 
@@ -29,6 +30,35 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print()
     for line in notes(plan):
         console.print(f"- {line}", highlight=False, markup=False)
+
+
+COLOURS = {"ok": "green", "note": "yellow", "fault": "bold red"}
+
+
+def show_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print what the doctor found, by subject, each with its cure."""
+    table = _table("", ["", "", ""], [], words=3)
+    table.show_header = False
+    for subject in sorted({finding.subject for finding in findings}, key=_place):
+        table.add_row(Text(subject, style="bold"))
+        for finding in findings:
+            if finding.subject == subject:
+                text = Text(finding.text)
+                if finding.cure:
+                    text.append(f"\n-> {finding.cure}", style="italic")
+                level = Text(finding.level, style=COLOURS[finding.level])
+                table.add_row(Text(f"  {finding.check}"), level, text)
+    console.print(table)
+    counts = [sum(f.level == level for f in findings) for level in COLOURS]
+    console.print(
+        f"{len(findings)} checks: ok {counts[0]}, notes {counts[1]}, faults {counts[2]}",
+        highlight=False,
+    )
+
+
+def _place(subject: str) -> tuple[int, str]:
+    """Student first, then teachers, tasks, the grader."""
+    return ("student", "teachers", "tasks", "grader").index(subject.partition(".")[0]), subject
 
 
 def _tasks(plan: Plan) -> Table:

@@ -1,0 +1,213 @@
+"""Environments, and the grader behind mathematics."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium
+from gymnasium.utils.env_checker import check_env
+
+from tutelage.distill.doctor.findings import Check, Finding
+from tutelage.envs.grading import judge
+from tutelage.envs.grading_pool import symbolic
+
+GOLDS = 20
+"""Gold answers that are graded against themselves."""
+
+
+def check_environment(
+    subject: str,
+    env_id: str,
+    env_args: Mapping[str, Any],
+    *,
+    expert: bool = False,
+    admissible: bool = False,
+    check: str = "environment",
+) -> list[Finding]:
+    """Gymnasium's own checker, and what a task needs beyond it. `expert`, `admissible`: info must
+    hold the expert's action, the admissible ones."""
+    opens = Check(subject, check)
+    try:
+        env = gymnasium.make(env_id, disable_env_checker=True, **env_args)
+    except Exception as error:  # somebody else's code
+        return [opens.fault(_line(error), "correct env and env_args; `tutelage envs` lists both")]
+    try:
+        return [
+            *_checked_by_gymnasium(opens, env),
+            *_keys(subject, env, expert=expert, admissible=admissible),
+            *_golds(subject, env),
+        ]
+    except Exception as error:  # somebody else's code
+        return [
+            opens.fault(
+                f"it raises {_line(error)}",
+                "an action that makes no sense is answered"
+                " with text, never an exception; correct the environment",
+            )
+        ]
+    finally:
+        with contextlib.suppress(Exception):
+            env.close()
+
+
+def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Finding]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            check_env(env.unwrapped, skip_render_check=True)
+        except Exception as error:
+            return [
+                check.fault(
+                    f"gymnasium's check_env: {_line(error)}",
+                    "correct the environment; check_env(env.unwrapped) repeats it",
+                )
+            ]
+    said = [_plain(str(warning.message)) for warning in caught]
+    if said:
+        return [check.note(f"gymnasium's check_env passes, and warns: {said[0]}")]
+    return [check.ok("gymnasium's check_env passes")]
+
+
+def _keys(
+    subject: str, env: gymnasium.Env[Any, Any], *, expert: bool, admissible: bool
+) -> list[Finding]:
+    first, info = env.reset(seed=3)
+    again, _ = env.reset(seed=3)
+    answer, _, _, _, after = env.step("zzz")
+    found = []
+    for said in (first, answer):
+        if not isinstance(said, str):
+            found.append(
+                Check(subject, "text").fault(
+                    f"it says {said!r:.40}, which is no text but {type(said).__name__}",
+                    "return a str from reset and step: wrap the environment",
+                )
+            )
+    repeats = Check(subject, "same seed")
+    if first == again:
+        found.append(repeats.ok("the same first observation twice"))
+    else:
+        found.append(
+            repeats.fault(
+                "two resets with one seed give different observations: no run can be repeated",
+                "draw everything from self.np_random after super().reset(seed=seed)",
+            )
+        )
+    success = Check(subject, "info['success']")
+    if isinstance(info.get("success"), bool) and isinstance(after.get("success"), bool):
+        found.append(success.ok("a bool at reset and at step"))
+    else:
+        found.append(
+            success.note(
+                "missing or no bool: an episode that ends with a positive reward counts as one",
+                "put success, a bool, into every info",
+            )
+        )
+    if expert:
+        found.append(_given(subject, info, "expert_action", str))
+    if admissible:
+        found.append(_given(subject, info, "admissible_actions", list))
+    return found
+
+
+def _given(subject: str, info: Mapping[str, Any], key: str, kind: type) -> Finding:
+    check = Check(subject, f"info[{key!r}]")
+    if isinstance(info.get(key), kind):
+        return check.ok("there")
+    cure = (
+        "rollout.context.admissible: false"
+        if key == "admissible_actions"
+        else ("env_args: {expert: true}, or an environment that has an expert")
+    )
+    return check.fault("missing, and this task needs it", cure)
+
+
+def _golds(subject: str, env: gymnasium.Env[Any, Any]) -> list[Finding]:
+    """Where info tells the gold answer: does it pass as an answer?"""
+    if "answer" not in env.reset(seed=0, options={"index": 0})[1]:
+        return []
+    check = Check(subject, "gold answers")
+    count = min(GOLDS, int(getattr(env.unwrapped, "num_episodes", GOLDS)))
+    wrong: list[tuple[int, str, str]] = []
+    for index in range(count):
+        gold = str(env.reset(options={"index": index})[1]["answer"])
+        info = env.step(f"\\boxed{{{gold}}}")[4]
+        if not info["success"]:
+            wrong.append((index, gold, str(info.get("reason", ""))))
+    if not wrong:
+        return [check.ok(f"the first {count} pass as their own answers")]
+    index, gold, reason = wrong[0]
+    text = (
+        f"{len(wrong)} of the first {count} do not pass as their own answers, the first at index"
+        f" {index}: {gold[:40]!r} ({reason})"
+    )
+    cure = "correct or drop those problems; answer_column and gold_format say where a file has them"
+    if 2 * len(wrong) > count:
+        return [check.fault(text, cure)]
+    return [check.note(text, cure)]
+
+
+GRADES = (
+    ("\\boxed{7}", "7", True),
+    ("so the answer is \\boxed{\\frac{1}{2}}", "0.5", True),
+    ("\\boxed{8}", "7", False),
+    ("seven, I should think, is it not so", "7", False),
+    ("\\boxed{7} is wrong, so \\boxed{9}", "7", False),
+)
+SYMBOLIC = (("\\boxed{x(x+1)}", "x^2+x", True), ("\\boxed{x^2}", "x^2+x", False))
+ENDLESS = "9^{9^{9}}"
+"""What no algebra ever finishes, and no thread can interrupt."""
+
+
+def check_grader(*, timeout: float = 5.0) -> list[Finding]:
+    """Answers whose grade is known, and one that never ends."""
+    return [
+        _graded("known answers", GRADES, timeout),
+        _graded("by algebra", SYMBOLIC, timeout),
+        _bounded(timeout=1.0),
+    ]
+
+
+def _graded(name: str, cases: Sequence[tuple[str, str, bool]], timeout: float) -> Finding:
+    check = Check("grader", name)
+    verdicts = [judge(said, gold, timeout=timeout) for said, gold, _ in cases]
+    if any(verdict.reason == "unavailable" for verdict in verdicts):
+        return check.note(
+            "math-verify is not installed: answers that only algebra can compare count as wrong",
+            "pip install 'tutelage[math]'",
+        )
+    for verdict, (said, gold, right) in zip(verdicts, cases, strict=True):
+        if verdict.correct is not right:
+            return check.fault(
+                f"{said!r} against {gold!r} is graded {verdict.correct} ({verdict.reason})",
+                "every reward of mathematics hangs on this: reinstall 'tutelage[math]' in the"
+                " versions of constraints.txt",
+            )
+    return check.ok(f"{len(cases)} of {len(cases)} as they should be")
+
+
+def _bounded(*, timeout: float) -> Finding:
+    """The process that does algebra must die at the deadline, whatever it is at."""
+    check = Check("grader", "deadline")
+    begun = time.monotonic()
+    correct, reason = symbolic(ENDLESS, "x+1", begun + timeout)
+    seconds = time.monotonic() - begun
+    if correct or seconds > timeout + 1:
+        return check.fault(
+            f"an answer that never ends took {seconds:.1f} s of {timeout:g} ({reason})",
+            "the grader's processes cannot be killed here: see envs/grading_pool.py",
+        )
+    return check.ok(f"algebra that never ends is killed in time ({reason})")
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(_plain(str(error)).split())}"[:300]
+
+
+def _plain(text: str) -> str:
+    """Without the colours that Gymnasium gives its warnings."""
+    return text.replace("\x1b[33m", "").replace("\x1b[0m", "").removeprefix("WARN: ")

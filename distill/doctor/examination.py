@@ -1,0 +1,254 @@
+"""The whole examination: loads the models one after the other, and each task's environment."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tutelage.distill.config import ConfigError, RunConfig, build_objective
+from tutelage.distill.doctor import models as numbers
+from tutelage.distill.doctor import tokenizers as texts
+from tutelage.distill.doctor.environments import check_environment, check_grader
+from tutelage.distill.doctor.findings import Check, Finding
+from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.models import (
+    load_model,
+    load_student,
+    load_tokenizer,
+    prepare_process,
+    student_tokenizer,
+)
+from tutelage.distill.teachers import TransformersTeacher
+from tutelage.scheduler.chat import Chat
+from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
+from tutelage.scheduler.rollouts import RolloutWorker
+
+EPISODES, TURNS, TOKENS = 2, 4, 64
+"""Of each task, what is played to have something to score."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What the student did in a task. `opening`: the ids of its first prompt."""
+
+    rows: tuple[Row, ...]
+    opening: tuple[int, ...]
+
+
+def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding]:
+    """Every finding on a checked config, as it is made. say: told what is looked at."""
+    prepare_process(config.student.threads)
+    say("environments")
+    yield from _environments(config)
+    say("tokenizers")
+    tokenizer, findings = _tokenizer("student", student_tokenizer(config.student))
+    yield from findings
+    if tokenizer is None:  # what else is missing?
+        for name, teacher in config.teachers.items():
+            yield from _tokenizer(f"teachers.{name}", teacher.model)[1]
+        return
+    yield from _texts(config, tokenizer)
+    say("student")
+    played: dict[str, Played] = {}
+    yield from _student(config, tokenizer, played)
+    for name in config.teachers:
+        say(f"teacher {name}")
+        yield from _teacher(config, name, tokenizer, played)
+
+
+def _environments(config: RunConfig) -> Iterator[Finding]:
+    for name in config.tasks:
+        subject, task = f"tasks.{name}", config.tasks[name]
+        training = config.task_rollout(name)
+        guided = task.guidance is not None and task.guidance.by == "expert"
+        labels = not build_objective(config.objective_of(name)).needs_teacher
+        yield from check_environment(
+            subject,
+            training.env,
+            training.env_args,
+            expert=labels or guided,
+            admissible=training.context.admissible,
+        )
+        evaluation = config.task_rollout(name, evaluation=True)
+        if evaluation.env_args != training.env_args:
+            yield from check_environment(
+                subject,
+                evaluation.env,
+                evaluation.env_args,
+                admissible=evaluation.context.admissible,
+                check="environment, eval_args",
+            )[:1]
+    if any(task.env.endswith("tutelage/Math-v0") for task in config.tasks.values()):
+        yield from check_grader()
+
+
+def _tokenizer(subject: str, reference: str) -> tuple[Any, list[Finding]]:
+    try:
+        return load_tokenizer(reference), []
+    except ConfigError as error:
+        return None, [_absent(subject, "tokenizer", error)]
+
+
+def _absent(subject: str, what: str, error: Exception) -> Finding:
+    return Check(subject, what).fault(
+        " ".join(str(error).split()), "name a folder that is there, or a hub id that can be reached"
+    )
+
+
+def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
+    systems = [config.rollout_of(name).context.system for name in config.tasks]
+    for system in dict.fromkeys(systems):
+        yield texts.check_template("student", tokenizer, system)
+    for name in config.tasks:
+        masked = config.objective_of(name).mask_tokens
+        yield texts.check_mask(f"tasks.{name}", tokenizer, masked)
+
+
+def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> Iterator[Finding]:
+    """Findings on the student; fills `played`."""
+    size = len(tokenizer)
+    try:
+        model = load_student(config.student, seed=config.seed)
+    except ConfigError as error:
+        yield _absent("student", "weights", error)
+        return
+    rows = model.get_output_embeddings().weight.shape[0]
+    yield texts.check_padding("student", rows, size)
+    ends = texts.check_end_of_turn("student", tokenizer, model.generation_config.eos_token_id)
+    yield ends
+    if rows < size or ends.level == "fault":
+        return
+    for name in config.tasks:
+        subject = f"tasks.{name}"
+        found = _play(config, name, model, tokenizer)
+        if isinstance(found, Finding):
+            yield found
+            continue
+        played[name] = found
+        yield numbers.check_engine(subject, model, found.rows, vocabulary=size)
+        objective = build_objective(config.objective_of(name))
+        yield numbers.check_self_distillation(
+            subject, model, found.rows, objective, vocabulary=size
+        )
+    del model
+    _free()
+
+
+def _play(config: RunConfig, name: str, model: Any, tokenizer: Any) -> Played | Finding:
+    """A few short episodes of a task, exactly as training plays them."""
+    how = config.task_rollout(name)
+    how = replace(
+        how,
+        max_turns=min(how.max_turns, TURNS),
+        max_new_tokens=min(how.max_new_tokens, TOKENS),
+        attempts=1,
+    )
+    check = Check(f"tasks.{name}", "rollout")
+    worker = RolloutWorker(
+        TransformersEngine(model, vocabulary=len(tokenizer)), tokenizer, {name: how}
+    )
+    try:
+        count = worker.num_episodes(name)
+        orders = [
+            Order(task=name, number=n, seed=n, index=n if count is None else n % count)
+            for n in range(EPISODES)
+        ]
+        outcomes = worker.collect(orders)
+    except (ValueError, RuntimeError, OSError) as error:
+        return check.fault(" ".join(str(error).split()), "correct env, env_args and rollout")
+    finally:
+        worker.close()
+    if lost := [outcome for outcome in outcomes if isinstance(outcome, Dropped)]:
+        return check.fault(
+            f"episode {lost[0].order.name}: its environment {lost[0].reason}: {lost[0].detail}",
+            "correct the environment; rollout.timeout is what it may take",
+        )
+    rows = tuple(
+        row for episode in outcomes if isinstance(episode, Episode) for row in episode.rows
+    )
+    if not rows:
+        return check.fault(
+            "the student had no room to say a word: the first prompt fills its context",
+            "a student with more max_position_embeddings, or a shorter prompt",
+        )
+    first = int(rows[0].chosen_T.argmax())
+    return Played(rows=rows, opening=tuple(rows[0].ids_T[:first].tolist()))
+
+
+def _teacher(
+    config: RunConfig, name: str, tokenizer: Any, played: dict[str, Played]
+) -> Iterator[Finding]:
+    subject, settings = f"teachers.{name}", config.teachers[name]
+    own, findings = _tokenizer(subject, settings.model)
+    yield from findings
+    if own is None:
+        return
+    comparisons = [
+        texts.check_vocabulary(subject, tokenizer, own),
+        texts.check_eos(subject, tokenizer, own),
+        texts.check_same_template(subject, tokenizer, own),
+    ]
+    yield from comparisons
+    try:
+        model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    except ConfigError as error:
+        yield _absent(subject, "weights", error)
+        return
+    rows = model.get_output_embeddings().weight.shape[0]
+    yield texts.check_padding(subject, rows, len(tokenizer))
+    if rows < len(tokenizer) or comparisons[0].level == "fault":
+        return  # its scores would be of other texts
+    teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=len(tokenizer))
+    tasks = {
+        task: played[task]
+        for task, section in config.tasks.items()
+        if section.teacher == name and task in played
+    }
+    opening = next((p.opening for p in tasks.values()), None)
+    prompt = opening or Chat(tokenizer).opening("What is two and two?")
+    yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
+    del model, teacher
+    _free()
+
+
+def examine_teacher(
+    subject: str,
+    teacher: Any,
+    model: Any,
+    prompt: Sequence[int],
+    tasks: dict[str, Played],
+    *,
+    size: int,
+) -> Iterator[Finding]:
+    """What a teacher's scores tell. teacher: has `score`; model: its weights; prompt: what it goes
+    on from; size: the tokenizer's."""
+    within = numbers.tolerance(model)
+    try:
+        probes = numbers.greedy_probes(model, prompt, vocabulary=size)
+        rows = [probe.row for probe in probes]
+        scores = teacher.score(rows, k=1)
+    except (ValueError, ArithmeticError) as error:  # NaN among the weights
+        yield Check(subject, "scores").fault(
+            " ".join(str(error).split()),
+            "its weights hold NaN or infinity: load them again, or another dtype",
+        )
+        return
+    yield numbers.check_support(subject, scores, size)
+    yield numbers.check_weights(subject, scores)
+    yield numbers.check_alignment(subject, teacher.score, probes, within=within)
+    yield numbers.check_determinism(subject, teacher.score, rows, within=within)
+    for task, found in tasks.items():
+        theirs = teacher.score(found.rows, k=1)
+        yield numbers.check_teacher_on_student(subject, task, theirs, found.rows)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
