@@ -156,6 +156,7 @@ class OptimizerConfig(_Section):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine: share of lr left at the end
     micro_tokens: Positive | None = None  # tokens, padding included, of one forward and backward;
     # none: 2,048 on the CPU, where what does not fit the cache costs twice, else 16,384
+    minibatch: Positive | None = None  # rows of one optimizer step (the paper: 64); none: all
     # a task's mean loss: over all its tokens (the papers' formula), or over rows of their means
     aggregate: Literal["token", "sequence"] = "token"
     # several tasks in one update: `task` gives each its own mean, so that short answers are not

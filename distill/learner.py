@@ -61,6 +61,9 @@ class Course:
     weight: float = 1.0
 
 
+_Drawn = tuple[Lesson, npt.NDArray[np.float32]]
+"""A lesson and a uniform draw for each of its row's tokens."""
+
 DENSE_VOCABULARY = 8192
 """Up to this many ids whole logits are faster than gathered ones, and small."""
 
@@ -99,48 +102,41 @@ class Learner:
         progress: float = 0.0,
         diagnose: bool = True,
     ) -> dict[str, dict[str, float]]:
-        """One optimizer step on the sum of the tasks' weighted mean losses, accumulated over
-        micro-batches. Returns each task's metrics.
+        """Descend on the sum of the tasks' weighted mean losses: in one optimizer step, or in one
+        for every `minibatch` rows, accumulated over micro-batches. Returns each task's metrics.
 
         courses: by task. progress: share of the run done. diagnose: also the costly diagnostics.
 
         Raises:
-            ValueError: the mask is empty.
-            FloatingPointError: the loss or the gradient is not finite; the weights stay.
+            ValueError: the mask of a task is empty.
+            FloatingPointError: the loss or the gradient is not finite; the weights stay as they
+            were before that optimizer step.
         """
         if not lessons:
             raise ValueError("there are no lessons to learn from: every episode was dropped")
-        by_task: dict[str, list[Lesson]] = defaultdict(list)
-        for lesson in lessons:
-            by_task[lesson.task].append(lesson)
-        sizes = {task: self._size(own) for task, own in by_task.items()}
-        total = sum(sizes.values())
+        _refuse_empty_masks(lessons)
         rng = np.random.default_rng(seed)
-        self.optimizer.zero_grad()
-        found: dict[str, dict[str, float]] = {}
-        for task, own in by_task.items():
-            share = 1.0 if self._config.normalize == "task" else sizes[task] / total
-            found[task] = self._accumulate(
-                own,
-                courses[task],
-                scale=share * courses[task].weight,
-                uniforms=[rng.random(len(lesson.row.ids_T), dtype=np.float32) for lesson in own],
-                progress=progress,
-                diagnose=diagnose,
-            )
-        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
-        for task, metrics in found.items():
-            if not math.isfinite(metrics["loss/mean"]) or not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"task {task!r}: loss {metrics['loss/mean']}, gradient norm {norm.item()} at"
-                    f" update {self.version}: the weights are as they were; lower optimizer.lr, or"
-                    " look at the step's episodes"
-                )
-        rate = self.learning_rate(self.version)
-        self.optimizer.step(rate)
+        drawn = [
+            (lesson, rng.random(len(lesson.row.ids_T), dtype=np.float32)) for lesson in lessons
+        ]
+        meters = {lesson.task: Meter() for lesson in lessons}
+        parts = -(-len(lessons) // (self._config.minibatch or len(lessons)))
+        norms = []
+        for part in range(parts):
+            some = [pair for pair in drawn[part::parts] if pair[0].mask_T.any()]
+            if some:
+                norms.append(self._descend(some, courses, meters, progress, diagnose))
+        shared = {
+            "optimizer/grad_norm": sum(norms) / len(norms),
+            "optimizer/lr": self.learning_rate(self.version),
+        }
         self.version += 1
-        shared = {"optimizer/grad_norm": norm.item(), "optimizer/lr": rate}
-        return {task: metrics | shared for task, metrics in found.items()}
+        return {
+            task: meter.means()
+            | {"tokens/trained": float(sum(x.mask_T.sum() for x in lessons if x.task == task))}
+            | shared
+            for task, meter in meters.items()
+        }
 
     def student(self, hidden_ND: torch.Tensor) -> Student:
         """The student at the positions of `hidden_ND`, for an objective."""
@@ -160,45 +156,80 @@ class Learner:
             found |= dict(zip(batch.members, ids_NK.split(counts), strict=True))
         return [found[i] for i in range(len(rows))]
 
-    def _size(self, lessons: Sequence[Lesson]) -> float:
-        """What a task's mean is over: its tokens that take loss, or its rows."""
-        tokens = int(sum(lesson.mask_T.sum() for lesson in lessons))
-        if not tokens:
-            raise ValueError(
-                f"task {lessons[0].task!r}: no token takes loss in {len(lessons)} rows:"
-                " objective.mask_tokens masks all that the student said, or every episode was"
-                " dropped"
+    def _descend(
+        self,
+        drawn: Sequence[_Drawn],
+        courses: Mapping[str, Course],
+        meters: Mapping[str, Meter],
+        progress: float,
+        diagnose: bool,
+    ) -> float:
+        """One optimizer step; the gradient's norm before clipping."""
+        by_task: dict[str, list[_Drawn]] = defaultdict(list)
+        for pair in drawn:
+            by_task[pair[0].task].append(pair)
+        sizes = {task: self._size([lesson for lesson, _ in own]) for task, own in by_task.items()}
+        total = sum(sizes.values())
+        self.optimizer.zero_grad()
+        for task, own in by_task.items():
+            course = courses[task]
+            share = 1.0 if self._config.normalize == "task" else sizes[task] / total
+            self._accumulate(
+                own,
+                course.objective,
+                meters[task],
+                size=sizes[task],
+                scale=share * course.weight,
+                progress=progress,
+                diagnose=diagnose,
             )
-        rows = sum(bool(lesson.mask_T.any()) for lesson in lessons)
-        return float(tokens if self._config.aggregate == "token" else rows)
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
+        for task in by_task:
+            loss = meters[task].means()["loss/mean"]
+            if not math.isfinite(loss) or not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"task {task!r}: loss {loss}, gradient norm {norm.item()} at update"
+                    f" {self.version}: the weights are as they were; lower optimizer.lr, or look at"
+                    " the step's episodes"
+                )
+        self.optimizer.step(self.learning_rate(self.version))
+        return float(norm)
+
+    def _size(self, lessons: Sequence[Lesson]) -> float:
+        """What a task's mean is over: its tokens that take loss, or its rows that have any."""
+        if self._config.aggregate == "token":
+            return float(sum(lesson.mask_T.sum() for lesson in lessons))
+        return float(sum(bool(lesson.mask_T.any()) for lesson in lessons))
 
     def _accumulate(
         self,
-        lessons: Sequence[Lesson],
-        course: Course,
+        drawn: Sequence[_Drawn],
+        objective: Objective,
+        meter: Meter,
         *,
+        size: float,
         scale: float,
-        uniforms: Sequence[npt.NDArray[np.float32]],
         progress: float,
         diagnose: bool,
-    ) -> dict[str, float]:
-        """Add the gradient of `scale` times one task's mean loss; return the task's metrics."""
-        device, meter = self.model.device, Meter()
-        size = self._size(lessons)
-        for batch in pack([x.row for x in lessons], max_tokens=self._micro_tokens, device=device):
-            members = [lessons[i] for i in batch.members]
-            masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x in members]
+    ) -> None:
+        """Add the gradient of `scale` times one task's mean loss, and its metrics."""
+        device, rows = self.model.device, [lesson.row for lesson, _ in drawn]
+        for batch in pack(rows, max_tokens=self._micro_tokens, device=device):
+            members = [drawn[i] for i in batch.members]
+            masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x, _ in members]
             weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
-            drawn = [uniforms[i][lessons[i].row.chosen_T] for i in batch.members]
+            uniforms = [uniforms_T[x.row.chosen_T] for x, uniforms_T in members]
             tokens = Tokens(
                 segments_N=batch.segments_N,
                 mask_N=weights_N > 0,
-                uniforms_N=torch.from_numpy(np.concatenate(drawn)).to(device),
+                uniforms_N=torch.from_numpy(np.concatenate(uniforms)).to(device),
                 progress=progress,
             )
-            scores = _joined(members).to(device) if course.objective.needs_teacher else None
+            scores = None
+            if objective.needs_teacher:
+                scores = _joined([x for x, _ in members]).to(device)
             student = self.student(batch.hidden(self.model))
-            loss_N, metrics = course.objective(
+            loss_N, metrics = objective(
                 student, scores, batch.targets_N, batch.behaviour_N, tokens=tokens
             )
             # Where the weight is 0 the loss must not count even if it is infinite: 0 * inf is NaN.
@@ -207,8 +238,6 @@ class Learner:
             with torch.no_grad():
                 meter.add({"loss/mean": loss_N.detach(), **metrics}, weights_N)
                 self._diagnose(meter, batch, student, scores, weights_N, costly=diagnose)
-        trained = sum(int(lesson.mask_T.sum()) for lesson in lessons)
-        return meter.means() | {"tokens/trained": float(trained)}
 
     def _weights(self, mask_N: torch.Tensor, size: float) -> torch.Tensor:
         """Each token's share of the mean: over the task's tokens, or over rows and their tokens."""
@@ -247,6 +276,16 @@ class Learner:
         progress = (step - config.warmup) / max(1, self._steps - config.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return config.lr * (config.floor + (1 - config.floor) * cosine)
+
+
+def _refuse_empty_masks(lessons: Sequence[Lesson]) -> None:
+    for task in dict.fromkeys(lesson.task for lesson in lessons):
+        own = [lesson for lesson in lessons if lesson.task == task]
+        if not any(lesson.mask_T.any() for lesson in own):
+            raise ValueError(
+                f"task {task!r}: no token takes loss in {len(own)} rows: objective.mask_tokens"
+                " masks all that the student said, or every episode was dropped"
+            )
 
 
 def _joined(lessons: Sequence[Lesson]) -> TeacherScores:

@@ -718,3 +718,24 @@ class TestTokens:
         assert found["trust/given"] == pytest.approx((1 + 9 + 1 + 3) / 26)
         cheap = _learner(make_model(seed=1)).update(lessons, courses, seed=0, diagnose=False)["t"]
         assert "gap/mean" in cheap and not {"gap/engine", "student/entropy"} & set(cheap)
+
+
+def test_a_minibatch_is_an_update_of_its_own_at_the_steps_learning_rate(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    """Every second row, then the others: as two updates in a row, but one step of the schedule."""
+    objective = build("local_support", k=8)
+    lessons = _lessons(rows, teacher)
+    split, whole = (_learner(make_model(seed=1), lr=1e-2, minibatch=size) for size in (2, 9))
+    by_hand, once = (_learner(make_model(seed=1), lr=1e-2) for _ in range(2))
+    metrics = _update(split, lessons, objective, seed=0)
+    found = [_update(by_hand, lessons[part::2], objective, seed=0) for part in (0, 1)]
+    for name, tensor in by_hand.model.state_dict().items():
+        assert torch.equal(split.model.state_dict()[name], tensor), name
+    assert metrics["loss/mean"] == pytest.approx(sum(f["loss/mean"] for f in found) / 2)
+    assert metrics["tokens/trained"] == sum(f["tokens/trained"] for f in found)
+    assert (split.version, by_hand.version) == (1, 2)
+    _update(whole, lessons, objective, seed=0)  # larger than the step: one update
+    _update(once, lessons, objective, seed=0)
+    for name, tensor in once.model.state_dict().items():
+        assert torch.equal(whole.model.state_dict()[name], tensor), name
