@@ -22,9 +22,16 @@ STATE = "trainer.pt"
 
 
 def save(
-    folder: Path, *, step: int, model: Any, tokenizer: Any, state: Mapping[str, Any], keep: int
+    folder: Path,
+    *,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write `folder/NNNNNN`; delete the oldest beyond `keep`.
+    """Write `folder/NNNNNN`; delete the oldest beyond `keep`, but not that of step `best`.
 
     Raises:
         OSError: the disk is full or not writable; the part that was written is gone again.
@@ -54,7 +61,8 @@ def save(
     os.replace(partial, final)
     _sync_folder(folder)
     for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        if best is None or int(old.name) != best:
+            shutil.rmtree(old)
     return final
 
 

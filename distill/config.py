@@ -176,7 +176,8 @@ class EvaluationConfig(_Section):
 
 class CheckpointConfig(_Section):
     every: Positive = 50
-    keep: Positive = 2
+    keep: Positive = 2  # the newest so many
+    best: bool = True  # and the one with the best evaluation: the mean of the tasks' scores
 
 
 class JournalConfig(_Section):
@@ -199,6 +200,7 @@ class RunConfig(_Section):
     """A whole run."""
 
     run: str
+    accept_changes: bool = False  # go on in a run folder that was made with another configuration
     seed: Annotated[int, Field(ge=0)] = 0
     steps: Positive
     student: StudentConfig

@@ -94,6 +94,7 @@ class Run:
             pools.close()
             raise
         self._games: dict[str, int | None] = {}
+        self._best: tuple[float, int] | None = None  # (score, after how many steps)
         self._stop = self.stopped = False
 
     def stop(self) -> None:
@@ -119,10 +120,13 @@ class Run:
             for step, tasks in self.timetable.walk():
                 metrics = self._step_or_save(step, tasks, journal)
                 done = step + 1
+                due = self._stop or done % config.checkpoint.every == 0 or done == config.steps
                 if config.evaluation.every and done % config.evaluation.every == 0:
-                    metrics |= _score_metrics(self.evaluate(config.evaluation.live_modes))
+                    scores = _score_metrics(self.evaluate(config.evaluation.live_modes))
+                    metrics |= scores
+                    due |= self._is_best(done, scores)
                 journal.write(step, "+".join(tasks), metrics)
-                if self._stop or done % config.checkpoint.every == 0 or done == config.steps:
+                if due:
                     self._save(done, journal)
                 if self._stop and done < config.steps:
                     self.stopped = True
@@ -240,6 +244,14 @@ class Run:
             self._games[name] = self.placement.num_episodes(name)
         return self._games[name]
 
+    def _is_best(self, done: int, scores: Mapping[str, float]) -> bool:
+        """Whether these scores' mean is the run's highest so far; then it is remembered."""
+        mean = sum(scores.values()) / len(scores)
+        if not self.config.checkpoint.best or (self._best and mean <= self._best[0]):
+            return False
+        self._best = mean, done
+        return True
+
     def _save(self, done: int, journal: Journal) -> None:
         checkpoints.save(
             self.folder / "checkpoints",
@@ -251,9 +263,11 @@ class Run:
                 "version": self.learner.version,
                 "position": journal.position,
                 "optimizer": self.learner.optimizer.state_dict(),
+                "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
             },
             keep=self.config.checkpoint.keep,
+            best=self._best[1] if self._best else None,
         )
 
     def _resume(self) -> tuple[int, int]:
@@ -266,6 +280,7 @@ class Run:
         checkpoints.load_weights(checkpoint, self.learner.model)
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.version = state["version"]
+        self._best = state["best"]
         self.timetable.restore([Step(**step) for step in state["history"]])
         return state["step"], state["position"]
 
@@ -497,18 +512,20 @@ def _write_config(folder: Path, config: RunConfig) -> None:
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
-FREE_TO_CHANGE = ("run", "cluster", "journal", "checkpoint", "evaluation")
+FREE_TO_CHANGE = ("run", "accept_changes", "cluster", "journal", "checkpoint", "evaluation")
 """Sections that may differ when a run goes on: they do not touch what is learned."""
 
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:
     path = folder / "config.yaml"
-    if not path.is_file() or checkpoints.newest(folder / "checkpoints") is None:
+    made = path.is_file() and checkpoints.newest(folder / "checkpoints") is not None
+    if not made or config.accept_changes:
         return
     old, new = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump(mode="json")
     for key in new:
         if key not in FREE_TO_CHANGE and old.get(key) != new[key]:
             raise ConfigError(
                 f"{path}: the run there was made with another {key!r} ({old.get(key)!r}, now"
-                f" {new[key]!r}): choose another run folder, or delete that one"
+                f" {new[key]!r}): choose another run folder, delete that one, or go on with"
+                " accept_changes=true"
             )

@@ -224,6 +224,33 @@ class TestResuming:
         _train(configure({"math": MATH}, steps=1, evaluation={"episodes": 3}))  # no harm
         with pytest.raises(ConfigError, match=r"another 'optimizer'.*choose another run folder"):
             _train(configure({"math": MATH}, steps=1, optimizer={"lr": 5e-3}))
+        more = {"steps": 2, "optimizer": {"lr": 5e-3}, "accept_changes": True}
+        folder = _train(configure({"math": MATH}, **more))
+        assert [line["optimizer/lr"] for line in _metrics(folder)] == [1e-3, 5e-3]
+
+    def test_the_best_checkpoint_is_kept_beside_the_newest(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also when the run was stopped between, and though no checkpoint was due at that step."""
+        values = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 10: 0.25}
+
+        def evaluate(run: Run, modes: Any) -> dict[str, Any]:
+            value = values[run.learner.version]
+            return {"math": {"metric": "pass@1", "greedy": {"value": value}}}
+
+        monkeypatch.setattr(Run, "evaluate", evaluate)
+        config = configure(
+            {"math": MATH},
+            steps=10,
+            evaluation={"every": 2},
+            checkpoint={"every": 3, "keep": 1},
+        )
+        with pytest.raises(KeyboardInterrupt):
+            _train(config, _StopAfter(6, kill=True))
+        kept = Path(config.run) / "checkpoints"
+        assert sorted(path.name for path in kept.iterdir()) == ["000004", "000006"]
+        _train(config)
+        assert sorted(path.name for path in kept.iterdir()) == ["000004", "000010"]
 
 
 class TestMixing:
