@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tutelage.distill.models import load_model
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.envs.grading import Verdict
+from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.episodes import Row
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -99,6 +101,58 @@ def test_hidden_states_read_one_too_late_are_named(
     monkeypatch.setattr(Row, "sources_T", lambda row: np.arange(len(row.ids_T)))
     found = models.check_alignment("teachers.t", teacher.score, probes, within=1e-3)
     _level(found, "fault", "shifted by one: the scores at a token are those of the token after it")
+
+
+def _swapped(score: models.Score, field: str) -> models.Score:
+    """One field wrong, the others right."""
+
+    def sick(rows: Sequence[Row], **wanted: Any) -> list[TeacherScores]:
+        scores = score(rows, **{**wanted, "k": 2})
+        if field == "ids":  # the second best id, with its own log-probability
+            return [
+                replace(f, ids_NK=f.ids_NK[:, 1:], logprobs_NK=f.logprobs_NK[:, 1:]) for f in scores
+            ]
+        return [replace(found, sampled_N=found.sampled_N.roll(-1)) for found in scores]
+
+    return sick
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [("ids", "not those of a plain forward"), ("sampled", "shifted by one")],
+)
+def test_each_part_of_the_scores_is_looked_at(
+    field: str, text: str, teacher: TransformersTeacher, probes: list[models.Probe]
+) -> None:
+    score = _swapped(teacher.score, field)
+    _level(models.check_alignment("t", score, probes, within=1e-3), "fault", text)
+
+
+def test_scores_must_be_those_of_generation(
+    teacher: TransformersTeacher, probes: list[models.Probe]
+) -> None:
+    other = [
+        replace(probe, row=replace(probe.row, logprobs_T=probe.row.logprobs_T - 0.5))
+        for probe in probes
+    ]
+    found = models.check_alignment("t", teacher.score, other, within=1e-3)
+    _level(found, "fault", "off by 0.5 nats in the mean")
+
+
+def test_a_confident_teacher_in_bfloat16_is_checked_as_well(tokenizer: Any) -> None:
+    """Where every log-probability is near 0, only the ids tell one token from the next."""
+    model = load_model("builtin:arithmetic", dtype="bfloat16", device="cpu")
+    size = len(tokenizer)
+    teacher = TransformersTeacher(model, vocabulary=size)
+    probes = models.greedy_probes(model, Chat(tokenizer).opening("12+34="), vocabulary=size)
+    recorded_T = probes[0].row.logprobs_T
+    assert np.isfinite(recorded_T).sum() == models.GREEDY_TOKENS  # an EOS does not end it
+    assert np.nanmean(recorded_T) > -0.3
+    within = models.tolerance(model)
+    found = models.check_alignment("t", teacher.score, probes, within=within)
+    _level(found, "ok", "scored alike")
+    found = models.check_alignment("t", _rolled(teacher.score, -1), probes, within=within)
+    _level(found, "fault", "shifted by one: the scores at a token are those of the token after")
 
 
 def test_scores_at_another_temperature_do_not_fit(model: Any, probes: list[models.Probe]) -> None:
@@ -326,6 +380,8 @@ class Echo(gymnasium.Env[str, str]):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._sickness == "raises" and action == "zzz":
             raise KeyError(action)
+        if self._sickness == "hangs":
+            time.sleep(30)
         seen = 7 if self._sickness == "speaks in numbers" else "done"
         return seen, 1.0, True, False, self._info()  # type: ignore[return-value]
 
@@ -349,6 +405,13 @@ gymnasium.register("EchoDoctor-v0", entry_point=Echo)
 def test_environments(sickness: str, check: str, level: str, text: str) -> None:
     found = environments.check_environment("tasks.x", "EchoDoctor-v0", {"sickness": sickness})
     _level({finding.check: finding for finding in found}[check], level, text)
+
+
+def test_an_environment_that_hangs_is_left_behind() -> None:
+    (found,) = environments.check_environment(
+        "tasks.x", "EchoDoctor-v0", {"sickness": "hangs"}, timeout=0.3
+    )
+    _level(found, "fault", "no answer within 0.3 s")
 
 
 def test_what_a_task_needs_of_info_is_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.envs.grading import judge
 from tutelage.envs.grading_pool import symbolic
+from tutelage.envs.pool import START_SECONDS
 
 GOLDS = 20
 """Gold answers that are graded against themselves."""
@@ -27,31 +29,38 @@ def check_environment(
     expert: bool = False,
     admissible: bool = False,
     check: str = "environment",
+    timeout: float = START_SECONDS,
 ) -> list[Finding]:
     """Gymnasium's own checker, and what a task needs beyond it. `expert`, `admissible`: info must
-    hold the expert's action, the admissible ones."""
+    hold the expert's action, the admissible ones. timeout: seconds for all of it."""
     opens = Check(subject, check)
-    try:
-        env = gymnasium.make(env_id, disable_env_checker=True, **env_args)
-    except Exception as error:  # somebody else's code
-        return [opens.fault(_line(error), "correct env and env_args; `tutelage envs` lists both")]
-    try:
-        return [
-            *_checked_by_gymnasium(opens, env),
-            *_keys(subject, env, expert=expert, admissible=admissible),
-            *_golds(subject, env),
-        ]
-    except Exception as error:  # somebody else's code
-        return [
-            opens.fault(
-                f"it raises {_line(error)}",
-                "an action that makes no sense is answered"
-                " with text, never an exception; correct the environment",
-            )
-        ]
-    finally:
-        with contextlib.suppress(Exception):
-            env.close()
+    found: list[Finding] = []
+
+    def examine() -> None:
+        try:
+            env = gymnasium.make(env_id, disable_env_checker=True, **env_args)
+        except Exception as error:  # somebody else's code
+            cure = "correct env and env_args; `tutelage envs` lists both"
+            found.append(opens.fault(_line(error), cure))
+            return
+        try:
+            found.extend(_checked_by_gymnasium(opens, env))
+            found.extend(_keys(subject, env, expert=expert, admissible=admissible))
+            found.extend(_golds(subject, env))
+        except Exception as error:  # somebody else's code
+            cure = "answer an action that makes no sense with text, never with an exception"
+            found.append(opens.fault(f"it raises {_line(error)}", cure))
+        finally:
+            with contextlib.suppress(Exception):
+                env.close()
+
+    thread = threading.Thread(target=examine, daemon=True)  # left behind if it hangs
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        cure = "find what it waits for; rollouts would kill it at rollout.timeout, again and again"
+        return [*found, opens.fault(f"it hangs: no answer within {timeout:g} s", cure)]
+    return found
 
 
 def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Finding]:

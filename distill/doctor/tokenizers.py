@@ -98,7 +98,7 @@ def check_template(subject: str, tokenizer: Any, system: str | None = None) -> F
     Rollouts append ids and never render again, so a template that rewrites what was said does no
     harm; one that drops it would have the model meet conversations that it never saw.
     """
-    check = Check(subject, "chat template")
+    check = Check(subject, "chat template" + ("" if system is None else ", system"))
     if not tokenizer.chat_template:
         return check.note(
             "none: texts are joined bare, with a newline between turns",
@@ -123,12 +123,12 @@ def check_template(subject: str, tokenizer: Any, system: str | None = None) -> F
         chat = Chat(tokenizer, system=system)
     except ValueError as error:
         return check.fault(" ".join(str(error).split()), "see the message")
-    if not _extends(plain):
-        return check.note("it rewrites earlier turns; here they stay as sampled, ids are appended")
+    changes = [] if _extends(plain) else ["rewrites earlier turns"]
     if any(f"thought of {text}" not in thinking[-1] for text in REPLIES):
+        changes.append("drops the reasoning (<think>) of earlier turns")
+    if changes:
         return check.note(
-            "it drops the reasoning (<think>) of earlier turns; here it stays in view, since ids"
-            " are appended"
+            f"it {' and '.join(changes)}; here they stay as sampled, since ids are appended"
         )
     if (at := _first_difference(tokenizer, chat, plain[-1])) is not None:
         return check.note(
