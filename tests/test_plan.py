@@ -180,14 +180,15 @@ def test_imitation_sends_no_scores() -> None:
 
 @pytest.mark.parametrize("name", ["local_support", "full_vocabulary"])
 def test_score_bytes_are_those_that_travel(name: str) -> None:
-    from tutelage.distill.transport import CompactScores
-
+    transport = pytest.importorskip("tutelage.distill.transport")
     objective = build(name)
     ids_N = torch.arange(5)
     scores = TeacherScores.from_logits(
         torch.randn(5, 100), ids_N, k=objective.k, keep_full=objective.needs_full
     )
-    assert CompactScores.pack(scores, teacher="").nbytes == 5 * (score_bytes(objective, 100) or 0)
+    assert transport.CompactScores.pack(scores, teacher="").nbytes == 5 * (
+        score_bytes(objective, 100) or 0
+    )
 
 
 def test_a_student_support_is_asked_for_and_answered() -> None:

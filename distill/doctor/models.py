@@ -28,7 +28,7 @@ from tutelage.distill.teachers import TransformersTeacher
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, NOT_CHOSEN, Row
 
-GREEDY_TOKENS = 24
+GREEDY_TOKENS, PROMPT_TOKENS = 24, 256  # the reference keeps whole logits: 0.2 GB at V = 150,000
 LOST = 0.9
 """Entropy over ln V from which a model says nothing: language models stay below a third."""
 STRANGE = -5.0
@@ -55,7 +55,7 @@ def greedy_probes(model: Any, prompt: Sequence[int], *, vocabulary: int) -> list
     """What the model itself goes on with after `prompt`, greedily: two rows of unequal length, the
     longer one with a second reply inside its prompt, so that padding and gaps are met too."""
     engine = TransformersEngine(model, vocabulary=vocabulary)
-    ids = list(prompt)[: engine.max_context - GREEDY_TOKENS]
+    ids = list(prompt)[: min(PROMPT_TOKENS, engine.max_context - GREEDY_TOKENS)]
     engine.submit(
         Request(
             session=0,
