@@ -181,6 +181,8 @@ class CheckpointConfig(_Section):
 
 
 class JournalConfig(_Section):
+    # seconds after which a step that does not end leaves its stack in RUN/stalled/learner.txt
+    stall: Annotated[float, Field(gt=0)] = 1800.0
     tensorboard: bool = True
     episodes_every: Positive = 1  # steps between episode files
     # a task's steps between diagnostics that need the student's distribution over all ids

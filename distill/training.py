@@ -49,6 +49,7 @@ from tutelage.scheduler.episodes import Dropped, Episode
 from tutelage.scheduler.policies import Step
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
 from tutelage.scheduler.timetable import TaskPlan, Timetable
+from tutelage.scheduler.watchdog import Watchdog
 
 EVALUATION = "evaluation:"
 """Prefix of a task's name when it is played for evaluation, with its eval_args."""
@@ -115,9 +116,11 @@ class Run:
         journal = Journal(
             self.folder, start=start, position=position, tensorboard=config.journal.tensorboard
         )
+        watchdog = Watchdog(self.folder / "stalled" / "learner.txt", config.journal.stall)
         try:
             self.watch.start(config, start)
             for step, tasks in self.timetable.walk():
+                watchdog.watch()
                 metrics = self._step_or_save(step, tasks, journal)
                 done = step + 1
                 due = self._stop or done % config.checkpoint.every == 0 or done == config.steps
@@ -135,6 +138,7 @@ class Run:
                 scores = self.evaluate(config.evaluation.modes)
                 checkpoints.write_json(self.folder / "eval.json", scores)
         finally:
+            watchdog.close()
             journal.close()
 
     def evaluate(self, modes: Sequence[str]) -> dict[str, Any]:

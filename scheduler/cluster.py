@@ -6,7 +6,6 @@ The same classes either way, chosen by one line of configuration. The only modul
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker
+from tutelage.scheduler.watchdog import Watchdog
 
 
 class Placement(Protocol):
@@ -260,11 +260,7 @@ class _Actor:
         import torch
 
         torch.set_num_threads(threads)
-        self._dump: tuple[Any, float] | None = None
-        if dump is not None:
-            path, seconds = Path(dump[0]), dump[1]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._dump = path.open("a", encoding="utf-8"), seconds
+        self._watchdog = None if dump is None else Watchdog(Path(dump[0]), dump[1])
         self._held = make()
 
     def ready(self) -> int:
@@ -272,9 +268,10 @@ class _Actor:
         return os.getpid()
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        if self._dump is not None:
-            faulthandler.dump_traceback_later(self._dump[1], file=self._dump[0])
+        if self._watchdog is None:
+            return getattr(self._held, method)(*args, **kwargs)
+        self._watchdog.watch()
         try:
             return getattr(self._held, method)(*args, **kwargs)
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            self._watchdog.rest()

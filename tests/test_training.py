@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,19 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
         run.train()
         assert run.placement.restarts == 2
     _assert_same_run(here, Path(there.run), 3)
+
+
+def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configure) -> None:
+    class Slow(Watcher):
+        def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+            if step == 1:
+                time.sleep(3)
+
+    stalled = {"journal": {"tensorboard": False, "stall": 2.0}}
+    folder = _train(configure({"math": MATH}, "slow", steps=2, **stalled), Slow())
+    stack = (folder / "stalled" / "learner.txt").read_text(encoding="utf-8")
+    assert "in _step" in stack and "test_training.py" in stack
+    assert not (_train(configure({"math": MATH}, "quick", steps=1)) / "stalled").exists()
 
 
 class TestLosses:

@@ -1,0 +1,36 @@
+"""The stack of a process that takes too long, in a file for whoever looks for the reason."""
+
+from __future__ import annotations
+
+import faulthandler
+from pathlib import Path
+
+
+class Watchdog:
+    """Writes every thread's stack to `path` when `seconds` pass between two calls of `rest`,
+    `watch` and `close`. It stops nothing. A file that stayed empty is gone after `close`.
+
+    One at a time in a process: Python keeps one such timer.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._seconds = path, seconds
+        self._file = path.open("a", encoding="utf-8")
+
+    def watch(self) -> None:
+        """Time runs from here."""
+        faulthandler.dump_traceback_later(self._seconds, file=self._file)
+
+    def rest(self) -> None:
+        """Time stands still until `watch`."""
+        faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """Watch no more."""
+        self.rest()
+        self._file.close()
+        if not self._path.stat().st_size:
+            self._path.unlink()
+            if not any(self._path.parent.iterdir()):
+                self._path.parent.rmdir()
