@@ -190,12 +190,30 @@ class JournalConfig(_Section):
 
 
 class ClusterConfig(_Section):
+    """address: `local` starts Ray here; `auto` or `ray://...` joins a running cluster, whose nodes
+    see the run folder and the models under the same paths, or by hub id."""
+
     address: str = "local"
     workers: Positive = 1
     threads: Positive = 1  # of torch in each actor
+    # what Ray keeps for each of them, such as {GPU: 1} or a name that nodes were started with
+    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    teacher_resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    # of one placement group for all of these; none: each goes where there is room
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
+    wheel: str | None = None  # of this package, for nodes that do not have it
     # seconds that an actor may take for one step's rollouts or one scoring; then it is replaced
     timeout: Annotated[float, Field(gt=0)] = 1800.0
     attempts: Positive = 3  # of a piece of work, each on a fresh actor
+
+    @model_validator(mode="after")
+    def _bundles(self) -> ClusterConfig:
+        if self.strategy and not (self.worker_resources and self.teacher_resources):
+            raise ValueError(
+                f"cluster.strategy: {self.strategy} places resources: give worker_resources and"
+                " teacher_resources, such as {CPU: 1}"
+            )
+        return self
 
 
 class RunConfig(_Section):

@@ -87,6 +87,12 @@ class RayCluster:
         make_worker: called in the actor, returns its RolloutWorker. make_teachers: by name, called
             in the actor.
         weights: the student's current weights by name, as arrays.
+        worker_resources, teacher_resources: what Ray keeps for each of them: CPU, GPU, or a name
+            that nodes were started with.
+        strategy: of the placement group that holds all of these: PACK, SPREAD, STRICT_PACK or
+            STRICT_SPREAD; None: no group, each goes where there is room.
+        wheel: this package, for nodes that do not have it (Ray's py_modules); what it needs must be
+            installed there.
         timeout: seconds that one step's rollouts or one scoring may take.
         attempts: of a piece of work, each on a fresh actor; then the run stops.
         stalled: a folder for the stacks of actors that overran, or None.
@@ -101,6 +107,10 @@ class RayCluster:
         make_worker: Callable[[], RolloutWorker],
         make_teachers: Mapping[str, Callable[[], Any]],
         weights: Callable[[], Mapping[str, Any]],
+        worker_resources: Mapping[str, float] | None = None,
+        teacher_resources: Mapping[str, float] | None = None,
+        strategy: str | None = None,
+        wheel: str | None = None,
         timeout: float = 3600.0,
         attempts: int = 3,
         stalled: Path | None = None,
@@ -110,27 +120,34 @@ class RayCluster:
         self._ray, self._weights, self._timeout = ray, weights, timeout
         self._attempts, self._stalled = attempts, stalled
         self._loaded: tuple[Any, int] | None = None  # (the weights in Ray's store, their version)
+        self._group: Any = None
         self.restarts = 0
         self._owned = not ray.is_initialized()
         if self._owned:
             ray.init(
-                address=None if address == "local" else address,
+                address=address,
                 include_dashboard=False,
                 log_to_driver=True,
                 configure_logging=False,
+                runtime_env={"py_modules": [wheel]} if wheel else None,
             )
-        actor = ray.remote(num_cpus=0)(
-            _Actor
-        )  # threads are limited by hand: Ray's CPU counts are no limit
+        needs = [dict(worker_resources or {})] * workers
+        needs += [dict(teacher_resources or {})] * len(make_teachers)
+        places = self._places(needs, strategy)
+        makers = {f"worker-{i}": make_worker for i in range(workers)}
+        makers |= {f"teacher-{name}": make for name, make in make_teachers.items()}
 
-        def member(name: str, make: Callable[[], Any]) -> _Member:
+        def member(name: str, make: Callable[[], Any], options: dict[str, Any]) -> _Member:
+            actor = ray.remote(_Actor).options(**options)
             dump = None if stalled is None else (str(stalled / f"{name}.txt"), 0.9 * timeout)
             return _Member(name, lambda: actor.remote(make, threads, dump))
 
-        self._workers = [member(f"worker-{i}", make_worker) for i in range(workers)]
-        self._teachers = {
-            name: member(f"teacher-{name}", make) for name, make in make_teachers.items()
-        }
+        members = [
+            member(name, make, options)
+            for (name, make), options in zip(makers.items(), places, strict=True)
+        ]
+        self._workers = members[:workers]
+        self._teachers = dict(zip(make_teachers, members[workers:], strict=True))
         everyone = (*self._workers, *self._teachers.values())
         for reference in [one.actor.ready.remote() for one in everyone]:
             self._get(reference, START_SECONDS)
@@ -168,6 +185,8 @@ class RayCluster:
                 self._get(worker.actor.call.remote("close"), 10.0)
         for one in (*self._workers, *self._teachers.values()):
             self._ray.kill(one.actor)
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
         if self._owned:
             self._ray.shutdown()
         if self._stalled is not None and self._stalled.is_dir():
@@ -176,6 +195,43 @@ class RayCluster:
                     path.unlink()
             if not any(self._stalled.iterdir()):
                 self._stalled.rmdir()
+
+    def _places(
+        self, needs: Sequence[Mapping[str, float]], strategy: str | None
+    ) -> list[dict[str, Any]]:
+        """Ray's options for an actor of each of these needs.
+
+        Raises:
+            ValueError: a resource that no node of the cluster has so much of.
+        """
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for need in needs:
+            if not any(all(node.get(k, 0) >= v for k, v in need.items()) for node in nodes):
+                have = [{k: v for k, v in node.items() if ":" not in k} for node in nodes]
+                raise ValueError(
+                    f"cluster: no node has {dict(need)}: the nodes have {have}; start Ray there"
+                    " with --resources, or ask for less"
+                )
+        # threads are limited by hand: Ray's CPU counts are no limit
+        options: list[dict[str, Any]] = [
+            {
+                "num_cpus": need.get("CPU", 0),
+                "num_gpus": need.get("GPU", 0),
+                "resources": {k: v for k, v in need.items() if k not in ("CPU", "GPU")},
+            }
+            for need in needs
+        ]
+        if strategy is not None:
+            from ray.util.placement_group import placement_group
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            self._group = placement_group([dict(need) for need in needs], strategy=strategy)
+            self._get(self._group.ready(), START_SECONDS)
+            for i, option in enumerate(options):
+                option["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=i
+                )
+        return options
 
     def _run(self, jobs: Sequence[_Job]) -> list[Any]:
         """Every job's result, in order; those that lost their actor again on a fresh one.
@@ -266,6 +322,12 @@ class _Actor:
     def ready(self) -> int:
         """The process, once its model is loaded."""
         return os.getpid()
+
+    def node(self) -> str:
+        """Where it runs, as Ray names it."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         if self._watchdog is None:

@@ -1,7 +1,9 @@
-"""Ray actors that die, hang or raise: their work is done again, or the run is told why not."""
+"""Ray actors that die, hang or raise, on one node and on several: their work is done again, or the
+run is told why not."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,19 @@ def _fragile(plan: Path) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
+def _nodes() -> Iterator[dict[str, Any]]:
+    """A Ray cluster of three raylets on this machine: here, and two with a resource `far`."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    yield
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    nodes = {
+        name: cluster.add_node(num_cpus=1, resources={"far": 1, name: 1}) for name in ("one", "two")
+    }
+    ray.init(address=cluster.address, configure_logging=False, log_to_driver=False)
+    yield nodes | {"cluster": cluster}
     ray.shutdown()
+    cluster.shutdown()
 
 
 Make = Callable[..., RayCluster]
@@ -148,6 +157,17 @@ def test_an_error_of_the_actors_own_code_rises_as_itself_and_is_not_tried_again(
     assert cluster.restarts == 0
 
 
+def test_a_placement_group_spreads_its_actors(make: Make) -> None:
+    import ray
+
+    cluster = make(
+        worker_resources={"CPU": 1}, teacher_resources={"CPU": 1}, strategy="STRICT_SPREAD"
+    )
+    everyone = (*cluster._workers, *cluster._teachers.values())
+    assert len({ray.get(one.actor.node.remote()) for one in everyone}) == 3
+    assert [o.order for o in cluster.collect(ORDERS)] == ORDERS
+
+
 def test_weights_of_one_version_travel_once(make: Make) -> None:
     sent = 0
 
@@ -162,3 +182,38 @@ def test_weights_of_one_version_travel_once(make: Make) -> None:
         cluster.sync(version)
     (outcome,) = cluster.collect(ORDERS[:1])
     assert isinstance(outcome, Dropped) and outcome.detail == "({'w': 2.0}, 2)"
+
+
+def test_a_resource_that_no_node_has_is_named(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"no node has {'GPU': 1}: the nodes have .*'far': 1"):
+        make(teacher_resources={"GPU": 1})
+
+
+def test_actors_go_where_their_resources_are_also_after_the_loss_of_a_node(
+    make: Make, _nodes: dict[str, Any]
+) -> None:
+    """Last in this file: a node is lost for good."""
+    import ray
+
+    def place(cluster: RayCluster) -> str:
+        """The node of the one worker."""
+        node: str = ray.get(cluster._workers[0].actor.node.remote())
+        return node
+
+    cluster = make(workers=1, worker_resources={"far": 1}, teacher_resources={"CPU": 1})
+    cluster.sync(7)
+    by_id = {
+        node["NodeID"]: name
+        for node in ray.nodes()
+        for name in ("one", "two")
+        if name in node["Resources"]
+    }
+    first = by_id[place(cluster)]
+    _nodes["cluster"].remove_node(_nodes[first], allow_graceful=False)
+    deadline = time.monotonic() + 30
+    while not cluster.restarts and time.monotonic() < deadline:  # a node's actors die after it
+        outcomes = cluster.collect(ORDERS)
+    assert [outcome.order for outcome in outcomes] == ORDERS
+    assert {o.detail for o in outcomes if isinstance(o, Dropped)} == {"({'w': 1.5}, 7)"}
+    assert {first, by_id[place(cluster)]} == {"one", "two"}
+    assert cluster.restarts == 1
