@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Watchdog:
         """Watch no more."""
         self.rest()
         self._file.close()
-        if not self._path.stat().st_size:
-            self._path.unlink()
-            if not any(self._path.parent.iterdir()):
-                self._path.parent.rmdir()
+        with contextlib.suppress(OSError):  # somebody else's hands were in the folder
+            if not self._path.stat().st_size:
+                self._path.unlink()
+                self._path.parent.rmdir()  # where it is empty
