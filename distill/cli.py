@@ -1,6 +1,7 @@
 """The command line.
 
-Exit codes: 0 done; 2 the user's mistake, in one line; 143 saved after SIGTERM; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake, in one line; 143 saved after SIGTERM; 130 Ctrl-C; 1
+anything else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         sys.exit(options.command(options))
+    except KeyboardInterrupt:
+        print(
+            "tutelage: stopped; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        sys.exit(130)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("TUTELAGE_TRACEBACK"):
             raise

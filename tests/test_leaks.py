@@ -1,0 +1,89 @@
+"""Whatever ends a run, nothing of it stays on the machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 60.0  # seconds
+
+
+def _alive(mark: str) -> list[str]:
+    """Command lines of the processes that inherited the mark."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if mark.encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue  # it ended, or is the kernel's
+    return found
+
+
+def _wait(until: Callable[[], Any]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if until():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.mark.parametrize("cluster", [None, {"address": "local", "workers": 1}], ids=["here", "ray"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_no_process_and_no_shared_memory_outlives_a_run(
+    tmp_path: Path, tokenizer: Any, save_model: Callable[..., str], how: int, cluster: Any
+) -> None:
+    config = {
+        "run": str(tmp_path / "run"),
+        "steps": 100_000,
+        "student": {"model": save_model(tmp_path / "student", tokenizer, seed=0), "threads": 1},
+        "teachers": {"t": {"model": save_model(tmp_path / "teacher", tokenizer, seed=1)}},
+        "tasks": {
+            "math": {
+                "env": "tutelage/Math-v0",
+                "teacher": "t",
+                "episodes": 2,
+                "rollout": {"max_turns": 1, "max_new_tokens": 4},
+            }
+        },
+        "objective": {"k": 8},
+        "cluster": cluster,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    mark, memory = uuid.uuid4().hex, {*os.listdir("/dev/shm")}
+    command = [sys.executable, "-m", "tutelage.distill.cli", "train", str(path)]
+    environment = os.environ | {"TUTELAGE_MARK": mark, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        assert _wait(lambda: metrics.exists() and metrics.stat().st_size), (
+            tmp_path / "log"
+        ).read_text()
+        assert len(_alive(mark)) > 1  # the run and its environments: the mark does find them
+        run.send_signal(how)
+        run.wait(PATIENCE)
+        assert run.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}.get(how, 130)
+        assert _wait(lambda: not _alive(mark)), _alive(mark)
+        assert {*os.listdir("/dev/shm")} <= memory
+        saved = (tmp_path / "run" / "checkpoints").is_dir()
+        assert saved == (how == signal.SIGTERM)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL) if _alive(mark) else None
