@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from tutelage.distill import checkpoints
@@ -42,6 +43,7 @@ from tutelage.distill.models import (
 )
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.teachers import TransformersTeacher
+from tutelage.distill.transport import CompactScores, CompactTeacher
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
@@ -178,13 +180,15 @@ class Run:
         clock, timetable = _Clock(), self.timetable
         outcomes: dict[str, list[Episode | Dropped]] = {}
         lessons: list[Lesson] = []
+        ledger: dict[str, dict[str, float]] = {}
         self.placement.sync(self.learner.version)
         clock.lap("sync")
         for task in tasks:
             orders = timetable.orders(task, self._num_games(task))
             outcomes[task] = self.placement.collect(orders)
             clock.lap("rollout")
-            lessons += self._lessons(task, outcomes[task])
+            own, ledger[task] = self._lessons(task, outcomes[task])
+            lessons += own
             clock.lap("score")
         turn = timetable.turn(tasks[0])
         update = self.learner.update(
@@ -200,6 +204,8 @@ class Run:
             journal.write_episodes(step, everything, lessons)
         clock.lap("journal")
         found = {task: _outcome_metrics(outcomes[task]) | update[task] for task in tasks}
+        for task in tasks:
+            found[task] |= ledger[task]
         timetable.record(
             Step(
                 active=timetable.active(),
@@ -217,7 +223,11 @@ class Run:
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
         return named | timings
 
-    def _lessons(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[Lesson]:
+    def _lessons(
+        self, task: str, outcomes: Sequence[Episode | Dropped]
+    ) -> tuple[list[Lesson], dict[str, float]]:
+        """The task's episodes with what its teacher says of them, and the ledger of who taught how
+        much: the sum of `teacher/NAME/tokens` over a run is what it trained."""
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
         lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
         most = self.config.rollout_of(task).lost
@@ -230,18 +240,30 @@ class Run:
         rows = [row for episode in episodes for row in episode.rows]
         objective, teacher = self._courses[task].objective, self.config.tasks[task].teacher
         scores: list[TeacherScores | None] = [None] * len(rows)
+        sent: list[CompactScores] = []
         if objective.needs_teacher:
             assert teacher is not None
             k = max(objective.k, objective.student_k)
             wanted: dict[str, Any] = {"k": k, "full": objective.needs_full}
             if objective.student_k:
                 wanted["asked"] = self.learner.own_support(rows, objective.student_k)
-            scores = list(self.placement.score(teacher, rows, **wanted))
+            sent = self.placement.score(teacher, rows, **wanted)
+            if objective.student_k:
+                asked = [ids_NK.numpy().astype(np.int32) for ids_NK in wanted["asked"]]
+                sent = [one.answering(ids) for one, ids in zip(sent, asked, strict=True)]
+            scores = [one.unpack() for one in sent]
         special = self._special[task]
-        return [
+        lessons = [
             Lesson(task=task, row=row, scores=score, mask_T=loss_mask(row, special))
             for row, score in zip(rows, scores, strict=True)
         ]
+        if not sent:
+            return lessons, {}
+        return lessons, {
+            f"teacher/{teacher}/tokens": float(sum(x.mask_T.sum() for x in lessons)),
+            f"teacher/{teacher}/positions": float(sum(len(one) for one in sent)),
+            f"teacher/{teacher}/bytes": float(sum(one.nbytes for one in sent)),
+        }
 
     def _num_games(self, name: str) -> int | None:
         if name not in self._games:
@@ -449,7 +471,8 @@ def _placement(
     if config.cluster is None:
         engine = TransformersEngine(learner.model, vocabulary=vocabulary)
         teachers = {
-            name: _make_teacher(teacher, vocabulary) for name, teacher in config.teachers.items()
+            name: _make_teacher(name, teacher, vocabulary)
+            for name, teacher in config.teachers.items()
         }
         guides = _guides(config, teachers, vocabulary)
         worker = RolloutWorker(engine, tokenizer, _rollouts(config), pools, guides)
@@ -467,7 +490,7 @@ def _placement(
         stalled=(Path(config.run) / "stalled").absolute(),
         make_worker=partial(_make_worker, config, vocabulary),
         make_teachers={
-            name: partial(_make_teacher, teacher, vocabulary)
+            name: partial(_make_teacher, name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
         },
         weights=lambda: {
@@ -483,7 +506,8 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
     tokenizer = load_tokenizer(student_tokenizer(config.student))
     engine = TransformersEngine(model, vocabulary=vocabulary)
     teachers = {
-        name: _make_teacher(config.teachers[name], vocabulary) for name in _guiding(config).values()
+        name: _make_teacher(name, config.teachers[name], vocabulary)
+        for name in _guiding(config).values()
     }
     guides = _guides(config, teachers, vocabulary)
     return RolloutWorker(engine, tokenizer, _rollouts(config), guides=guides)
@@ -499,7 +523,7 @@ def _guiding(config: RunConfig) -> dict[str, str]:
 
 
 def _guides(
-    config: RunConfig, teachers: Mapping[str, TransformersTeacher], vocabulary: int
+    config: RunConfig, teachers: Mapping[str, CompactTeacher], vocabulary: int
 ) -> dict[str, Engine]:
     """An engine over the teacher's own weights for each task that it guides."""
     return {
@@ -509,9 +533,10 @@ def _guides(
     }
 
 
-def _make_teacher(config: TeacherConfig, vocabulary: int) -> TransformersTeacher:
+def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> CompactTeacher:
     model = load_model(config.model, dtype=config.dtype, device=config.device)
-    return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
+    teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
+    return CompactTeacher(teacher, name=name)
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:

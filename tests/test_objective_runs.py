@@ -66,12 +66,13 @@ def _run(
 def test_a_student_has_nothing_to_learn_from_itself_and_something_from_another(
     objective: dict[str, Any], tmp_path: Path, models: dict[str, str]
 ) -> None:
-    """From rollout to update: an answer at another row's ids, or at another token's, shows here."""
+    """From rollout to update: an answer at another row's ids, or at another token's, shows here.
+    What is left is the rounding of a teacher's log-probabilities to float16."""
     (own,) = _run(tmp_path / "own", models, "student", objective)
     (other,) = _run(tmp_path / "other", models, "other", objective)
     assert own["tokens/trained"] > 20
     assert own["loss/mean"] == pytest.approx(0, abs=1e-5)
-    assert own["optimizer/grad_norm"] < 1e-4
+    assert own["optimizer/grad_norm"] < min(2e-3, other["optimizer/grad_norm"] / 20)
     assert abs(other["loss/mean"]) > 0.1 and other["optimizer/grad_norm"] > 0.01
     if objective["name"] == "trust_region":
         assert own["trust/share"] == 1 and 0 < other["trust/share"] < 1

@@ -363,6 +363,23 @@ def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configur
     assert not (_train(configure({"math": MATH}, "quick", steps=1)) / "stalled").exists()
 
 
+def test_the_ledger_tells_who_taught_every_trained_token(configure: Configure) -> None:
+    """8 ids at 6 bytes, and 6 more a token; masked tokens are scored and not taught."""
+    masked = MATH | {"objective": {"name": "local_support", "k": 8, "mask_tokens": ["<|end|>"]}}
+    config = configure({"household": HOUSEHOLD, "math": masked}, steps=4)
+    lines = _metrics(_train(config))
+    for teacher, task in (("one", "household"), ("two", "math")):
+        own = [line for line in lines if line["task"] == task]
+        other = [line for line in lines if line["task"] != task]
+        assert all(line[f"teacher/{teacher}/tokens"] == line["tokens/trained"] for line in own)
+        assert all(line[f"teacher/{teacher}/positions"] == line["tokens/chosen"] for line in own)
+        for line in own:
+            assert line[f"teacher/{teacher}/bytes"] == 54 * line[f"teacher/{teacher}/positions"]
+        assert not any(f"teacher/{teacher}/tokens" in line for line in other)
+    taught = sum(v for line in lines for k, v in line.items() if k.endswith("/tokens"))
+    assert taught == sum(line["tokens/trained"] for line in lines)
+
+
 class TestLosses:
     def test_a_step_that_loses_too_many_episodes_stops_the_run_saved(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
@@ -398,14 +415,15 @@ class TestSelfDistillation:
         self, configure: Configure, models: dict[str, str], task: dict[str, Any]
     ) -> None:
         """Engine, scoring and learner are three ways through the network; a shift by one token or
-        a wrong position in any of them shows here."""
+        a wrong position in any of them shows here. What is left is the rounding of the teacher's
+        top K to float16."""
         config = configure(
             {"t": task | {"teacher": "student"}}, steps=1, rollout={"processes": 0, "top_p": 1.0}
         )
         (line,) = _metrics(_train(config))
         assert line["tokens/trained"] > 20
         assert line["loss/mean"] == pytest.approx(0, abs=1e-6)
-        assert line["optimizer/grad_norm"] < 1e-5
+        assert line["optimizer/grad_norm"] < 2e-3
         assert line["gap/mean"] == pytest.approx(0, abs=1e-5)
         assert line["gap/engine"] < 1e-5
         assert line["student/entropy"] > 0.5  # not a student without choices
