@@ -1,4 +1,4 @@
-"""The training loop, and what it is put together from.
+"""The training loop.
 
 for step, tasks in timetable:                      # a function of (seed, step, history)
     placement.sync(learner)                        # rollouts use this version of the student
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import resource
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -27,14 +25,20 @@ import numpy as np
 import yaml
 
 from tutelage.distill import checkpoints
-from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, build_objective
-from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.assembly import (
+    EVALUATION,
+    check_supports,
+    make_placement,
+    make_timetable,
+    task_rollouts,
+)
+from tutelage.distill.config import ConfigError, RunConfig, build_objective
 from tutelage.distill.journal import Journal
 from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.masks import loss_mask, special_ids
+from tutelage.distill.measures import Clock, outcome_metrics, score_metrics, teacher_gap
 from tutelage.distill.models import (
     check_vocabularies,
-    load_model,
     load_student,
     load_tokenizer,
     prepare_process,
@@ -42,19 +46,12 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.teachers import TransformersTeacher
-from tutelage.distill.transport import CompactScores, CompactTeacher
+from tutelage.distill.transport import CompactScores
 from tutelage.evaluation.evaluate import evaluate, law_of
-from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
-from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode
 from tutelage.scheduler.policies import Step
-from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
-from tutelage.scheduler.timetable import TaskPlan, Timetable
+from tutelage.scheduler.rollouts import EnvironmentPools
 from tutelage.scheduler.watchdog import Watchdog
-
-EVALUATION = "evaluation:"
-"""Prefix of a task's name when it is played for evaluation, with its eval_args."""
 
 
 class Run:
@@ -75,13 +72,13 @@ class Run:
             name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
             for name, task in config.tasks.items()
         }
-        _check_supports(self._courses, self.vocabulary)
+        check_supports(self._courses, self.vocabulary)
         self._special = {
             name: special_ids(self.tokenizer, config.objective_of(name).mask_tokens)
             for name in config.tasks
         }
-        self.timetable = _timetable(config, self._courses)
-        rollouts = _rollouts(config)
+        self.timetable = make_timetable(config, self._courses)
+        rollouts = task_rollouts(config)
         pools = EnvironmentPools(rollouts)
         try:
             if config.cluster is None:
@@ -90,7 +87,7 @@ class Run:
             self.learner = Learner(
                 model, vocabulary=self.vocabulary, config=config.optimizer, steps=config.steps
             )
-            self.placement = _placement(
+            self.placement = make_placement(
                 config, self.learner, self.tokenizer, self.vocabulary, pools
             )
         except BaseException:
@@ -127,7 +124,7 @@ class Run:
                 done = step + 1
                 due = self._stop or done % config.checkpoint.every == 0 or done == config.steps
                 if config.evaluation.every and done % config.evaluation.every == 0:
-                    scores = _score_metrics(self.evaluate(config.evaluation.live_modes))
+                    scores = score_metrics(self.evaluate(config.evaluation.live_modes))
                     metrics |= scores
                     due |= self._is_best(done, scores)
                 journal.write(step, "+".join(tasks), metrics)
@@ -177,7 +174,7 @@ class Run:
 
     def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
         """One update on one or several tasks; its line of metrics."""
-        clock, timetable = _Clock(), self.timetable
+        clock, timetable = Clock(), self.timetable
         outcomes: dict[str, list[Episode | Dropped]] = {}
         lessons: list[Lesson] = []
         ledger: dict[str, dict[str, float]] = {}
@@ -203,7 +200,7 @@ class Run:
         if step % self.config.journal.episodes_every == 0:
             journal.write_episodes(step, everything, lessons)
         clock.lap("journal")
-        found = {task: _outcome_metrics(outcomes[task]) | update[task] for task in tasks}
+        found = {task: outcome_metrics(outcomes[task]) | update[task] for task in tasks}
         for task in tasks:
             found[task] |= ledger[task]
         timetable.record(
@@ -211,7 +208,7 @@ class Run:
                 active=timetable.active(),
                 trained=tuple(tasks),
                 tokens={task: found[task]["tokens/trained"] for task in tasks},
-                gaps={task: _gap(found[task]) for task in tasks},
+                gaps={task: teacher_gap(found[task]) for task in tasks},
             )
         )
         for task in tasks:
@@ -357,186 +354,6 @@ class Watcher:
 
     def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
         """A task has been evaluated."""
-
-
-class _Clock:
-    """Seconds of each part of a step."""
-
-    def __init__(self) -> None:
-        self._last = self._begun = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def metrics(
-        self, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
-    ) -> dict[str, float]:
-        tokens = sum(len(lesson.row.ids_T) for lesson in lessons)
-        chosen = sum(o.num_chosen for o in outcomes if isinstance(o, Episode))
-        return {
-            **{f"time/{name}": round(seconds, 4) for name, seconds in self._laps.items()},
-            "time/step": round(time.perf_counter() - self._begun, 4),
-            "perf/rollout_tokens_per_s": round(chosen / max(self._laps["rollout"], 1e-9), 1),
-            "perf/score_tokens_per_s": round(tokens / max(self._laps["score"], 1e-9), 1),
-            "perf/update_tokens_per_s": round(tokens / max(self._laps["update"], 1e-9), 1),
-            "memory/peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        }
-
-
-def _outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
-    episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
-    count = len(episodes)
-    replies = [turn for episode in episodes for turn in episode.turns]
-    alone = [episode for episode in episodes if not episode.order.guide] or episodes
-    return {
-        "reward/success": sum(episode.success for episode in alone) / len(alone),
-        "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
-        "episodes/played": count,
-        "episodes/dropped": len(outcomes) - count,
-        # under perf/, since faults of the machine are no part of what is learned
-        "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
-        "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
-        "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
-        "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
-        "tokens/chosen": sum(episode.num_chosen for episode in episodes),
-        "tokens/seen": sum(len(row.ids_T) for episode in episodes for row in episode.rows),
-    }
-
-
-def _score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """`eval/TASK/MODE` for a step's line of metrics."""
-    return {
-        f"eval/{task}/{mode}": found["value"]
-        for task, modes in scores.items()
-        for mode, found in modes.items()
-        if mode != "metric"
-    }
-
-
-def _timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetable:
-    """The run's steps.
-
-    Raises:
-        ConfigError: the tasks' start, end and steps leave a step without any.
-    """
-    plans = {}
-    for name, task in config.tasks.items():
-        share, guidance = task.expert_share, task.guidance
-        plans[name] = TaskPlan(
-            episodes=task.episodes,
-            group=task.group,
-            labels=not courses[name].objective.needs_teacher,
-            expert_share=share if isinstance(share, tuple) else (share, share),
-            guided_share=guidance.share if guidance else 0.0,
-            guided_until=guidance.until if guidance else 1.0,
-            start=task.start,
-            end=task.end,
-            most=task.steps,
-        )
-    try:
-        return Timetable(plans, steps=config.steps, seed=config.seed, make_policy=config.policy)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _gap(metrics: Mapping[str, float]) -> float:
-    """How far the student is from its teacher, for the schedule."""
-    return -metrics["gap/mean"] if "gap/mean" in metrics else metrics["loss/mean"]
-
-
-def _check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
-    """Raises ConfigError for a support larger than the vocabulary."""
-    for task, course in courses.items():
-        if (k := max(course.objective.k, course.objective.student_k)) > vocabulary:
-            raise ConfigError(
-                f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
-                f" {vocabulary} ids: lower objective.k"
-            )
-
-
-def _rollouts(config: RunConfig) -> dict[str, TaskRollout]:
-    tasks = {}
-    for name in config.tasks:
-        tasks[name] = config.task_rollout(name)
-        tasks[EVALUATION + name] = config.task_rollout(name, evaluation=True)
-    return tasks
-
-
-def _placement(
-    config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int, pools: EnvironmentPools
-) -> Placement:
-    if config.cluster is None:
-        engine = TransformersEngine(learner.model, vocabulary=vocabulary)
-        teachers = {
-            name: _make_teacher(name, teacher, vocabulary)
-            for name, teacher in config.teachers.items()
-        }
-        guides = _guides(config, teachers, vocabulary)
-        worker = RolloutWorker(engine, tokenizer, _rollouts(config), pools, guides)
-        return InProcess(worker, teachers)
-    return RayCluster(
-        address=config.cluster.address,
-        workers=config.cluster.workers,
-        threads=config.cluster.threads,
-        worker_resources=config.cluster.worker_resources,
-        teacher_resources=config.cluster.teacher_resources,
-        strategy=config.cluster.strategy,
-        wheel=config.cluster.wheel,
-        timeout=config.cluster.timeout,
-        attempts=config.cluster.attempts,
-        stalled=(Path(config.run) / "stalled").absolute(),
-        make_worker=partial(_make_worker, config, vocabulary),
-        make_teachers={
-            name: partial(_make_teacher, name, teacher, vocabulary)
-            for name, teacher in config.teachers.items()
-        },
-        weights=lambda: {
-            name: tensor.detach().cpu().numpy()
-            for name, tensor in learner.model.state_dict().items()
-        },
-    )
-
-
-def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
-    """A rollout worker with its own copy of the student (in a Ray actor)."""
-    model = load_student(config.student, seed=config.seed)
-    tokenizer = load_tokenizer(student_tokenizer(config.student))
-    engine = TransformersEngine(model, vocabulary=vocabulary)
-    teachers = {
-        name: _make_teacher(name, config.teachers[name], vocabulary)
-        for name in _guiding(config).values()
-    }
-    guides = _guides(config, teachers, vocabulary)
-    return RolloutWorker(engine, tokenizer, _rollouts(config), guides=guides)
-
-
-def _guiding(config: RunConfig) -> dict[str, str]:
-    """The teachers that play prefixes, by task."""
-    return {
-        name: str(task.teacher)
-        for name, task in config.tasks.items()
-        if task.guidance is not None and task.guidance.by == "teacher"
-    }
-
-
-def _guides(
-    config: RunConfig, teachers: Mapping[str, CompactTeacher], vocabulary: int
-) -> dict[str, Engine]:
-    """An engine over the teacher's own weights for each task that it guides."""
-    return {
-        task: TransformersEngine(teachers[name].model, vocabulary=vocabulary)
-        for task, name in _guiding(config).items()
-        if name in teachers  # evaluation loads no teacher
-    }
-
-
-def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> CompactTeacher:
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
-    return CompactTeacher(teacher, name=name)
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:

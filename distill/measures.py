@@ -1,0 +1,73 @@
+"""What a step's line of metrics holds beside the learner's: episodes, timings, scores."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tutelage.distill.learner import Lesson
+from tutelage.scheduler.episodes import Dropped, Episode
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self._last = self._begun = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def metrics(
+        self, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
+    ) -> dict[str, float]:
+        tokens = sum(len(lesson.row.ids_T) for lesson in lessons)
+        chosen = sum(o.num_chosen for o in outcomes if isinstance(o, Episode))
+        return {
+            **{f"time/{name}": round(seconds, 4) for name, seconds in self._laps.items()},
+            "time/step": round(time.perf_counter() - self._begun, 4),
+            "perf/rollout_tokens_per_s": round(chosen / max(self._laps["rollout"], 1e-9), 1),
+            "perf/score_tokens_per_s": round(tokens / max(self._laps["score"], 1e-9), 1),
+            "perf/update_tokens_per_s": round(tokens / max(self._laps["update"], 1e-9), 1),
+            "memory/peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        }
+
+
+def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
+    episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+    count = len(episodes)
+    replies = [turn for episode in episodes for turn in episode.turns]
+    alone = [episode for episode in episodes if not episode.order.guide] or episodes
+    return {
+        "reward/success": sum(episode.success for episode in alone) / len(alone),
+        "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
+        "episodes/played": count,
+        "episodes/dropped": len(outcomes) - count,
+        # under perf/, since faults of the machine are no part of what is learned
+        "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
+        "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
+        "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
+        "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
+        "tokens/chosen": sum(episode.num_chosen for episode in episodes),
+        "tokens/seen": sum(len(row.ids_T) for episode in episodes for row in episode.rows),
+    }
+
+
+def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """`eval/TASK/MODE` for a step's line of metrics."""
+    return {
+        f"eval/{task}/{mode}": found["value"]
+        for task, modes in scores.items()
+        for mode, found in modes.items()
+        if mode != "metric"
+    }
+
+
+def teacher_gap(metrics: Mapping[str, float]) -> float:
+    """How far the student is from its teacher, for the schedule."""
+    return -metrics["gap/mean"] if "gap/mean" in metrics else metrics["loss/mean"]
