@@ -312,3 +312,29 @@ class TestMemory:
         """The guard of the two above: what they look for is seen, forward and backward."""
         found = self._largest("local_support", {"k": self.K}, dense=True)
         assert min(found) >= self.N * self.V
+
+
+def test_a_fused_kernels_cross_entropy_gives_the_same_normaliser(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stands in for the kernel, which needs a GPU: what it is given, and what is made of it."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(6, 13, bias=False)  # 11 ids and two rows of padding
+    hidden_ND = torch.randn(5, 6, generator=generator)
+    ids_NK = torch.randint(11, (5, 3), generator=generator)
+
+    def fused(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert c.shape == (11, 6)
+        return torch.nn.functional.cross_entropy(e @ c.T, targets, reduction="none")
+
+    found = []
+    for kernel in (None, fused):
+        monkeypatch.setattr(sparse, "fused_cross_entropy", lambda *_, kernel=kernel: kernel)
+        point_ND = hidden_ND.clone().requires_grad_()
+        head.zero_grad()
+        logprobs_NK = SparseStudent(point_ND, head, vocabulary=11).logprobs_at(ids_NK)
+        logprobs_NK.square().sum().backward()
+        assert point_ND.grad is not None and head.weight.grad is not None
+        found.append((logprobs_NK.detach(), point_ND.grad, head.weight.grad.clone()))
+    for plain, by_kernel in zip(*found, strict=True):
+        torch.testing.assert_close(plain, by_kernel)

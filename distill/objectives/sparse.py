@@ -12,6 +12,7 @@ block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,10 +56,20 @@ class SparseStudent:
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
         if self._normaliser_N is None:
             with torch.enable_grad():  # kept, so that it must serve whoever asks next too
-                self._normaliser_N = _LogSumExp.apply(
-                    self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
-                )
+                self._normaliser_N = self._normaliser(ids_NK[:, 0])
         return self.logits_at(ids_NK) - self._normaliser_N[:, None]
+
+    def _normaliser(self, ids_N: torch.Tensor) -> torch.Tensor:
+        """log sum exp of every token's logits [N]. A fused kernel gives -log pi(y), of any y."""
+        fused = fused_cross_entropy(self._weight_VD, self._bias_V)
+        if fused is None:
+            normaliser_N: torch.Tensor = _LogSumExp.apply(
+                self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
+            )
+            return normaliser_N
+        narrow_ND = self._hidden_ND.to(self._weight_VD.dtype)
+        surprise_N = fused(narrow_ND, self._weight_VD[: self.vocabulary], ids_N)
+        return surprise_N.to(self._hidden_ND.dtype) + self.logits_at(ids_N[:, None])[:, 0]
 
     @torch.no_grad()
     def top_k(self, k: int) -> torch.Tensor:
@@ -109,6 +120,21 @@ class SparseStudent:
             self._weight_VD[: self.vocabulary].to(wide),
             None if bias_V is None else bias_V[: self.vocabulary].to(wide),
         )
+
+
+def fused_cross_entropy(
+    weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """cut-cross-entropy's kernel (Wijmans et al. 2024, arXiv:2411.09009) for narrow weights on a
+    GPU, where it is installed; None: the blocks below. Its filter, which drops small gradients, is
+    off."""
+    if not weight_VD.is_cuda or weight_VD.dtype == _wide(weight_VD) or bias_V is not None:
+        return None
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        return None
+    return partial(linear_cross_entropy, reduction="none", filter_eps=None)
 
 
 class _GatheredLogits(Function):
