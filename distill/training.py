@@ -122,13 +122,13 @@ class Run:
                 watchdog.watch()
                 metrics = self._step_or_save(step, tasks, journal)
                 done = step + 1
-                due = self._stop or done % config.checkpoint.every == 0 or done == config.steps
+                due = done % config.checkpoint.every == 0 or done == config.steps
                 if config.evaluation.every and done % config.evaluation.every == 0:
                     scores = score_metrics(self.evaluate(config.evaluation.live_modes))
                     metrics |= scores
                     due |= self._is_best(done, scores)
                 journal.write(step, "+".join(tasks), metrics)
-                if due:
+                if due or self._stop:  # asked for at any time since the step began
                     self._save(done, journal)
                 if self._stop and done < config.steps:
                     self.stopped = True
