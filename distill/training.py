@@ -93,6 +93,7 @@ class Run:
         except BaseException:
             pools.close()
             raise
+        self._manifest = {name: _digest(one.model) for name, one in config.teachers.items()}
         self._games: dict[str, int | None] = {}
         self._best: tuple[float, int] | None = None  # (score, after how many steps)
         self._stop = self.stopped = False
@@ -128,9 +129,10 @@ class Run:
                     metrics |= scores
                     due |= self._is_best(done, scores)
                 journal.write(step, "+".join(tasks), metrics)
-                if due or self._stop:  # asked for at any time since the step began
+                stop = self._stop  # read once: a signal may come at any time
+                if due or stop:
                     self._save(done, journal)
-                if self._stop and done < config.steps:
+                if stop and done < config.steps:
                     self.stopped = True
                     return
             if config.evaluation.final:
@@ -286,6 +288,7 @@ class Run:
                 "version": self.learner.version,
                 "position": journal.position,
                 "optimizer": self.learner.optimizer.state_dict(),
+                "teachers": self._manifest,
                 "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
             },
@@ -303,9 +306,19 @@ class Run:
         checkpoints.load_weights(checkpoint, self.learner.model)
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.version = state["version"]
+        self._refuse_other_teachers(checkpoint, state["teachers"])
         self._best = state["best"]
         self.timetable.restore([Step(**step) for step in state["history"]])
         return state["step"], state["position"]
+
+    def _refuse_other_teachers(self, checkpoint: Path, saved: Mapping[str, str | None]) -> None:
+        for name, digest in self._manifest.items():
+            if digest != saved.get(name) and not self.config.accept_changes:
+                raise ConfigError(
+                    f"teachers.{name}: {self.config.teachers[name].model!r} holds other weights"
+                    f" than when {checkpoint} was saved: put the old ones back, choose another run"
+                    " folder, or go on with accept_changes=true"
+                )
 
 
 def evaluate_model(
@@ -328,11 +341,15 @@ def evaluate_model(
 
 
 def _digest(model: str | None) -> str | None:
-    """SHA-256 of the weights' file, where they are one file on this machine."""
+    """SHA-256 of the weights' files, where they are on this machine."""
     if model is None:
         return None
-    path = Path(resolve(model)) / "model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    total = hashlib.sha256()
+    files = sorted(Path(resolve(model)).glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest() if files else None
 
 
 def _versions() -> dict[str, str]:

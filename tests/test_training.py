@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.distill import training
+from tutelage.distill import assembly, training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.training import Run, Watcher, evaluate_model
 from tutelage.scheduler.episodes import Dropped
@@ -228,6 +229,30 @@ class TestResuming:
         more = {"steps": 2, "optimizer": {"lr": 5e-3}, "accept_changes": True}
         folder = _train(configure({"math": MATH}, **more))
         assert [line["optimizer/lr"] for line in _metrics(folder)] == [1e-3, 5e-3]
+
+    def test_a_teacher_whose_weights_changed_is_refused(
+        self, configure: Configure, models: dict[str, str], tmp_path: Path
+    ) -> None:
+        """Under the same name, between two sessions of one run."""
+        folder = tmp_path / "teacher"
+        shutil.copytree(models["two"], folder)
+        config = configure({"math": MATH}, steps=3, checkpoint={"every": 1})
+        config = config.model_copy(
+            update={
+                "teachers": {
+                    "two": config.teachers["two"].model_copy(update={"model": str(folder)})
+                }
+            }
+        )
+        watch = _StopAfter(0)
+        with Run(config, watch=watch) as run:
+            watch.run = run
+            run.train()
+        shutil.copy(Path(models["one"]) / "model.safetensors", folder)
+        with pytest.raises(ConfigError, match=r"teachers.two: .* holds other weights than"):
+            _train(config)
+        shutil.copy(Path(models["two"]) / "model.safetensors", folder)
+        assert len(_metrics(_train(config))) == 3
 
     def test_the_best_checkpoint_is_kept_beside_the_newest(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
@@ -540,7 +565,7 @@ class TestRefusals:
             raise AssertionError("weights were loaded")
 
         monkeypatch.setattr(training, "load_student", loaded)
-        monkeypatch.setattr(training, "load_model", loaded)
+        monkeypatch.setattr(assembly, "load_model", loaded)
 
     def _with_teacher(self, configure: Configure, model: str) -> RunConfig:
         config = configure({"math": MATH})
@@ -605,7 +630,7 @@ class TestEvaluation:
     def test_a_models_scores_need_no_teacher_and_repeat(
         self, configure: Configure, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(training, "_make_teacher", lambda *_: pytest.fail("a teacher loaded"))
+        monkeypatch.setattr(assembly, "_make_teacher", lambda *_: pytest.fail("a teacher loaded"))
         config = configure(
             {"household": HOUSEHOLD, "math": MATH | {"eval_args": {"split": "test"}}},
             evaluation={"episodes": 5},
