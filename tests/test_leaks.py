@@ -81,7 +81,13 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
         run.send_signal(how)
         run.wait(PATIENCE)
         assert run.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}.get(how, 130)
-        assert _wait(lambda: not _alive(mark)), _alive(mark)
+        # After a SIGKILL Ray's own agents end when they miss their raylet, which can take minutes.
+        spared = "Agent" if how == signal.SIGKILL else "\0"
+
+        def ours() -> list[str]:
+            return [line for line in _alive(mark) if spared not in line]
+
+        assert _wait(lambda: not ours()), ours()
         assert {*os.listdir("/dev/shm")} <= memory
         saved = (tmp_path / "run" / "checkpoints").is_dir()
         assert saved == (how == signal.SIGTERM)
