@@ -90,6 +90,7 @@ class Learner:
         self.model, self.vocabulary, self._config, self._steps = model, vocabulary, config, steps
         self._dense = vocabulary <= dense_vocabulary
         self.version = 0
+        self.whole = True  # False: an update failed after some of its optimizer steps
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
         self.optimizer = Optimizer(model, config)
 
@@ -131,6 +132,7 @@ class Learner:
             "optimizer/lr": self.learning_rate(self.version),
         }
         self.version += 1
+        self.whole = True
         return {
             task: meter.means()
             | {"tokens/trained": float(sum(x.mask_T.sum() for x in lessons if x.task == task))}
@@ -192,6 +194,7 @@ class Learner:
                     f" {self.version}: the weights are as they were; lower optimizer.lr, or look at"
                     " the step's episodes"
                 )
+        self.whole = False
         self.optimizer.step(self.learning_rate(self.version))
         return float(norm)
 

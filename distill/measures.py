@@ -26,14 +26,18 @@ class Clock:
     def metrics(
         self, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
     ) -> dict[str, float]:
+        """What may differ between two runs of one configuration: time/, perf/ and memory/."""
         tokens = sum(len(lesson.row.ids_T) for lesson in lessons)
-        chosen = sum(o.num_chosen for o in outcomes if isinstance(o, Episode))
+        episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+        chosen = sum(episode.num_chosen for episode in episodes)
         return {
             **{f"time/{name}": round(seconds, 4) for name, seconds in self._laps.items()},
             "time/step": round(time.perf_counter() - self._begun, 4),
             "perf/rollout_tokens_per_s": round(chosen / max(self._laps["rollout"], 1e-9), 1),
             "perf/score_tokens_per_s": round(tokens / max(self._laps["score"], 1e-9), 1),
             "perf/update_tokens_per_s": round(tokens / max(self._laps["update"], 1e-9), 1),
+            # here, since faults of the machine are no part of what is learned
+            "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
             "memory/peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         }
 
@@ -48,8 +52,6 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
         "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
         "episodes/played": count,
         "episodes/dropped": len(outcomes) - count,
-        # under perf/, since faults of the machine are no part of what is learned
-        "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
         "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
         "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),

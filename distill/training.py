@@ -170,7 +170,8 @@ class Run:
         try:
             return self._step(step, tasks, journal)
         except Exception:
-            if step and self.learner.version == len(self.timetable.history) == step:
+            moved = not self.learner.whole or self.learner.version != len(self.timetable.history)
+            if step and not moved:
                 self._save(step, journal)
             raise
 
@@ -202,9 +203,9 @@ class Run:
         if step % self.config.journal.episodes_every == 0:
             journal.write_episodes(step, everything, lessons)
         clock.lap("journal")
-        found = {task: outcome_metrics(outcomes[task]) | update[task] for task in tasks}
-        for task in tasks:
-            found[task] |= ledger[task]
+        found = {
+            task: outcome_metrics(outcomes[task]) | update[task] | ledger[task] for task in tasks
+        }
         timetable.record(
             Step(
                 active=timetable.active(),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker
-from tutelage.scheduler.watchdog import Watchdog
+from tutelage.scheduler.watchdog import Watchdog, sweep
 
 
 class Placement(Protocol):
@@ -189,12 +189,8 @@ class RayCluster:
             self._ray.util.remove_placement_group(self._group)
         if self._owned:
             self._ray.shutdown()
-        if self._stalled is not None and self._stalled.is_dir():
-            for path in self._stalled.glob("*.txt"):
-                if not path.stat().st_size:
-                    path.unlink()
-            if not any(self._stalled.iterdir()):
-                self._stalled.rmdir()
+        if self._stalled is not None:
+            sweep([*self._stalled.glob("*.txt")])  # killed actors could not
 
     def _places(
         self, needs: Sequence[Mapping[str, float]], strategy: str | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -31,7 +32,13 @@ class Watchdog:
         """Watch no more."""
         self.rest()
         self._file.close()
+        sweep([self._path])
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Remove those of these files that stayed empty, and their folder with the last of them."""
+    for path in paths:
         with contextlib.suppress(OSError):  # somebody else's hands were in the folder
-            if not self._path.stat().st_size:
-                self._path.unlink()
-                self._path.parent.rmdir()  # where it is empty
+            if not path.stat().st_size:
+                path.unlink()
+                path.parent.rmdir()  # where it is empty

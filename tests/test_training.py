@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tutelage.distill import assembly, training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
+from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
 from tutelage.scheduler.episodes import Dropped
 
@@ -217,7 +218,9 @@ class TestResuming:
             assert names == ["math", "household", "math", "math", "household"]
         if schedule["policy"] == "mixed":
             assert names == ["household+math"] * 5
-            assert {"household/loss/mean", "math/loss/mean"} <= _metrics(whole)[0].keys()
+            first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+            assert {"household/loss/mean", "math/loss/mean"} <= first.keys()
+            assert not any("/perf/" in name or "/time/" in name for name in first)
 
     def test_another_configuration_does_not_go_on_in_the_same_folder(
         self, configure: Configure
@@ -373,6 +376,30 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
         run.train()
         assert run.placement.restarts == 2
     _assert_same_run(here, Path(there.run), 3)
+
+
+def test_a_step_that_fails_between_two_minibatches_is_not_saved(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights have moved by half a step then: what goes on must begin before it."""
+    descend, calls = Learner._descend, iter(range(9))
+
+    def broken(self: Learner, *args: Any) -> float:
+        if next(calls) == 3:
+            raise FloatingPointError("the second minibatch of the second step")
+        return descend(self, *args)
+
+    def config(run: str) -> RunConfig:
+        half = {"lr": 1e-3, "minibatch": 3}
+        return configure({"math": MATH}, run, steps=3, optimizer=half)
+
+    whole = _train(config("whole"))
+    monkeypatch.setattr(Learner, "_descend", broken)
+    with pytest.raises(FloatingPointError):
+        _train(config("broken"))
+    monkeypatch.undo()
+    assert not (Path(config("broken").run) / "checkpoints").exists()
+    _assert_same_run(_train(config("broken")), whole, 3)
 
 
 def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configure) -> None:

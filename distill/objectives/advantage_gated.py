@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tutelage.distill.objectives.divergences import check_k, forward_kl
 from tutelage.distill.objectives.policy_gradient import check_clips, surrogate
 from tutelage.distill.objectives.tokens import Case, Loss
-from tutelage.distill.objectives.trust_region import forward_kl
 
 
 class AdvantageGated:
@@ -30,8 +30,7 @@ class AdvantageGated:
         self, k: int = 32, tau: float = 0.0, clip: float = 0.2, dual_clip: float | None = 3.0
     ) -> None:
         check_clips(self.name, clip, dual_clip)
-        if k < 1:
-            raise ValueError(f"advantage_gated: k={k}: it must be at least 1")
+        check_k(self.name, k)
         if not -1 <= tau <= 1:
             raise ValueError(f"advantage_gated: tau={tau}: it must be between -1 and 1")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip

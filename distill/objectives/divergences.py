@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case
 from tutelage.envs.names import unknown
 
 DIRECTIONS = ("reverse", "forward", "jsd")
@@ -18,6 +19,12 @@ def check_direction(objective: str, direction: str) -> None:
     """Raises ValueError for a direction that is none, naming the nearest."""
     if direction not in DIRECTIONS:
         raise ValueError(unknown(f"{objective} direction", direction, DIRECTIONS))
+
+
+def check_k(objective: str, k: int) -> None:
+    """Raises ValueError for a support of no token."""
+    if k < 1:
+        raise ValueError(f"{objective}: k={k}: it must be at least 1")
 
 
 def divergence(
@@ -41,3 +48,12 @@ def divergence(
 def kl(left_NK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
     """sum_K left (log left - log right) [N]."""
     return (left_NK.exp() * (left_NK - right_NK)).sum(-1)
+
+
+def forward_kl(case: Case, k: int) -> torch.Tensor:
+    """sum_{TopK q} q log(q / pi) [N], full-vocabulary log-probabilities, not renormalised."""
+    scores = case.teacher
+    return kl(
+        scores.logprobs_NK[:, :k].clamp(min=IMPOSSIBLE),
+        case.student.logprobs_at(scores.ids_NK[:, :k]),
+    )

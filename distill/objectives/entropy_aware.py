@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tutelage.distill.objectives.divergences import check_k, forward_kl
 from tutelage.distill.objectives.policy_gradient import check_clips, surrogate
 from tutelage.distill.objectives.tokens import Case, Loss
-from tutelage.distill.objectives.trust_region import forward_kl
 
 
 class EntropyAware:
@@ -29,8 +29,7 @@ class EntropyAware:
         self, k: int = 16, tau: float = 0.8, clip: float = 0.2, dual_clip: float | None = None
     ) -> None:
         check_clips(self.name, clip, dual_clip)
-        if k < 1:
-            raise ValueError(f"entropy_aware: k={k}: it must be at least 1")
+        check_k(self.name, k)
         if tau < 0:
             raise ValueError(f"entropy_aware: tau={tau}: an entropy in nats is never negative")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tutelage.distill.objectives.divergences import check_direction, divergence
+from tutelage.distill.objectives.divergences import check_direction, check_k, divergence
 from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss
 from tutelage.envs.names import unknown
 
@@ -62,8 +62,7 @@ class LocalSupport:
         check_direction(self.name, direction)
         if support not in SUPPORTS:
             raise ValueError(unknown("local_support support", support, SUPPORTS))
-        if k < 1:
-            raise ValueError(f"local_support: k={k}: it must be at least 1")
+        check_k(self.name, k)
         if tail not in (False, "sampled"):
             raise ValueError(f"local_support: tail={tail!r}: it must be false or 'sampled'")
         self.by, _, sampled = support.partition("+")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tutelage.distill.objectives.divergences import kl
-from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss
+from tutelage.distill.objectives.divergences import check_k, forward_kl
+from tutelage.distill.objectives.tokens import Case, Loss
 from tutelage.envs.names import unknown
 
 OUTLIERS = ("forward_kl", "mask", "clip", "forward_kl_pg")
@@ -55,8 +55,7 @@ class TrustRegion:
                 f"trust_region: trust={trust!r} with outlier={outlier!r} needs tau, a log-ratio"
                 " such as -2.0 (the paper gives no value)"
             )
-        if k < 1:
-            raise ValueError(f"trust_region: k={k}: it must be at least 1")
+        check_k(self.name, k)
         if beta < 0:
             raise ValueError(f"trust_region: beta={beta}: it must not be negative")
         self.k, self.outlier, self.trust, self.beta = k, outlier, trust, beta
@@ -87,12 +86,3 @@ class TrustRegion:
         if self.outlier == "forward_kl":
             return forward_N
         return forward_N.detach() * ratio_N
-
-
-def forward_kl(case: Case, k: int) -> torch.Tensor:
-    """sum_{TopK q} q log(q / pi) [N], full-vocabulary log-probabilities, not renormalised."""
-    scores = case.teacher
-    return kl(
-        scores.logprobs_NK[:, :k].clamp(min=IMPOSSIBLE),
-        case.student.logprobs_at(scores.ids_NK[:, :k]),
-    )
