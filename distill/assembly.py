@@ -9,10 +9,10 @@ from typing import Any
 
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.identity import digest_of
 from tutelage.distill.learner import Course, Learner
 from tutelage.distill.models import load_model, load_student, load_tokenizer, student_tokenizer
-from tutelage.distill.teachers import TransformersTeacher
-from tutelage.distill.transport import CompactTeacher
+from tutelage.distill.teachers import TeacherService, TransformersTeacher
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
@@ -124,7 +124,7 @@ def _guiding(config: RunConfig) -> dict[str, str]:
 
 
 def _guides(
-    config: RunConfig, teachers: Mapping[str, CompactTeacher], vocabulary: int
+    config: RunConfig, teachers: Mapping[str, TeacherService], vocabulary: int
 ) -> dict[str, Engine]:
     """An engine over the teacher's own weights for each task that it guides."""
     return {
@@ -134,7 +134,14 @@ def _guides(
     }
 
 
-def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> CompactTeacher:
+def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherService:
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
-    return CompactTeacher(teacher, name=name)
+    return TeacherService(
+        name,
+        teacher,
+        digest=digest_of(config.model, dtype=config.dtype),
+        dtype=config.dtype,
+        cache=None if config.cache is None else Path(config.cache).expanduser(),
+        sleeps=config.sleeps,
+    )

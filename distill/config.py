@@ -57,6 +57,8 @@ class TeacherConfig(_Section):
     engine: Literal["transformers"] = "transformers"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
+    cache: str | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
+    sleeps: bool = False  # between answers it leaves the device to others: slower, less memory
 
 
 class ObjectiveConfig(_Section):
@@ -261,6 +263,15 @@ class RunConfig(_Section):
                 raise ValueError(
                     f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
                     f" tasks.{name}.teacher"
+                )
+            if (
+                task.guidance is not None
+                and task.guidance.by == "teacher"
+                and self.teachers[str(task.teacher)].sleeps
+            ):
+                raise ValueError(
+                    f"teachers.{task.teacher}.sleeps: it also plays for tasks.{name}.guidance, and"
+                    " would do so asleep: set one of sleeps=false and guidance.by=expert"
                 )
         self.policy()
         if idle := sorted(set(self.teachers) - used):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tutelage.distill.batches import pack
+from tutelage.distill.identity import Identity, exam_rows
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
+from tutelage.distill.score_cache import ScoreCache, missing
+from tutelage.distill.transport import CompactScores
 from tutelage.scheduler.episodes import Row
 
 
 class TransformersTeacher:
-    """A frozen transformers model. The scheduler runs it in this process or as a Ray actor.
+    """A frozen transformers model, to the bit that it computes.
 
     Args:
         model: a causal LM.
@@ -46,7 +54,7 @@ class TransformersTeacher:
             hidden_ND = batch.hidden(self.model)
             asked_NJ = None
             if asked is not None:
-                asked_NJ = torch.cat([asked[i] for i in batch.members]).to(hidden_ND.device)
+                asked_NJ = torch.cat([asked[i] for i in batch.members]).to(hidden_ND.device).long()
             parts = [
                 TeacherScores.from_logits(
                     head(hidden_ND[at : at + size])[:, : self.vocabulary],
@@ -64,3 +72,126 @@ class TransformersTeacher:
                 scores[member] = joined.take(torch.arange(start, start + count))
                 start += count
         return [scores[i] for i in range(len(rows))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a teacher says of some rows, and what it took.
+
+    scores: one of each row, in order. identity: of the teacher as it was last loaded or woken.
+    hits: rows whose scores were on the disk. seconds: of the network's work.
+    """
+
+    scores: tuple[CompactScores, ...]
+    identity: Identity
+    hits: int
+    seconds: float
+
+
+class TeacherService:
+    """A teacher at work: it has a name, passes its exam, remembers, and answers in compact form.
+    The scheduler runs it in this process or as a Ray actor.
+
+    Args:
+        name: in the configuration. digest: of its weights. dtype: of its weights.
+        cache: where scores are kept, or None.
+        sleeps: between answers its weights lie in the CPU's memory, and its device is free.
+
+    Raises:
+        ConfigError: it has no weights (see identity.UNIFORM).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        teacher: TransformersTeacher,
+        *,
+        digest: str,
+        dtype: str = "float32",
+        cache: Path | None = None,
+        sleeps: bool = False,
+    ) -> None:
+        self.name, self.teacher, self._sleeps = name, teacher, sleeps
+        self.model = teacher.model
+        self._digest, self._dtype = digest, dtype
+        self._device = teacher.model.device
+        self._cache = None if cache is None else ScoreCache(cache, teacher=digest)
+        self._identity = self._exam()
+        self._identity.check_weights(teacher.vocabulary)
+        self._asleep = False
+        if sleeps:
+            self.sleep()
+
+    def identity(self) -> Identity:
+        """As it was last loaded or woken."""
+        return self._identity
+
+    def score(
+        self,
+        rows: Sequence[Row],
+        *,
+        k: int,
+        asked: Sequence[npt.NDArray[np.int32]] | None = None,
+        full: bool = False,
+    ) -> Answer:
+        """See TransformersTeacher.score; the ids asked for are left out of the answer."""
+        keys: list[str] = []
+        found: list[CompactScores | None] = [None] * len(rows)
+        if self._cache is not None:
+            for i, row in enumerate(rows):
+                own = None if asked is None else asked[i]
+                keys.append(self._cache.key(row, k=k, asked_NJ=own, full=full))
+                found[i] = self._cache.get(
+                    keys[i],
+                    teacher=self.name,
+                    vocabulary=self.teacher.vocabulary,
+                    count=int(row.chosen_T.sum()),
+                )
+        new = missing(found)
+        begun = time.perf_counter()
+        if new:
+            given = None if asked is None else [torch.from_numpy(asked[i].copy()) for i in new]
+            self.wake()
+            fresh = self.teacher.score([rows[i] for i in new], k=k, asked=given, full=full)
+            if self._sleeps:
+                self.sleep()
+            for i, scores in zip(new, fresh, strict=True):
+                found[i] = packed = CompactScores.pack(scores, teacher=self.name)
+                if self._cache is not None:
+                    self._cache.put(keys[i], packed)
+        return Answer(
+            scores=tuple(scores for scores in found if scores is not None),
+            identity=self._identity,
+            hits=len(rows) - len(new),
+            seconds=time.perf_counter() - begun if new else 0.0,
+        )
+
+    def sleep(self) -> None:
+        """Leave the device."""
+        self.teacher.model.to("cpu")
+        self._asleep = True
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Come back to the device, if asleep, and pass the exam again.
+
+        Raises:
+            RuntimeError: it says something else than before it slept.
+        """
+        if not self._asleep:
+            return
+        self.teacher.model.to(self._device)
+        woken = self._exam()
+        woken.check_same(self._identity)
+        self._asleep = False
+
+    def _exam(self) -> Identity:
+        scores = TeacherScores.join(self.teacher.score(exam_rows(self.teacher.vocabulary), k=1))
+        return Identity(
+            name=self.name,
+            digest=self._digest,
+            dtype=self._dtype,
+            logprobs=tuple(scores.sampled_N.tolist()),
+            entropies=tuple(scores.entropy().tolist()),
+        )

@@ -33,6 +33,7 @@ from tutelage.distill.assembly import (
     task_rollouts,
 )
 from tutelage.distill.config import ConfigError, RunConfig, build_objective
+from tutelage.distill.identity import Identity
 from tutelage.distill.journal import Journal
 from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.masks import loss_mask, special_ids
@@ -46,7 +47,7 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.transport import CompactScores
+from tutelage.distill.teachers import Answer
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.episodes import Dropped, Episode
 from tutelage.scheduler.policies import Step
@@ -93,7 +94,9 @@ class Run:
         except BaseException:
             pools.close()
             raise
-        self._manifest = {name: _digest(one.model) for name, one in config.teachers.items()}
+        self._references: dict[str, Identity] = {
+            name: self.placement.identity(name) for name in config.teachers
+        }
         self._games: dict[str, int | None] = {}
         self._best: tuple[float, int] | None = None  # (score, after how many steps)
         self._stop = self.stopped = False
@@ -113,6 +116,8 @@ class Run:
         config = self.config
         start, position = self._resume()
         _write_config(self.folder, config)
+        for name, identity in self._references.items():
+            identity.write(self.folder / "teachers" / f"{name}.json")
         journal = Journal(
             self.folder, start=start, position=position, tensorboard=config.journal.tensorboard
         )
@@ -181,14 +186,17 @@ class Run:
         outcomes: dict[str, list[Episode | Dropped]] = {}
         lessons: list[Lesson] = []
         ledger: dict[str, dict[str, float]] = {}
+        answers: list[Answer] = []
         self.placement.sync(self.learner.version)
         clock.lap("sync")
         for task in tasks:
             orders = timetable.orders(task, self._num_games(task))
             outcomes[task] = self.placement.collect(orders)
             clock.lap("rollout")
-            own, ledger[task] = self._lessons(task, outcomes[task])
+            own, answer = self._lessons(task, outcomes[task])
             lessons += own
+            answers += [answer] if answer else []
+            ledger[task] = _ledger(own, answer) if answer else {}
             clock.lap("score")
         turn = timetable.turn(tasks[0])
         update = self.learner.update(
@@ -218,6 +226,9 @@ class Run:
             self.watch.step(step, task, found[task])
         timings = clock.metrics(everything, lessons)
         timings["perf/actors_replaced"] = float(self.placement.restarts)
+        if answers:  # a run that goes on may find what was scored before it stopped
+            timings["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
+            timings["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
         if len(tasks) == 1:
             return found[tasks[0]] | timings
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
@@ -225,9 +236,8 @@ class Run:
 
     def _lessons(
         self, task: str, outcomes: Sequence[Episode | Dropped]
-    ) -> tuple[list[Lesson], dict[str, float]]:
-        """The task's episodes with what its teacher says of them, and the ledger of who taught how
-        much: the sum of `teacher/NAME/tokens` over a run is what it trained."""
+    ) -> tuple[list[Lesson], Answer | None]:
+        """The task's episodes with what its teacher says of them, and its answer as it came."""
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
         lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
         most = self.config.rollout_of(task).lost
@@ -240,30 +250,26 @@ class Run:
         rows = [row for episode in episodes for row in episode.rows]
         objective, teacher = self._courses[task].objective, self.config.tasks[task].teacher
         scores: list[TeacherScores | None] = [None] * len(rows)
-        sent: list[CompactScores] = []
+        answer: Answer | None = None
         if objective.needs_teacher:
             assert teacher is not None
             k = max(objective.k, objective.student_k)
             wanted: dict[str, Any] = {"k": k, "full": objective.needs_full}
             if objective.student_k:
-                wanted["asked"] = self.learner.own_support(rows, objective.student_k)
-            sent = self.placement.score(teacher, rows, **wanted)
+                own = self.learner.own_support(rows, objective.student_k)
+                wanted["asked"] = [ids_NK.numpy().astype(np.int32) for ids_NK in own]
+            answer = self.placement.score(teacher, rows, **wanted)
+            answer.identity.check_same(self._references[teacher])  # also of a restarted actor
+            sent = list(answer.scores)
             if objective.student_k:
-                asked = [ids_NK.numpy().astype(np.int32) for ids_NK in wanted["asked"]]
-                sent = [one.answering(ids) for one, ids in zip(sent, asked, strict=True)]
+                sent = [one.answering(ids) for one, ids in zip(sent, wanted["asked"], strict=True)]
             scores = [one.unpack() for one in sent]
         special = self._special[task]
         lessons = [
             Lesson(task=task, row=row, scores=score, mask_T=loss_mask(row, special))
             for row, score in zip(rows, scores, strict=True)
         ]
-        if not sent:
-            return lessons, {}
-        return lessons, {
-            f"teacher/{teacher}/tokens": float(sum(x.mask_T.sum() for x in lessons)),
-            f"teacher/{teacher}/positions": float(sum(len(one) for one in sent)),
-            f"teacher/{teacher}/bytes": float(sum(one.nbytes for one in sent)),
-        }
+        return lessons, answer
 
     def _num_games(self, name: str) -> int | None:
         if name not in self._games:
@@ -289,7 +295,7 @@ class Run:
                 "version": self.learner.version,
                 "position": journal.position,
                 "optimizer": self.learner.optimizer.state_dict(),
-                "teachers": self._manifest,
+                "teachers": {name: one.digest for name, one in self._references.items()},
                 "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
             },
@@ -312,14 +318,21 @@ class Run:
         self.timetable.restore([Step(**step) for step in state["history"]])
         return state["step"], state["position"]
 
-    def _refuse_other_teachers(self, checkpoint: Path, saved: Mapping[str, str | None]) -> None:
-        for name, digest in self._manifest.items():
-            if digest != saved.get(name) and not self.config.accept_changes:
+    def _refuse_other_teachers(self, checkpoint: Path, saved: Mapping[str, str]) -> None:
+        """From here on a teacher is compared with the run's first exam, not with this session's."""
+        if self.config.accept_changes:
+            return
+        for name, identity in self._references.items():
+            if identity.digest != saved.get(name):
                 raise ConfigError(
                     f"teachers.{name}: {self.config.teachers[name].model!r} holds other weights"
                     f" than when {checkpoint} was saved: put the old ones back, choose another run"
                     " folder, or go on with accept_changes=true"
                 )
+            first = Identity.read(self.folder / "teachers" / f"{name}.json")
+            if first is not None:
+                identity.check_same(first)
+                self._references[name] = first
 
 
 def evaluate_model(
@@ -339,6 +352,23 @@ def evaluate_model(
         "scores": scores,
         "versions": _versions(),
     }
+
+
+def _ledger(lessons: Sequence[Lesson], answer: Answer) -> dict[str, float]:
+    """Who taught how much: the sum of `teacher/NAME/tokens` over a run is what it trained. Each row
+    counts for the teacher that its scores name."""
+    found: dict[str, float] = {}
+    for lesson, sent in zip(lessons, answer.scores, strict=True):
+        counts = {
+            "rows": 1,
+            "tokens": int(lesson.mask_T.sum()),
+            "positions": len(sent),
+            "bytes": sent.nbytes,
+        }
+        for name, count in counts.items():
+            key = f"teacher/{sent.teacher}/{name}"
+            found[key] = found.get(key, 0.0) + count
+    return found
 
 
 def _digest(model: str | None) -> str | None:

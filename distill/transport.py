@@ -13,16 +13,13 @@ Letters: N tokens, K support size, J ids that the student asked for, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tutelage.distill.objectives import TeacherScores
-from tutelage.scheduler.episodes import Row
 
 Halves = npt.NDArray[np.float16]
 
@@ -99,24 +96,6 @@ class CompactScores:
             else _wide(self.asked_logprobs_NJ),
             full_NV=None if self.full_NV is None else _wide(self.full_NV),
         )
-
-
-class CompactTeacher:
-    """A teacher whose scores leave it compact. In this process too, so that a run is the same to
-    the bit wherever its teachers are.
-
-    Args:
-        teacher: answers `score(rows, k=..., ...)` with TeacherScores. name: as the config has it.
-    """
-
-    def __init__(self, teacher: Any, *, name: str) -> None:
-        self._teacher, self._name = teacher, name
-        self.model = teacher.model
-
-    def score(self, rows: Sequence[Row], **wanted: Any) -> list[CompactScores]:
-        """One row's scores each, in the rows' order."""
-        found = self._teacher.score(rows, **wanted)
-        return [CompactScores.pack(scores, teacher=self._name) for scores in found]
 
 
 def rounding_bound(values: torch.Tensor) -> torch.Tensor:

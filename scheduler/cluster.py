@@ -34,8 +34,11 @@ class Placement(Protocol):
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games the task has; None: its environment does not say."""
 
-    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
-        """A teacher's scores of rows; `wanted` is what its `score` takes."""
+    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> Any:
+        """A teacher's answer on rows; `wanted` is what its `score` takes."""
+
+    def identity(self, teacher: str) -> Any:
+        """Which teacher this is."""
 
     def close(self) -> None:
         """Stop every process that was started."""
@@ -60,9 +63,11 @@ class InProcess:
     def num_episodes(self, task: str) -> int | None:
         return self._worker.num_episodes(task)
 
-    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
-        scores: list[Any] = self._teachers[teacher].score(rows, **wanted)
-        return scores
+    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> Any:
+        return self._teachers[teacher].score(rows, **wanted)
+
+    def identity(self, teacher: str) -> Any:
+        return self._teachers[teacher].identity()
 
     def close(self) -> None:
         self._worker.close()
@@ -175,9 +180,13 @@ class RayCluster:
         (count,) = self._run([_Job(self._workers[0], "num_episodes", (task,))])
         return None if count is None else int(count)
 
-    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> list[Any]:
-        (scores,) = self._run([_Job(self._teachers[teacher], "score", (rows,), wanted)])
-        return list(scores)
+    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> Any:
+        (answer,) = self._run([_Job(self._teachers[teacher], "score", (rows,), wanted)])
+        return answer
+
+    def identity(self, teacher: str) -> Any:
+        (found,) = self._run([_Job(self._teachers[teacher], "identity")])
+        return found
 
     def close(self) -> None:
         for worker in self._workers:

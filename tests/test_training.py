@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.distill import assembly, training
+from tutelage.distill import assembly, checkpoints, training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
@@ -255,7 +255,58 @@ class TestResuming:
         with pytest.raises(ConfigError, match=r"teachers.two: .* holds other weights than"):
             _train(config)
         shutil.copy(Path(models["two"]) / "model.safetensors", folder)
+        exam = Path(config.run) / "teachers" / "two.json"
+        first = json.loads(exam.read_text(encoding="utf-8"))
+        checkpoints.write_json(exam, first | {"entropies": [x + 1 for x in first["entropies"]]})
+        with pytest.raises(RuntimeError, match=r"teachers.two: its weights were lost or changed"):
+            _train(config)  # the same files, and another answer than at first
+        checkpoints.write_json(exam, first)
         assert len(_metrics(_train(config))) == 3
+
+    def test_a_teacher_that_loses_its_weights_in_mid_run_teaches_nothing(
+        self, configure: Configure
+    ) -> None:
+        """As an actor does that was started again without them: its next answer tells."""
+
+        class Thief(Watcher):
+            run: Run
+
+            def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+                service: Any = self.run.placement
+                teacher = service._teachers["two"]
+                with torch.no_grad():
+                    teacher.model.get_output_embeddings().weight.mul_(0.5)
+                teacher._identity = teacher._exam()
+
+        thief, config = Thief(), configure({"math": MATH})
+        with (
+            Run(config, watch=thief) as run,
+            pytest.raises(RuntimeError, match=r"lost or changed: .*when this run began"),
+        ):
+            thief.run = run
+            run.train()
+        assert len(_metrics(Path(config.run))) == 1  # and it was saved
+        assert (Path(config.run) / "checkpoints" / "000001").is_dir()
+
+    @pytest.mark.parametrize("option", [{"cache": True}, {"sleeps": True}])
+    def test_a_cache_or_a_sleeping_teacher_changes_nothing(
+        self, configure: Configure, tmp_path: Path, option: dict[str, Any]
+    ) -> None:
+        """With a cache, a run that is repeated from its beginning is scored from the disk."""
+        if "cache" in option:
+            option = {"cache": str(tmp_path / "cache")}
+        plain = configure({"math": MATH}, "plain", steps=3)
+        update = {"two": plain.teachers["two"].model_copy(update=option)}
+        hits = []
+        for name in ("first", "again"):
+            run = {"run": str(tmp_path / name), "teachers": update}
+            folder = _train(plain.model_copy(update=run))
+            text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            hits.append(sum(json.loads(line)["perf/cache_hits"] for line in text))
+            if name == "first":
+                _train(plain)
+            _assert_same_run(folder, Path(plain.run), 3)
+        assert hits == ([0, 18] if "cache" in option else [0, 0])
 
     def test_the_best_checkpoint_is_kept_beside_the_newest(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
@@ -425,6 +476,7 @@ def test_the_ledger_tells_who_taught_every_trained_token(configure: Configure) -
         other = [line for line in lines if line["task"] != task]
         assert all(line[f"teacher/{teacher}/tokens"] == line["tokens/trained"] for line in own)
         assert all(line[f"teacher/{teacher}/positions"] == line["tokens/chosen"] for line in own)
+        assert all(line[f"teacher/{teacher}/rows"] == line["episodes/played"] for line in own)
         for line in own:
             assert line[f"teacher/{teacher}/bytes"] == 54 * line[f"teacher/{teacher}/positions"]
         assert not any(f"teacher/{teacher}/tokens" in line for line in other)

@@ -1,0 +1,277 @@
+"""A teacher at work: it is who it was, keeps its weights, and is not asked the same thing twice."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tutelage.distill.config import ConfigError
+from tutelage.distill.identity import TOLERANCE, Identity, digest_of
+from tutelage.distill.teachers import Answer, TeacherService, TransformersTeacher
+from tutelage.scheduler.episodes import Row
+
+VOCABULARY = 101
+FIELDS = ("ids_NK", "logprobs_NK", "sampled_N", "entropy_N", "asked_logprobs_NJ", "full_NV")
+Service = Callable[..., TeacherService]
+
+
+@pytest.fixture
+def serve(make_model: Callable[..., Any]) -> Service:
+    """A teacher named `one`, of a model that is nobody else's."""
+
+    def serve(model: Any = None, *, digest: str = "d", **options: Any) -> TeacherService:
+        teacher = TransformersTeacher(model or make_model(seed=9), vocabulary=VOCABULARY)
+        return TeacherService("one", teacher, digest=digest, **options)
+
+    return serve
+
+
+@pytest.fixture
+def rows(make_row: Callable[..., Row]) -> list[Row]:
+    plain = [
+        make_row([("prompt", [1, 2, 3]), ("said", list(range(4, 4 + n)))], seed=n) for n in (2, 9)
+    ]
+    branched = [("prompt", [5, 6]), ("branch", [7, 8]), ("said", [9, 10]), ("prompt", [11])]
+    return [*plain, make_row(branched)]
+
+
+def _same(one: Answer, other: Answer) -> bool:
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        if getattr(a, name) is not None
+        else getattr(b, name) is None
+        for a, b in zip(one.scores, other.scores, strict=True)
+        for name in FIELDS
+    )
+
+
+def _zero(model: Any) -> Any:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    return model
+
+
+class TestExam:
+    def test_lost_weights_are_refused_at_the_first_load(
+        self, serve: Service, make_model: Callable[..., Any]
+    ) -> None:
+        with pytest.raises(ConfigError, match=r"teachers\.one: it prefers no token.*4\.6151 nats"):
+            serve(_zero(make_model()))
+
+    def test_a_head_alone_that_was_lost_is_refused_too(
+        self, serve: Service, make_model: Callable[..., Any]
+    ) -> None:
+        model = make_model()
+        _zero(model.get_output_embeddings())
+        with pytest.raises(ConfigError, match="its weights are lost"):
+            serve(model)
+
+    def test_weights_that_are_no_numbers_are_refused(
+        self, serve: Service, make_model: Callable[..., Any]
+    ) -> None:
+        model = make_model()
+        with torch.no_grad():
+            model.get_output_embeddings().weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="check the teacher's weights"):
+            serve(model)
+
+    def test_a_model_never_trained_is_not_taken_for_a_lost_one(
+        self, serve: Service, make_model: Callable[..., Any]
+    ) -> None:
+        """The usual initial scale and a hidden size of 32: as flat as a model that is there gets.
+        It stands eight times further from uniform than what is refused."""
+        found = serve(make_model(scale=0.02)).identity()
+        short = 1 - float(np.mean(found.entropies)) / math.log(VOCABULARY)
+        assert 8e-4 < short < 1e-2
+
+    def test_another_model_is_far_outside_the_tolerance_and_rounding_far_inside(
+        self, serve: Service, make_model: Callable[..., Any]
+    ) -> None:
+        here = serve(make_model(seed=9)).identity()
+        assert serve(make_model(seed=9)).identity() == here
+        assert serve(make_model(seed=10)).identity().distance(here) > 1000 * TOLERANCE["float32"]
+        narrow = serve(make_model(seed=9).bfloat16(), dtype="bfloat16").identity()
+        assert 1e-4 < narrow.distance(here) < TOLERANCE["bfloat16"] / 3
+        narrow.check_same(here)
+        with pytest.raises(RuntimeError, match="lost or changed"):
+            replace(narrow, dtype="float32").check_same(here)
+
+    def test_what_cannot_be_compared_is_not_the_same(self, serve: Service) -> None:
+        here = serve().identity()
+        other = replace(here, logprobs=here.logprobs[:-1])
+        broken = replace(here, entropies=(math.nan, *here.entropies[1:]))
+        assert here.distance(other) == here.distance(broken) == math.inf
+
+    def test_it_comes_back_from_the_run_folder(self, serve: Service, tmp_path: Path) -> None:
+        path = tmp_path / "teachers" / "one.json"
+        here = serve().identity()
+        assert Identity.read(path) is None
+        here.write(path)
+        assert Identity.read(path) == here
+        path.write_text(path.read_text()[:-20])
+        assert Identity.read(path) is None
+
+
+class TestSleeping:
+    def test_it_answers_as_one_that_never_slept(self, serve: Service, rows: list[Row]) -> None:
+        sleeper, waking = serve(sleeps=True), serve()
+        for _ in range(2):
+            assert _same(sleeper.score(rows, k=4), waking.score(rows, k=4))
+
+    @pytest.mark.parametrize("part", ["everything", "one layer"])
+    def test_weights_lost_in_sleep_are_seen_before_they_teach(
+        self, serve: Service, rows: list[Row], part: str
+    ) -> None:
+        """One layer of two: far from uniform, and still another teacher."""
+        teacher = serve(sleeps=True)
+        teacher.score(rows, k=4)
+        _zero(teacher.model if part == "everything" else teacher.model.base_model.layers[1])
+        with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
+            teacher.score(rows, k=4)
+
+    def test_it_is_on_its_device_only_while_it_works(self, serve: Service, rows: list[Row]) -> None:
+        """The moves, as told to the model; this machine has one device."""
+        moves: list[str] = []
+        teacher = serve(sleeps=True)
+        move = teacher.model.to
+        teacher.model.to = lambda device: moves.append(str(device)) or move(device)
+        teacher._device = torch.device("cpu", 0)
+        teacher.score(rows, k=4)
+        assert moves == ["cpu:0", "cpu"]
+
+
+class TestCache:
+    WANTED: Sequence[dict[str, Any]] = ({"k": 4}, {"k": 5}, {"k": 4, "full": True})
+
+    def test_what_was_scored_before_takes_no_teachers_work(
+        self, serve: Service, rows: list[Row], tmp_path: Path
+    ) -> None:
+        """Another process of the same teacher: its network raises when it is called."""
+        asked = [np.arange(3 * n, dtype=np.int32).reshape(n, 3) for n in (2, 9, 4)]
+        wanted = [*self.WANTED, {"k": 4, "asked": asked}]
+        first = serve(cache=tmp_path)
+        answers = [first.score(rows, **one) for one in wanted]
+        assert [answer.hits for answer in answers] == [0, 0, 0, 0]
+        plain = [serve().score(rows, **one) for one in wanted]
+        assert all(_same(a, b) for a, b in zip(answers, plain, strict=True))
+        second = serve(cache=tmp_path)
+
+        def fail(*_: object, **__: object) -> None:
+            raise AssertionError("the teacher worked")
+
+        second.teacher.score = fail  # type: ignore[method-assign, assignment]
+        for answer, one in zip(answers, wanted, strict=True):
+            again = second.score(rows, **one)
+            assert (again.hits, again.seconds) == (3, 0.0)
+            assert _same(again, answer)
+            assert {scores.teacher for scores in again.scores} == {"one"}
+        with pytest.raises(AssertionError, match="the teacher worked"):
+            second.score(rows, k=6)
+
+    def test_known_rows_and_new_ones_come_back_in_order(
+        self, serve: Service, rows: list[Row], tmp_path: Path
+    ) -> None:
+        teacher = serve(cache=tmp_path)
+        teacher.score(rows[1:2], k=4)
+        mixed = teacher.score(rows, k=4)
+        assert mixed.hits == 1
+        for found, exact in zip(mixed.scores, serve().score(rows, k=4).scores, strict=True):
+            assert np.array_equal(found.ids_NK, exact.ids_NK)
+            assert np.allclose(found.sampled_N, exact.sampled_N, atol=1e-5)
+
+    def test_everything_that_scores_depend_on_is_in_the_key(
+        self, serve: Service, rows: list[Row], tmp_path: Path
+    ) -> None:
+        """A hit on any of these would be the answer to another question."""
+        serve(cache=tmp_path).score(rows, k=4)
+        row = rows[1]
+        other_ids, fewer = row.ids_T.copy(), row.turns_T.copy()
+        other_ids[0] += 1
+        fewer[4] = -1
+        flat = replace(rows[2], branches_T=np.zeros_like(rows[2].branches_T))
+        asked = [np.zeros((9, 2), dtype=np.int32)]
+        changed: list[tuple[list[Row], dict[str, Any]]] = [
+            ([replace(row, ids_T=other_ids)], {"k": 4}),
+            ([replace(row, turns_T=fewer)], {"k": 4}),
+            ([flat], {"k": 4}),
+            ([row], {"k": 3}),
+            ([row], {"k": 4, "full": True}),
+            ([row], {"k": 4, "asked": asked}),
+            ([row], {"k": 4, "asked": [asked[0] + 1]}),
+        ]
+        for given, wanted in changed:
+            assert serve(cache=tmp_path).score(given, **wanted).hits == 0
+        assert serve(cache=tmp_path, digest="another").score([row], k=4).hits == 0
+        longer = replace(
+            row,
+            **{
+                n: np.append(getattr(row, n), [x])
+                for n, x in zip(
+                    ("ids_T", "turns_T", "logprobs_T", "branches_T"),
+                    (3, -1, math.nan, 0),
+                    strict=True,
+                )
+            },
+        )
+        assert serve(cache=tmp_path).score([longer], k=4).hits == 1  # nothing sees what follows
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "swapped"])
+    def test_a_damaged_file_is_recomputed_and_written_anew(
+        self, serve: Service, rows: list[Row], tmp_path: Path, damage: str
+    ) -> None:
+        teacher = serve(cache=tmp_path)
+        answer = teacher.score(rows[:2], k=4)
+        paths = sorted(tmp_path.rglob("*.npz"))
+        whole = [path.read_bytes() for path in paths]
+        for path, own, next_one in zip(paths, whole, reversed(whole), strict=True):
+            flipped = bytearray(own)
+            flipped[len(own) // 3] ^= 255
+            changed = {"cut": own[:-9], "flipped": bytes(flipped), "empty": b""}
+            changed |= {"other": b"PK\x03\x04 no", "swapped": next_one}
+            path.write_bytes(changed[damage])
+        again = teacher.score(rows[:2], k=4)
+        assert _same(again, answer)
+        assert again.hits == 0
+        assert teacher.score(rows[:2], k=4).hits == 2
+        assert not list(tmp_path.rglob(".*"))  # nothing half-written
+
+    def test_a_folder_that_cannot_be_written_is_named(
+        self, serve: Service, rows: list[Row], tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match=r"teachers\.one\.cache: .*set cache: null"):
+            serve(cache=tmp_path / "file").score(rows, k=4)
+
+
+class TestDigest:
+    def test_it_changes_with_any_file_that_makes_the_teacher(
+        self, make_model: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        """Shards too, where no file is called model.safetensors."""
+        folder = tmp_path / "sharded"
+        make_model().save_pretrained(folder, max_shard_size="20KB")
+        shards = sorted(folder.glob("*.safetensors"))
+        assert len(shards) > 1
+        first = digest_of(str(folder), dtype="float32")
+        (folder / "README.md").write_text("words")
+        assert digest_of(str(folder), dtype="float32") == first
+        found = {first, digest_of(str(folder), dtype="bfloat16")}
+        for path in (shards[-1], folder / "config.json"):
+            data = bytearray(path.read_bytes())
+            whole = copy.copy(data)
+            data[-2] ^= 1
+            path.write_bytes(data)
+            found.add(digest_of(str(folder), dtype="float32"))
+            path.write_bytes(whole)
+        shards[0].rename(shards[0].with_name("a.safetensors"))
+        found.add(digest_of(str(folder), dtype="float32"))
+        assert len(found) == 5
