@@ -34,6 +34,7 @@ def make_timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetabl
         plans[name] = TaskPlan(
             episodes=task.episodes,
             group=task.group,
+            teachers=task.teachers,
             labels=not courses[name].objective.needs_teacher,
             expert_share=share if isinstance(share, tuple) else (share, share),
             guided_share=guidance.share if guidance else 0.0,
@@ -117,7 +118,7 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
 def _guiding(config: RunConfig) -> dict[str, str]:
     """The teachers that play prefixes, by task."""
     return {
-        name: str(task.teacher)
+        name: next(iter(task.teachers))
         for name, task in config.tasks.items()
         if task.guidance is not None and task.guidance.by == "teacher"
     }

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tutelage.distill.config import ConfigError
@@ -44,7 +45,7 @@ def save(
     try:
         model.save_pretrained(partial, max_shard_size="10000GB")  # one model.safetensors
         tokenizer.save_pretrained(partial)
-        torch.save(dict(state), partial / STATE)
+        torch.save(_with_tensors(dict(state)), partial / STATE)
         _flush(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,9 +74,20 @@ def newest(folder: Path) -> Path | None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as `state`."""
+    """What `save` was given as `state`, arrays as tensors."""
     state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     return state
+
+
+def _with_tensors(value: Any) -> Any:
+    """Arrays as tensors: torch loads nothing else without running code."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(item) for item in value)
+    return value
 
 
 def load_weights(checkpoint: Path, model: Any) -> None:

@@ -119,7 +119,8 @@ class TaskConfig(_Section):
     env: str
     env_args: dict[str, Any] = {}
     eval_args: dict[str, Any] = {}  # replace env_args' keys in evaluation, such as the split
-    teacher: str | None = None
+    # its name, or {name: weight}: each episode has one of them, as often as the weights say
+    teacher: str | dict[str, Annotated[float, Field(gt=0)]] | None = None
     episodes: Positive = 16
     group: Positive = 1  # episodes of one game or problem
     # imitation: the share of episodes that the expert plays itself, or [at first, at last]
@@ -132,6 +133,13 @@ class TaskConfig(_Section):
     objective: dict[str, Any] | None = None  # replaces the run's objective
     rollout: dict[str, Any] = {}  # replaces keys of the run's rollout section
 
+    @property
+    def teachers(self) -> dict[str, float]:
+        """Its teachers' weights."""
+        if isinstance(self.teacher, dict):
+            return self.teacher
+        return {} if self.teacher is None else {self.teacher: 1.0}
+
 
 class ScheduleConfig(_Section):
     """alternate: in turn, a task a step. weighted: a task a step, as often as its weight says.
@@ -142,6 +150,9 @@ class ScheduleConfig(_Section):
     policy: Literal["alternate", "weighted", "mixed", "token_budget", "gap"] = "alternate"
     weights: dict[str, float] = {}  # by task, of weighted and token_budget; 1 where none is given
     least: Annotated[float, Field(gt=0, le=1)] = 0.4  # gap: the part that all share equally
+    # how many updates old the weights may be that play an episode; 0: strictly on-policy. With 1, a
+    # Ray run plays the next step's episodes while the student learns
+    max_staleness: Annotated[int, Field(ge=0)] = 0
 
 
 class OptimizerConfig(_Section):
@@ -251,32 +262,38 @@ class RunConfig(_Section):
                     f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
                     f" tokens, and this task's is {objective.name!r}: change one of them"
                 )
-            if task.teacher is not None:
-                used.add(task.teacher)
-                if task.teacher not in self.teachers:
+            for teacher in task.teachers:
+                used.add(teacher)
+                if teacher not in self.teachers:
                     raise ValueError(
-                        f"tasks.{name}.teacher: " + unknown("teacher", task.teacher, self.teachers)
+                        f"tasks.{name}.teacher: " + unknown("teacher", teacher, self.teachers)
                         if self.teachers
-                        else f"tasks.{name}.teacher is {task.teacher!r}, but teachers is empty"
+                        else f"tasks.{name}.teacher is {teacher!r}, but teachers is empty"
                     )
-            elif objective.needs_teacher:
+            if objective.needs_teacher and not task.teachers:
                 raise ValueError(
                     f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
                     f" tasks.{name}.teacher"
                 )
-            if (
-                task.guidance is not None
-                and task.guidance.by == "teacher"
-                and self.teachers[str(task.teacher)].sleeps
-            ):
-                raise ValueError(
-                    f"teachers.{task.teacher}.sleeps: it also plays for tasks.{name}.guidance, and"
-                    " would do so asleep: set one of sleeps=false and guidance.by=expert"
-                )
+            if task.guidance is not None and task.guidance.by == "teacher":
+                self._check_guide(name, task)
         self.policy()
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
         return self
+
+    def _check_guide(self, name: str, task: TaskConfig) -> None:
+        if len(task.teachers) != 1:
+            raise ValueError(
+                f"tasks.{name}.guidance.by: with several teachers it is not said which one guides:"
+                " give the task one teacher, or set guidance.by=expert"
+            )
+        (teacher,) = task.teachers
+        if self.teachers[teacher].sleeps:
+            raise ValueError(
+                f"teachers.{teacher}.sleeps: it also plays for tasks.{name}.guidance, and would do"
+                " so asleep: set one of sleeps=false and guidance.by=expert"
+            )
 
     def policy(self) -> Policy:
         """A new policy, with nothing recorded."""

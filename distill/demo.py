@@ -60,7 +60,13 @@ def _teachers(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
     """Each teacher's scores on the tasks that it teaches."""
     scores: dict[str, Any] = {}
     for name, teacher in config.teachers.items():
-        own = {task: value for task, value in config.tasks.items() if value.teacher == name}
+        own = {
+            task: value
+            for task, value in config.tasks.items()
+            if next(iter(value.teachers), None) == name  # of several, the first
+        }
+        if not own:
+            continue
         found = evaluate_model(
             config.model_copy(update={"tasks": own}), teacher.model, watch=watcher
         )

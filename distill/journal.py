@@ -63,17 +63,23 @@ class Journal:
                     self._board.add_scalar(tag, value, step)
 
     def write_episodes(
-        self, step: int, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
+        self,
+        step: int,
+        outcomes: Sequence[Episode | Dropped],
+        lessons: Sequence[Lesson],
+        version: int,
     ) -> None:
-        """The step's episodes with ids, masks, sampled and teacher log-probabilities."""
+        """The step's episodes with ids, masks, sampled and teacher log-probabilities. version: of
+        the student that learns from them."""
         by_row = {id(lesson.row): lesson for lesson in lessons}
         path = self.folder / "episodes" / f"{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with _named(path), path.open("w", encoding="utf-8") as file:
             for outcome in outcomes:
-                record = (
-                    _dropped(outcome) if isinstance(outcome, Dropped) else _episode(outcome, by_row)
-                )
+                if isinstance(outcome, Dropped):
+                    record = _dropped(outcome)
+                else:
+                    record = _episode(outcome, by_row, version)
                 file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
@@ -111,12 +117,13 @@ def _dropped(outcome: Dropped) -> dict[str, Any]:
     }
 
 
-def _episode(episode: Episode, lessons: Mapping[int, Lesson]) -> dict[str, Any]:
+def _episode(episode: Episode, lessons: Mapping[int, Lesson], version: int) -> dict[str, Any]:
     order = episode.order
     return {
         "task": order.task,
         "seed": order.seed,
         "index": order.index,
+        "teacher": order.teacher,
         "actor": order.actor,
         "guide": round(order.guide, 6),
         "task_type": episode.task_type,
@@ -124,6 +131,7 @@ def _episode(episode: Episode, lessons: Mapping[int, Lesson]) -> dict[str, Any]:
         "reward": episode.reward,
         "ended": episode.ended,
         "version": episode.version,
+        "staleness": version - episode.version,
         "attempts": episode.attempts,
         "temperature": episode.law.temperature,
         "top_p": episode.law.top_p,

@@ -42,7 +42,8 @@ class Clock:
         }
 
 
-def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
+def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict[str, float]:
+    """Of a task's episodes in one step. version: of the student that learns from them."""
     episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
     count = len(episodes)
     replies = [turn for episode in episodes for turn in episode.turns]
@@ -53,6 +54,7 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
         "episodes/played": count,
         "episodes/dropped": len(outcomes) - count,
         "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
+        "episodes/staleness": sum(version - episode.version for episode in episodes) / count,
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
         "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
         "tokens/chosen": sum(episode.num_chosen for episode in episodes),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ def _forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) 
     return TaskForecast(
         name=name,
         env=task.env,
-        teacher=task.teacher if objective.needs_teacher else None,
+        teacher=_described_teachers(task.teachers) if objective.needs_teacher else None,
         objective=_described(config, name, objective),
         steps=steps,
         episodes=task.episodes,
@@ -156,6 +156,14 @@ def _forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) 
         evaluated=_evaluated(config),
         score_bytes=score_bytes(objective, vocabulary),
     )
+
+
+def _described_teachers(weights: Mapping[str, float]) -> str:
+    """`one`, or `one 75%, two 25%`: the shares of the episodes."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items())
 
 
 def _described(config: RunConfig, name: str, objective: Any) -> str:

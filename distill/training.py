@@ -1,10 +1,9 @@
 """The training loop.
 
-for step, tasks in timetable:                      # a function of (seed, step, history)
-    placement.sync(learner)                        # rollouts use this version of the student
-    for task in tasks:
-        episodes = placement.collect(orders)       # token-exact; failures are counted records
-        lessons += placement.score(teacher, episodes)
+for step, tasks in timetable:                # a function of (seed, step, history)
+    placement.sync(learner)                  # rollouts use this version of the student
+    episodes = ahead.next()                  # token-exact; failures are counted records
+    lessons  = routing.teach(episodes)       # every episode's own teacher scores it
     metrics  = learner.update(lessons, objectives)
     timetable.record(step); journal.write(step, task, metrics)
     checkpoint / evaluate where due
@@ -21,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from tutelage.distill import checkpoints
@@ -35,8 +33,8 @@ from tutelage.distill.assembly import (
 from tutelage.distill.config import ConfigError, RunConfig, build_objective
 from tutelage.distill.identity import Identity
 from tutelage.distill.journal import Journal
-from tutelage.distill.learner import Course, Learner, Lesson
-from tutelage.distill.masks import loss_mask, special_ids
+from tutelage.distill.learner import Course, Learner
+from tutelage.distill.masks import special_ids
 from tutelage.distill.measures import Clock, outcome_metrics, score_metrics, teacher_gap
 from tutelage.distill.models import (
     check_vocabularies,
@@ -46,10 +44,10 @@ from tutelage.distill.models import (
     resolve,
     student_tokenizer,
 )
-from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.teachers import Answer
+from tutelage.distill.routing import Routing
 from tutelage.evaluation.evaluate import evaluate, law_of
-from tutelage.scheduler.episodes import Dropped, Episode
+from tutelage.scheduler.ahead import Ahead
+from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
 from tutelage.scheduler.policies import Step
 from tutelage.scheduler.rollouts import EnvironmentPools
 from tutelage.scheduler.watchdog import Watchdog
@@ -74,7 +72,7 @@ class Run:
             for name, task in config.tasks.items()
         }
         check_supports(self._courses, self.vocabulary)
-        self._special = {
+        special = {
             name: special_ids(self.tokenizer, config.objective_of(name).mask_tokens)
             for name in config.tasks
         }
@@ -94,9 +92,13 @@ class Run:
         except BaseException:
             pools.close()
             raise
-        self._references: dict[str, Identity] = {
-            name: self.placement.identity(name) for name in config.teachers
-        }
+        self.routing = Routing(config, self._courses, special, self.learner, self.placement)
+        self.ahead = Ahead(
+            self.timetable,
+            self.placement,
+            self._num_games,
+            staleness=config.schedule.max_staleness,
+        )
         self._games: dict[str, int | None] = {}
         self._best: tuple[float, int] | None = None  # (score, after how many steps)
         self._stop = self.stopped = False
@@ -116,7 +118,7 @@ class Run:
         config = self.config
         start, position = self._resume()
         _write_config(self.folder, config)
-        for name, identity in self._references.items():
+        for name, identity in self.routing.references.items():
             identity.write(self.folder / "teachers" / f"{name}.json")
         journal = Journal(
             self.folder, start=start, position=position, tensorboard=config.journal.tensorboard
@@ -157,7 +159,7 @@ class Run:
             for mode in modes:
                 found = evaluate(
                     name,
-                    lambda orders, law: self.placement.collect(orders, law=law),
+                    self._play,
                     law=law_of(mode, sampled),
                     episodes=self.config.evaluation.episodes,
                     num_games=self._num_games(name),
@@ -167,6 +169,9 @@ class Run:
                 self.watch.score(task, mode, found)
         return scores
 
+    def _play(self, orders: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
+        return self.placement.finish(self.placement.start(orders, law=law))
+
     def _metric(self, task: str) -> str:
         return "pass@1" if self.config.rollout_of(task).max_turns == 1 else "success rate"
 
@@ -174,33 +179,27 @@ class Run:
         """A step; when it fails, what was learned before it is saved before the error rises."""
         try:
             return self._step(step, tasks, journal)
-        except Exception:
+        except Exception as error:
             moved = not self.learner.whole or self.learner.version != len(self.timetable.history)
             if step and not moved:
-                self._save(step, journal)
+                try:
+                    self._save(step, journal)
+                except Exception as another:  # it may need what just failed
+                    error.add_note(f"Nor could it be saved since the last checkpoint: {another}")
             raise
 
     def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
         """One update on one or several tasks; its line of metrics."""
-        clock, timetable = Clock(), self.timetable
-        outcomes: dict[str, list[Episode | Dropped]] = {}
-        lessons: list[Lesson] = []
-        ledger: dict[str, dict[str, float]] = {}
-        answers: list[Answer] = []
-        self.placement.sync(self.learner.version)
+        clock, timetable, version = Clock(), self.timetable, self.learner.version
+        self.placement.sync(version)
         clock.lap("sync")
-        for task in tasks:
-            orders = timetable.orders(task, self._num_games(task))
-            outcomes[task] = self.placement.collect(orders)
-            clock.lap("rollout")
-            own, answer = self._lessons(task, outcomes[task])
-            lessons += own
-            answers += [answer] if answer else []
-            ledger[task] = _ledger(own, answer) if answer else {}
-            clock.lap("score")
+        outcomes = self.ahead.next()
+        clock.lap("rollout")
+        taught = self.routing.teach(outcomes)
+        clock.lap("score")
         turn = timetable.turn(tasks[0])
         update = self.learner.update(
-            lessons,
+            taught.lessons,
             self._courses,
             seed=self.config.seed * 1_000_003 + turn,
             progress=timetable.progress(tasks[0]),
@@ -209,10 +208,11 @@ class Run:
         clock.lap("update")
         everything = [outcome for own in outcomes.values() for outcome in own]
         if step % self.config.journal.episodes_every == 0:
-            journal.write_episodes(step, everything, lessons)
+            journal.write_episodes(step, everything, taught.lessons, version)
         clock.lap("journal")
         found = {
-            task: outcome_metrics(outcomes[task]) | update[task] | ledger[task] for task in tasks
+            task: outcome_metrics(outcomes[task], version) | update[task] | taught.ledger[task]
+            for task in tasks
         }
         timetable.record(
             Step(
@@ -224,52 +224,12 @@ class Run:
         )
         for task in tasks:
             self.watch.step(step, task, found[task])
-        timings = clock.metrics(everything, lessons)
+        timings = clock.metrics(everything, taught.lessons) | taught.costs
         timings["perf/actors_replaced"] = float(self.placement.restarts)
-        if answers:  # a run that goes on may find what was scored before it stopped
-            timings["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
-            timings["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
         if len(tasks) == 1:
             return found[tasks[0]] | timings
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
         return named | timings
-
-    def _lessons(
-        self, task: str, outcomes: Sequence[Episode | Dropped]
-    ) -> tuple[list[Lesson], Answer | None]:
-        """The task's episodes with what its teacher says of them, and its answer as it came."""
-        episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
-        lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
-        most = self.config.rollout_of(task).lost
-        if lost and (not episodes or len(lost) > most * len(outcomes)):
-            raise RuntimeError(
-                f"task {task!r}: {len(lost)} of {len(outcomes)} episodes were lost (rollout.lost"
-                f" allows a share of {most}), the first ({lost[0].order.name}) because its"
-                f" environment {lost[0].reason}: {lost[0].detail}"
-            )
-        rows = [row for episode in episodes for row in episode.rows]
-        objective, teacher = self._courses[task].objective, self.config.tasks[task].teacher
-        scores: list[TeacherScores | None] = [None] * len(rows)
-        answer: Answer | None = None
-        if objective.needs_teacher:
-            assert teacher is not None
-            k = max(objective.k, objective.student_k)
-            wanted: dict[str, Any] = {"k": k, "full": objective.needs_full}
-            if objective.student_k:
-                own = self.learner.own_support(rows, objective.student_k)
-                wanted["asked"] = [ids_NK.numpy().astype(np.int32) for ids_NK in own]
-            answer = self.placement.score(teacher, rows, **wanted)
-            answer.identity.check_same(self._references[teacher])  # also of a restarted actor
-            sent = list(answer.scores)
-            if objective.student_k:
-                sent = [one.answering(ids) for one, ids in zip(sent, wanted["asked"], strict=True)]
-            scores = [one.unpack() for one in sent]
-        special = self._special[task]
-        lessons = [
-            Lesson(task=task, row=row, scores=score, mask_T=loss_mask(row, special))
-            for row, score in zip(rows, scores, strict=True)
-        ]
-        return lessons, answer
 
     def _num_games(self, name: str) -> int | None:
         if name not in self._games:
@@ -295,9 +255,10 @@ class Run:
                 "version": self.learner.version,
                 "position": journal.position,
                 "optimizer": self.learner.optimizer.state_dict(),
-                "teachers": {name: one.digest for name, one in self._references.items()},
+                "teachers": {name: one.digest for name, one in self.routing.references.items()},
                 "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
+                "ahead": self.ahead.state(),
             },
             keep=self.config.checkpoint.keep,
             best=self._best[1] if self._best else None,
@@ -315,14 +276,17 @@ class Run:
         self.learner.version = state["version"]
         self._refuse_other_teachers(checkpoint, state["teachers"])
         self._best = state["best"]
-        self.timetable.restore([Step(**step) for step in state["history"]])
+        history = [Step(**step) for step in state["history"]]
+        self.timetable.restore(history)
+        if not self.config.accept_changes:  # else what was planned may not fit any more
+            self.timetable.restore(history, self.ahead.restore(state["ahead"], self.routing.sound))
         return state["step"], state["position"]
 
     def _refuse_other_teachers(self, checkpoint: Path, saved: Mapping[str, str]) -> None:
         """From here on a teacher is compared with the run's first exam, not with this session's."""
         if self.config.accept_changes:
             return
-        for name, identity in self._references.items():
+        for name, identity in self.routing.references.items():
             if identity.digest != saved.get(name):
                 raise ConfigError(
                     f"teachers.{name}: {self.config.teachers[name].model!r} holds other weights"
@@ -332,7 +296,7 @@ class Run:
             first = Identity.read(self.folder / "teachers" / f"{name}.json")
             if first is not None:
                 identity.check_same(first)
-                self._references[name] = first
+                self.routing.references[name] = first
 
 
 def evaluate_model(
@@ -352,23 +316,6 @@ def evaluate_model(
         "scores": scores,
         "versions": _versions(),
     }
-
-
-def _ledger(lessons: Sequence[Lesson], answer: Answer) -> dict[str, float]:
-    """Who taught how much: the sum of `teacher/NAME/tokens` over a run is what it trained. Each row
-    counts for the teacher that its scores name."""
-    found: dict[str, float] = {}
-    for lesson, sent in zip(lessons, answer.scores, strict=True):
-        counts = {
-            "rows": 1,
-            "tokens": int(lesson.mask_T.sum()),
-            "positions": len(sent),
-            "bytes": sent.nbytes,
-        }
-        for name, count in counts.items():
-            key = f"teacher/{sent.teacher}/{name}"
-            found[key] = found.get(key, 0.0) + count
-    return found
 
 
 def _digest(model: str | None) -> str | None:

@@ -18,6 +18,15 @@ from tutelage.scheduler.rollouts import RolloutWorker
 from tutelage.scheduler.watchdog import Watchdog, sweep
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Rows for a teacher; `wanted` is what its `score` takes."""
+
+    teacher: str
+    rows: Sequence[Row]
+    wanted: Mapping[str, Any]
+
+
 class Placement(Protocol):
     """The learner's view of everything that is not the learner. restarts: actors replaced."""
 
@@ -26,16 +35,17 @@ class Placement(Protocol):
     def sync(self, version: int) -> None:
         """From here on, rollouts use this version of the student."""
 
-    def collect(
-        self, orders: Sequence[Order], *, law: SamplingLaw | None = None
-    ) -> list[Episode | Dropped]:
-        """Play the orders; outcomes in the orders' order."""
+    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Any:
+        """Begin to play the orders with the version that was synced last."""
+
+    def finish(self, started: Any) -> list[Episode | Dropped]:
+        """What came of what was started; outcomes in the orders' order."""
 
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games the task has; None: its environment does not say."""
 
-    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> Any:
-        """A teacher's answer on rows; `wanted` is what its `score` takes."""
+    def score(self, asks: Sequence[Ask]) -> list[Any]:
+        """The teachers' answers."""
 
     def identity(self, teacher: str) -> Any:
         """Which teacher this is."""
@@ -55,16 +65,17 @@ class InProcess:
     def sync(self, version: int) -> None:
         self._worker.load(None, version)
 
-    def collect(
-        self, orders: Sequence[Order], *, law: SamplingLaw | None = None
-    ) -> list[Episode | Dropped]:
+    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Any:
         return self._worker.collect(orders, law=law)
+
+    def finish(self, started: Any) -> list[Episode | Dropped]:
+        return list(started)
 
     def num_episodes(self, task: str) -> int | None:
         return self._worker.num_episodes(task)
 
-    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> Any:
-        return self._teachers[teacher].score(rows, **wanted)
+    def score(self, asks: Sequence[Ask]) -> list[Any]:
+        return [self._teachers[ask.teacher].score(ask.rows, **ask.wanted) for ask in asks]
 
     def identity(self, teacher: str) -> Any:
         return self._teachers[teacher].identity()
@@ -124,7 +135,8 @@ class RayCluster:
 
         self._ray, self._weights, self._timeout = ray, weights, timeout
         self._attempts, self._stalled = attempts, stalled
-        self._loaded: tuple[Any, int] | None = None  # (the weights in Ray's store, their version)
+        # (the student's weights in Ray's store, their version)
+        self._loaded: tuple[Any, int | None] = None, None
         self._group: Any = None
         self.restarts = 0
         self._owned = not ray.is_initialized()
@@ -158,21 +170,24 @@ class RayCluster:
             self._get(reference, START_SECONDS)
 
     def sync(self, version: int) -> None:
-        if self._loaded is not None and self._loaded[1] == version:
-            return  # an evaluation after a step: they have it
+        if self._loaded[1] == version:
+            return  # an evaluation after a step: it is there
         self._loaded = self._ray.put(dict(self._weights())), version
-        self._run([_Job(worker, "load", self._loaded) for worker in self._workers])
 
-    def collect(
-        self, orders: Sequence[Order], *, law: SamplingLaw | None = None
-    ) -> list[Episode | Dropped]:
+    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Any:
+        weights, version = self._loaded
+        how = {"law": law, "weights": weights, "version": version}
         shares = [orders[i :: len(self._workers)] for i in range(len(self._workers))]
-        parts = self._run(
-            [
-                _Job(worker, "collect", (share,), {"law": law})
-                for worker, share in zip(self._workers, shares, strict=True)
-            ]
-        )
+        jobs = [
+            _Job(worker, "play", (share,), how)
+            for worker, share in zip(self._workers, shares, strict=True)
+            if share
+        ]
+        return orders, [job.start() for job in jobs]
+
+    def finish(self, started: Any) -> list[Episode | Dropped]:
+        orders, running = started
+        parts = self._finish(running)
         by_number = {outcome.order.number: outcome for part in parts for outcome in part}
         return [by_number[order.number] for order in orders]
 
@@ -180,9 +195,10 @@ class RayCluster:
         (count,) = self._run([_Job(self._workers[0], "num_episodes", (task,))])
         return None if count is None else int(count)
 
-    def score(self, teacher: str, rows: Sequence[Row], **wanted: Any) -> Any:
-        (answer,) = self._run([_Job(self._teachers[teacher], "score", (rows,), wanted)])
-        return answer
+    def score(self, asks: Sequence[Ask]) -> list[Any]:
+        return self._run(
+            [_Job(self._teachers[ask.teacher], "score", (ask.rows,), ask.wanted) for ask in asks]
+        )
 
     def identity(self, teacher: str) -> Any:
         (found,) = self._run([_Job(self._teachers[teacher], "identity")])
@@ -239,46 +255,49 @@ class RayCluster:
         return options
 
     def _run(self, jobs: Sequence[_Job]) -> list[Any]:
+        return self._finish([job.start() for job in jobs])
+
+    def _finish(self, running: Sequence[_Running]) -> list[Any]:
         """Every job's result, in order; those that lost their actor again on a fresh one.
 
         Raises:
             RuntimeError: a job lost as many actors as it may.
         """
         results: dict[int, Any] = {}
-        waiting = dict(enumerate(jobs))
+        waiting = dict(enumerate(running))
         for attempt in range(1, self._attempts + 1):
-            references = {i: job.start() for i, job in waiting.items()}
             deadline, lost = time.monotonic() + self._timeout, dict[int, Exception]()
-            for i, reference in references.items():
+            for i, one in waiting.items():
                 try:
                     left = max(0.0, deadline - time.monotonic())
-                    results[i] = self._get(reference, left)
+                    results[i] = self._get(one.reference, left)
                 except self._ray.exceptions.RayTaskError:
                     raise  # the actor's own code raised: it would again
                 except self._ray.exceptions.RayError as error:
                     lost[i] = error
             for i, fault in lost.items():
-                job = jobs[i]
+                job = waiting[i].job
                 if attempt == self._attempts:
                     raise RuntimeError(
                         f"{job.member.name}: {job.method!r} failed on {attempt} actors, the last"
                         f" with {type(fault).__name__}: {str(fault).strip().splitlines()[0]};"
                         " see cluster.timeout and the folder `stalled` in the run's"
                     ) from fault
-                self._replace(job.member)
+                self._replace(waiting[i])
             if not lost:
                 break
-            waiting = {i: jobs[i] for i in lost}
-        return [results[i] for i in range(len(jobs))]
+            waiting = {i: waiting[i].job.start() for i in lost}
+        return [results[i] for i in range(len(running))]
 
-    def _replace(self, member: _Member) -> None:
-        """A fresh actor in the member's place, with the weights that the others have."""
+    def _replace(self, lost: _Running) -> None:
+        """A fresh actor in its member's place, unless it has one since."""
+        member = lost.job.member
+        if member.actor is not lost.actor:
+            return  # several jobs were queued with the actor that died
         self.restarts += 1
         self._ray.kill(member.actor)
         member.actor = member.start()
         self._get(member.actor.ready.remote(), START_SECONDS)
-        if member in self._workers and self._loaded is not None:
-            member.actor.call.remote("load", *self._loaded)  # actors work in order
 
     def _get(self, reference: Any, timeout: float) -> Any:
         """A result; an error that the actor's own code raised is raised as itself."""
@@ -305,8 +324,19 @@ class _Job:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def start(self) -> Any:
-        return self.member.actor.call.remote(self.method, *self.args, **self.kwargs)
+    def start(self) -> _Running:
+        actor = self.member.actor
+        reference = actor.call.remote(self.method, *self.args, **self.kwargs)
+        return _Running(self, actor, reference)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A call that was made."""
+
+    job: _Job
+    actor: Any
+    reference: Any
 
 
 class _Actor:

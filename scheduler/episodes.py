@@ -5,7 +5,9 @@ Letters of shape suffixes: T tokens of a row, N tokens that take loss, K support
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +98,7 @@ class Order:
     number: int  # its place in the step's batch
     seed: int
     index: int  # which game or problem: the environment's options["index"]
+    teacher: str | None = None  # who scores it
     actor: str = "student"  # or "expert": who acts
     labels: bool = False  # also record the expert's action in every state
     guide: float = 0.0  # share of the episode's length, 0 to 1, that its guide plays first
@@ -145,3 +148,16 @@ class Dropped:
     reason: str  # "died" | "timeout" | "raised" | "garbage"
     detail: str
     attempts: int
+
+
+def revived(plain: Mapping[str, Any]) -> Episode | Dropped:
+    """The outcome that `dataclasses.asdict` took apart; arrays may have become CPU tensors."""
+    order = Order(**plain["order"])
+    if "reason" in plain:
+        return Dropped(**{**plain, "order": order})
+    rows = tuple(
+        Row(**{name: np.asarray(array) for name, array in row.items()}) for row in plain["rows"]
+    )
+    turns = tuple(Turn(**turn) for turn in plain["turns"])
+    law = SamplingLaw(**plain["law"])
+    return Episode(**{**plain, "order": order, "rows": rows, "turns": turns, "law": law})

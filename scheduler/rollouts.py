@@ -112,6 +112,7 @@ class RolloutWorker:
         self._tasks = dict(tasks)
         self._pools = pools or EnvironmentPools(tasks)
         self._sessions = 0
+        self._loaded: int | None = None  # the version that it was given
 
     def collect(
         self, orders: Sequence[Order], *, law: SamplingLaw | None = None
@@ -126,6 +127,19 @@ class RolloutWorker:
         play = _Play(self, task, law or self._tasks[task].law)
         return play.run(orders)
 
+    def play(
+        self,
+        orders: Sequence[Order],
+        *,
+        law: SamplingLaw | None,
+        weights: Any,
+        version: int | None,
+    ) -> list[Episode | Dropped]:
+        """`collect` with this version of the student; None: the one that is there."""
+        if version is not None and version != self._loaded:
+            self.load(weights, version)
+        return self.collect(orders, law=law)
+
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games or problems the task's environment has; None: it does not say."""
         count = self._pools[task].probe["num_episodes"]
@@ -134,6 +148,7 @@ class RolloutWorker:
     def load(self, weights: Any, version: int) -> None:
         """Give the engine the learner's weights."""
         self.engine.load(weights, version)
+        self._loaded = version
 
     def close(self) -> None:
         """Stop the environment processes."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.scheduler.cluster import RayCluster
+from tutelage.scheduler.cluster import Ask, RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
 
 pytestmark = pytest.mark.slow
@@ -25,18 +25,12 @@ def _fragile(plan: Path) -> Any:
     import time
 
     class Fragile:
-        def __init__(self) -> None:
-            self.loaded: tuple[Any, int] | None = None
-
-        def load(self, weights: Any, version: int) -> None:
-            self.loaded = weights, version
-
         def num_episodes(self, task: str) -> int:
             return len(task)
 
-        def collect(self, orders: Any, *, law: Any) -> list[Dropped]:
-            _meet_fate("collect")
-            told = repr(self.loaded)
+        def play(self, orders: Any, *, law: Any, weights: Any, version: Any) -> list[Dropped]:
+            _meet_fate("play")
+            told = repr((weights, version))
             return [Dropped(order=o, reason="died", detail=told, attempts=1) for o in orders]
 
         def score(self, rows: Any, *, k: int) -> list[int]:
@@ -105,6 +99,15 @@ def make(tmp_path: Path) -> Iterator[Make]:
         cluster.close()
 
 
+def _collect(cluster: RayCluster, orders: list[Order]) -> list[Any]:
+    return cluster.finish(cluster.start(orders))
+
+
+def _score(cluster: RayCluster, rows: list[Any], **wanted: Any) -> Any:
+    (answer,) = cluster.score([Ask(teacher="t", rows=rows, wanted=wanted)])
+    return answer
+
+
 ORDERS = [Order(task="t", number=i, seed=i, index=i) for i in range(5)]
 
 
@@ -114,26 +117,51 @@ def test_a_lost_workers_share_is_played_again_with_the_same_weights(
 ) -> None:
     cluster = make(timeout=4.0)
     cluster.sync(7)
-    (tmp_path / f"collect.{fate}").touch()
-    outcomes = cluster.collect(ORDERS)
+    (tmp_path / f"play.{fate}").touch()
+    outcomes = _collect(cluster, ORDERS)
     assert [outcome.order for outcome in outcomes] == ORDERS
     assert {o.detail for o in outcomes if isinstance(o, Dropped)} == {"({'w': 1.5}, 7)"}
     assert cluster.restarts == 1
-    assert [o.order for o in cluster.collect(ORDERS)] == ORDERS and cluster.restarts == 1
+    assert [o.order for o in _collect(cluster, ORDERS)] == ORDERS and cluster.restarts == 1
 
 
 @pytest.mark.parametrize("fate", ["die", "hang"])
 def test_a_lost_teacher_scores_again(make: Make, tmp_path: Path, fate: str) -> None:
     cluster = make(workers=1, timeout=4.0)
     (tmp_path / f"score.{fate}").touch()
-    assert cluster.score("t", [3, 5], k=2) == [6, 10]  # type: ignore[list-item]
+    assert _score(cluster, [3, 5], k=2) == [6, 10]
     assert cluster.restarts == 1
+
+
+@pytest.mark.parametrize("fate", ["die", "hang"])
+def test_what_was_started_before_a_sync_is_played_with_the_weights_of_then(
+    make: Make, tmp_path: Path, fate: str
+) -> None:
+    """Also when the worker is lost in the first of two: one fresh actor plays both again."""
+    sent = iter([1.5, 2.5])
+    cluster = make(workers=1, timeout=4.0)
+    cluster._weights = lambda: {"w": next(sent)}
+    (tmp_path / f"play.{fate}").touch()
+    cluster.sync(7)
+    first = cluster.start(ORDERS)
+    cluster.sync(8)
+    second = cluster.start(ORDERS[:2])
+    assert {o.detail for o in cluster.finish(first)} == {"({'w': 1.5}, 7)"}  # type: ignore[union-attr]
+    assert {o.detail for o in cluster.finish(second)} == {"({'w': 2.5}, 8)"}  # type: ignore[union-attr]
+    assert cluster.restarts == 1
+
+
+def test_answers_come_in_the_order_of_the_asks(make: Make) -> None:
+    answers = make(workers=1).score(
+        [Ask(teacher="t", rows=[1], wanted={"k": 2}), Ask(teacher="t", rows=[3], wanted={"k": 3})]  # type: ignore[list-item]
+    )
+    assert answers == [[2], [9]]
 
 
 def test_a_hung_actors_stack_is_kept(make: Make, tmp_path: Path) -> None:
     cluster = make(workers=1, timeout=3.0)
     (tmp_path / "score.hang").touch()
-    cluster.score("t", [1], k=1)  # type: ignore[list-item]
+    _score(cluster, [1], k=1)
     cluster.close()
     (dump,) = (tmp_path / "stalled").iterdir()  # those that never hung left none
     assert dump.name == "teacher-t.txt"
@@ -144,7 +172,7 @@ def test_actors_are_not_replaced_for_ever(make: Make, tmp_path: Path) -> None:
     cluster = make(workers=1, attempts=2)
     (tmp_path / "score.die").write_text("always")
     with pytest.raises(RuntimeError, match="teacher-t: 'score' failed on 2 actors"):
-        cluster.score("t", [1], k=1)  # type: ignore[list-item]
+        _score(cluster, [1], k=1)
 
 
 def test_an_error_of_the_actors_own_code_rises_as_itself_and_is_not_tried_again(
@@ -153,7 +181,7 @@ def test_an_error_of_the_actors_own_code_rises_as_itself_and_is_not_tried_again(
     cluster = make(workers=1)
     (tmp_path / "score.raise").touch()
     with pytest.raises(ValueError, match="out of words"):
-        cluster.score("t", [1], k=1)  # type: ignore[list-item]
+        _score(cluster, [1], k=1)
     assert cluster.restarts == 0
 
 
@@ -165,7 +193,7 @@ def test_a_placement_group_spreads_its_actors(make: Make) -> None:
     )
     everyone = (*cluster._workers, *cluster._teachers.values())
     assert len({ray.get(one.actor.node.remote()) for one in everyone}) == 3
-    assert [o.order for o in cluster.collect(ORDERS)] == ORDERS
+    assert [o.order for o in _collect(cluster, ORDERS)] == ORDERS
 
 
 def test_weights_of_one_version_travel_once(make: Make) -> None:
@@ -180,7 +208,7 @@ def test_weights_of_one_version_travel_once(make: Make) -> None:
     cluster._weights = weights
     for version in (1, 1, 2, 2):
         cluster.sync(version)
-    (outcome,) = cluster.collect(ORDERS[:1])
+    (outcome,) = _collect(cluster, ORDERS[:1])
     assert isinstance(outcome, Dropped) and outcome.detail == "({'w': 2.0}, 2)"
 
 
@@ -212,7 +240,7 @@ def test_actors_go_where_their_resources_are_also_after_the_loss_of_a_node(
     _nodes["cluster"].remove_node(_nodes[first], allow_graceful=False)
     deadline = time.monotonic() + 30
     while not cluster.restarts and time.monotonic() < deadline:  # a node's actors die after it
-        outcomes = cluster.collect(ORDERS)
+        outcomes = _collect(cluster, ORDERS)
     assert [outcome.order for outcome in outcomes] == ORDERS
     assert {o.detail for o in outcomes if isinstance(o, Dropped)} == {"({'w': 1.5}, 7)"}
     assert {first, by_id[place(cluster)]} == {"one", "two"}

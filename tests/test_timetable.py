@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tutelage.scheduler.episodes import Order
-from tutelage.scheduler.policies import Step
-from tutelage.scheduler.timetable import ENDLESS, TaskPlan, Timetable
+from tutelage.scheduler.policies import Alternate, Mixed, Step, TokenBudget, Weighted
+from tutelage.scheduler.timetable import ENDLESS, TaskPlan, Timetable, _route
 
 PLANS = {
     "household": TaskPlan(episodes=4),
@@ -247,3 +250,70 @@ class TestWindows:
         plans = {"a": TaskPlan(episodes=1, most=2), "b": TaskPlan(episodes=1, end=4)}
         with pytest.raises(ValueError, match="no task is left for step 4 of 9"):
             Timetable(plans, steps=9, seed=0)
+
+
+class TestPlanningAhead:
+    @pytest.mark.parametrize("ahead", [1, 2, 5])
+    def test_steps_planned_early_are_the_steps_planned_in_time(self, ahead: int) -> None:
+        """Tasks, games and seeds, where the policy does not hang on what steps did."""
+        plans = PLANS | {"third": TaskPlan(episodes=5, start=4, end=20, most=6)}
+        for policy in (Alternate([*plans]), Weighted([*plans], {"math": 2.5}), Mixed()):
+            early, in_time = (
+                Timetable(plans, steps=25, seed=1, make_policy=lambda p=policy: copy.deepcopy(p))
+                for _ in range(2)
+            )
+            found = []
+            while len(early.history) < 25:
+                while len(early.planned) <= ahead and (planned := early.plan()):
+                    turns = planned.turns
+                    found.append({t: early.orders(t, 17, turn) for t, turn in turns.items()})
+                early.record(Step(active=early.active(), trained=tuple(early.planned[0].turns)))
+            expected = []
+            for _, tasks in in_time.walk():
+                expected.append({task: in_time.orders(task, 17) for task in tasks})
+                in_time.record(Step(active=in_time.active(), trained=tasks))
+            assert found == expected
+            assert [step.active for step in early.history] == [s.active for s in in_time.history]
+
+    def test_a_token_budget_holds_though_open_steps_are_guessed(self) -> None:
+        """Steps of one task train 10 times as much as the other's."""
+        plans = {name: TaskPlan(episodes=1) for name in ("long", "short")}
+        table = Timetable(plans, steps=440, seed=0, make_policy=lambda: TokenBudget([*plans], {}))
+        spent, size = Counter[str](), {"long": 1000.0, "short": 100.0}
+        while len(table.history) < 440:
+            while len(table.planned) <= 2 and table.plan():
+                pass
+            (task,) = table.planned[0].turns
+            spent[task] += int(size[task])
+            same = {task: size[task]}
+            table.record(Step(active=table.active(), trained=(task,), tokens=same, gaps=same))
+        assert abs(spent["long"] - spent["short"]) <= 3 * size["long"]
+
+    def test_it_ends_with_the_run(self) -> None:
+        table = _table("math", steps=2)
+        assert table.plan() and table.plan() and table.plan() is None
+
+
+class TestRoutes:
+    @given(
+        weights=st.lists(st.integers(1, 7), min_size=1, max_size=5), start=st.integers(0, 10_000)
+    )
+    def test_every_window_has_each_teacher_as_often_as_its_weight(
+        self, weights: list[int], start: int
+    ) -> None:
+        """Integer weights of sum W, any W episodes in a row."""
+        named = {f"t{i}": float(weight) for i, weight in enumerate(weights)}
+        window = Counter(_route(start + i, named) for i in range(sum(weights)))
+        assert window == {name: int(weight) for name, weight in named.items()}
+
+    def test_the_count_goes_on_from_step_to_step(self) -> None:
+        """Of 4 episodes a step thirds are not whole; of 3 steps they are."""
+        plan = TaskPlan(episodes=4, teachers={"a": 2.0, "b": 1.0})
+        table = Timetable({"math": plan}, steps=9, seed=0)
+        taught = Counter(
+            order.teacher for orders in _task_orders(table, "math", 5) for order in orders
+        )
+        assert taught == {"a": 24, "b": 12}
+
+    def test_without_teachers_there_is_none(self) -> None:
+        assert {order.teacher for order in _table("math").orders("math", 5)} == {None}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +23,7 @@ from tutelage.distill import assembly, checkpoints, training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
-from tutelage.scheduler.episodes import Dropped
+from tutelage.scheduler.episodes import Dropped, Row
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
 Configure = Callable[..., RunConfig]
@@ -491,18 +494,18 @@ class TestLosses:
         """Half may be lost, two thirds may not; what was learned before is there to go on from."""
         from tutelage.scheduler.cluster import InProcess
 
-        collect = InProcess.collect
+        start = InProcess.start
         losses = iter([0, 3, 4])
 
         def lossy(self: InProcess, orders: Any, **law: Any) -> list[Any]:
-            outcomes: list[Any] = collect(self, orders, **law)
+            outcomes: list[Any] = start(self, orders, **law)
             for i in range(next(losses)):
                 outcomes[i] = Dropped(
                     order=orders[i], reason="timeout", detail="60 s passed", attempts=3
                 )
             return outcomes
 
-        monkeypatch.setattr(InProcess, "collect", lossy)
+        monkeypatch.setattr(InProcess, "start", lossy)
         config = configure({"math": MATH}, steps=5)
         with pytest.raises(RuntimeError, match=r"4 of 6 episodes were lost .*timeout: 60 s passed"):
             _train(config)
@@ -511,6 +514,148 @@ class TestLosses:
         monkeypatch.undo()
         _train(config)
         assert len(_metrics(Path(config.run))) == 5
+
+
+class TestCollectingAhead:
+    STEPS = 6
+
+    def _config(self, configure: Configure, run: str, **schedule: Any) -> RunConfig:
+        return configure(
+            {"household": HOUSEHOLD, "math": MATH},
+            run,
+            steps=self.STEPS,
+            schedule={"policy": "alternate", "max_staleness": 1} | schedule,
+        )
+
+    def test_episodes_are_as_old_as_allowed_and_say_so(self, configure: Configure) -> None:
+        for most in (0, 1, 2):
+            folder = _train(self._config(configure, f"s{most}", max_staleness=most))
+            ages = [min(step, most) for step in range(self.STEPS)]
+            assert [line["episodes/staleness"] for line in _metrics(folder)] == ages
+            for step, age in enumerate(ages):
+                text = (folder / "episodes" / f"{step:06d}.jsonl").read_text(encoding="utf-8")
+                told = {
+                    (one["version"], one["staleness"]) for one in map(json.loads, text.splitlines())
+                }
+                assert told == {(step - age, age)}
+
+    def test_they_are_what_the_older_weights_play(self, configure: Configure) -> None:
+        """The second step's are those of a run whose first update moved nothing."""
+
+        def second(config: RunConfig) -> list[Any]:
+            path = _train(config) / "episodes" / "000001.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [[row["ids"] for row in json.loads(line)["rows"]] for line in lines]
+
+        ahead = self._config(configure, "ahead")
+        still = configure({"household": HOUSEHOLD, "math": MATH}, "still", steps=2)
+        still = still.model_copy(
+            update={"optimizer": still.optimizer.model_copy(update={"lr": 1e-30})}
+        )
+        on_policy = self._config(configure, "on_policy", max_staleness=0)
+        assert second(ahead) == second(still) != second(on_policy)
+
+    @pytest.mark.parametrize("kill", [False, True])
+    @pytest.mark.parametrize(
+        "schedule",
+        [
+            {},
+            {"max_staleness": 2},
+            {"policy": "token_budget"},
+            {"policy": "gap"},
+            {"policy": "mixed"},
+        ],
+        ids=lambda schedule: "-".join(map(str, schedule.values())) or "alternate",
+    )
+    def test_a_run_that_was_cut_off_is_the_run_that_was_not(
+        self, configure: Configure, schedule: dict[str, Any], kill: bool
+    ) -> None:
+        """What was collected ahead is in the checkpoint: the weights that played it are not."""
+        whole = _train(self._config(configure, "whole", **schedule))
+        config = self._config(configure, "parts", **schedule)
+        often = {"checkpoint": config.checkpoint.model_copy(update={"every": 2})}
+        config = config.model_copy(update=often)
+        for step in (2, 4):
+            watch = _StopAfter(step, kill=kill)
+            with Run(config, watch=watch) as run, contextlib.suppress(KeyboardInterrupt):
+                watch.run = run
+                run.train()
+        _assert_same_run(_train(config), whole, self.STEPS)
+
+    @pytest.mark.slow
+    def test_on_ray_it_is_the_same_run(self, configure: Configure) -> None:
+        """There the next episodes are played while the student learns."""
+        here = self._config(configure, "here")
+        there = self._config(configure, "there")
+        cluster = configure({"math": MATH}, cluster={"address": "local", "workers": 1}).cluster
+        _assert_same_run(
+            _train(here), _train(there.model_copy(update={"cluster": cluster})), self.STEPS
+        )
+
+    def test_a_step_that_lost_too_much_is_played_anew(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Kept in the checkpoint it would stop the run again for ever."""
+        from tutelage.scheduler.cluster import InProcess
+
+        start, calls = InProcess.start, iter(range(99))
+
+        def lossy(self: InProcess, orders: Any, **law: Any) -> list[Any]:
+            if next(calls) == 3:
+                return [Dropped(order=o, reason="died", detail="-", attempts=3) for o in orders]
+            played: list[Any] = start(self, orders, **law)
+            return played
+
+        monkeypatch.setattr(InProcess, "start", lossy)
+        config = self._config(configure, "lossy")
+        with pytest.raises(RuntimeError, match="6 of 6 episodes were lost"):
+            _train(config)
+        assert [path.name for path in (Path(config.run) / "checkpoints").iterdir()] == ["000003"]
+        assert len(_metrics(_train(config))) == self.STEPS
+
+
+class TestSeveralTeachers:
+    def test_each_episode_has_one_and_that_one_scores_it(
+        self, configure: Configure, tokenizer: Any
+    ) -> None:
+        task = MATH | {"teacher": "one"}
+        config = configure({"math": task, "other": task | {"teacher": "two"}}, steps=4)
+        both = config.tasks["math"].model_copy(update={"teacher": {"one": 2.0, "two": 1.0}})
+        config = config.model_copy(update={"tasks": {"math": both}})
+        folder = _train(config)
+        rows, by_teacher = 0, Counter[str]()
+        services = {
+            name: assembly._make_teacher(name, config.teachers[name], len(tokenizer))
+            for name in ("one", "two")
+        }
+        for path in sorted((folder / "episodes").iterdir()):
+            for episode in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+                by_teacher[episode["teacher"]] += 1
+                for row in episode["rows"]:
+                    rows += 1
+                    ids = np.asarray(row["ids"], dtype=np.int32)
+                    one = Row(
+                        ids_T=ids,
+                        turns_T=np.asarray(row["turn"], dtype=np.int32),
+                        logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
+                        branches_T=np.zeros(len(ids), dtype=np.int32),
+                    )
+                    (exact,) = services[episode["teacher"]].score([one], k=8).scores
+                    told = [x for x in row["teacher_logprob"] if x is not None]
+                    assert np.allclose(told, exact.sampled_N, atol=1e-4)
+        assert rows == 24 and by_teacher == {"one": 16, "two": 8}
+        lines = _metrics(folder)
+        for name, count in by_teacher.items():
+            assert sum(line[f"teacher/{name}/rows"] for line in lines) == count
+        tokens = sum(v for line in lines for k, v in line.items() if k.endswith("/tokens"))
+        assert tokens == sum(line["tokens/trained"] for line in lines)
+
+    def test_one_of_two_is_one_alone(self, configure: Configure) -> None:
+        """A mapping of one name is that name."""
+        alone = _train(configure({"math": MATH}, "alone"))
+        config = configure({"math": MATH}, "mapped")
+        mapped = config.tasks["math"].model_copy(update={"teacher": {"two": 3.0}})
+        _assert_same_run(alone, _train(config.model_copy(update={"tasks": {"math": mapped}})), 4)
 
 
 class TestSelfDistillation:

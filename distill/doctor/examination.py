@@ -208,7 +208,7 @@ def _teacher(
     tasks = {
         task: played[task]
         for task, section in config.tasks.items()
-        if section.teacher == name and task in played
+        if name in section.teachers and task in played
     }
     opening = next((p.opening for p in tasks.values()), None)
     prompt = opening or Chat(tokenizer).opening("What is two and two?")

@@ -1,0 +1,99 @@
+"""Episodes asked for ahead: while the student learns from one step's, the next steps' are played.
+
+With staleness s the episodes of step n are asked for before the update of step n - s, so what plays
+them is at most s updates old; 0 is strictly on-policy. Where they are played, here or on Ray,
+decides when they are there and nothing else: in this process at once, so that nothing overlaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from tutelage.scheduler.cluster import Placement
+from tutelage.scheduler.episodes import Dropped, Episode, revived
+from tutelage.scheduler.timetable import Planned, Timetable
+
+
+class _Started:
+    """A task's episodes, in the making or there."""
+
+    def __init__(self, finish: Callable[[], list[Episode | Dropped]]) -> None:
+        self._finish = finish
+        self._found: list[Episode | Dropped] | None = None
+
+    def outcomes(self) -> list[Episode | Dropped]:
+        if self._found is None:
+            self._found = self._finish()
+        return self._found
+
+
+class Ahead:
+    """The run's episodes, step by step.
+
+    Args:
+        num_games: how many distinct games a task's environment has, or None. staleness: how many
+            updates old the weights may be that play an episode.
+    """
+
+    def __init__(
+        self,
+        timetable: Timetable,
+        placement: Placement,
+        num_games: Callable[[str], int | None],
+        *,
+        staleness: int = 0,
+    ) -> None:
+        self._timetable, self._placement = timetable, placement
+        self._num_games, self._staleness = num_games, staleness
+        self._started: dict[int, dict[str, _Started]] = {}  # by step
+
+    def next(self) -> dict[str, list[Episode | Dropped]]:
+        """The episodes of the step that is due, by task; first those further on are asked for, to
+        be played by what the placement has now."""
+        while len(self._timetable.planned) <= self._staleness and self._timetable.plan():
+            pass
+        due = len(self._timetable.history)
+        self._started = {step: own for step, own in self._started.items() if step >= due}
+        for step, planned in enumerate(self._timetable.planned, due):
+            if step not in self._started:
+                self._started[step] = self._start(planned)
+        return {task: started.outcomes() for task, started in self._started[due].items()}
+
+    def _start(self, planned: Planned) -> dict[str, _Started]:
+        started = {}
+        for task, turn in planned.turns.items():
+            orders = self._timetable.orders(task, self._num_games(task), turn)
+            playing = self._placement.start(orders)
+            started[task] = _Started(partial(self._placement.finish, playing))
+        return started
+
+    def state(self) -> list[dict[str, Any]]:
+        """The steps that are planned and their episodes, once all are there, as plain data: they
+        cannot be played again, since the weights that played them are gone."""
+        if not self._staleness:
+            return []  # this step's episodes can be played again as they were
+        due, found = len(self._timetable.history), []
+        for step, planned in enumerate(self._timetable.planned, due):
+            own = self._started.get(step, {})
+            outcomes = {task: [asdict(o) for o in x.outcomes()] for task, x in own.items()}
+            found.append({"planned": asdict(planned), "outcomes": outcomes})
+        return found
+
+    def restore(
+        self,
+        state: Sequence[Mapping[str, Any]],
+        sound: Callable[[str, Sequence[Episode | Dropped]], bool],
+    ) -> list[Planned]:
+        """What `state` gave, into a run that is at that step; the steps that were planned. A step
+        whose episodes are not `sound` (task, outcomes) is played anew: it would stop the run."""
+        self._started = {}
+        for step, one in enumerate(state, len(self._timetable.history)):
+            outcomes = {task: [revived(o) for o in own] for task, own in one["outcomes"].items()}
+            if outcomes and all(sound(task, own) for task, own in outcomes.items()):
+                self._started[step] = {
+                    task: _Started(partial(list, own)) for task, own in outcomes.items()
+                }
+        return [Planned(**one["planned"]) for one in state]
