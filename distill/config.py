@@ -85,7 +85,13 @@ class ContextConfig(_Section):
     repeat_task: bool = False
     turns: Annotated[int, Field(ge=0)] = 4
     admissible: bool = False
+    format: str | None = None  # of prompts and replies, where the teacher has its own: gigpo
     system: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> ContextConfig:
+        ContextSettings(**self.model_dump())
+        return self
 
 
 class RolloutConfig(_Section):

@@ -1,4 +1,5 @@
-"""What a model will need, from its config.json or, where that is not here, from its name.
+"""What a model will need, from its config.json or, where that is not here, from its published one
+(published.py), or from its name.
 
 No weights are read: the model is built on torch's meta device, whose tensors have shapes alone.
 
@@ -8,7 +9,7 @@ Letters: D hidden size, I the feed-forward layer's inner size.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from tutelage.distill.config import StudentConfig
 from tutelage.distill.models import BUILTIN, load_settings, resolve, student_settings
+from tutelage.distill.published import PUBLISHED
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -45,15 +47,17 @@ class Shape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
     """A model's size. parameters: None where nothing tells. shape: None without a config.json, and
-    then `parameters` is what the name says."""
+    then `parameters` is what the name says. published: the config.json is not on this machine, and
+    known from published.py."""
 
     reference: str
     parameters: int | None
     shape: Shape | None
+    published: bool = False
 
     @property
     def here(self) -> bool:
-        return self.shape is not None
+        return self.shape is not None and not self.published
 
     def weights(self, dtype: str) -> int | None:
         """Bytes."""
@@ -68,6 +72,10 @@ def footprint(reference: str) -> Footprint:
     """
     folder = at_hand(reference)
     if folder is None or not (folder / "config.json").is_file():
+        if known := PUBLISHED.get(reference):
+            from transformers import AutoConfig
+
+            return replace(_measured(reference, AutoConfig.for_model(**known)), published=True)
         return Footprint(reference=reference, parameters=named_size(reference), shape=None)
     return _measured(reference, load_settings(str(folder)))
 

@@ -114,7 +114,7 @@ def _placement(plan: Plan) -> Table:
 
 
 def _model(model: Footprint) -> list[str]:
-    about = "about " if model.parameters is not None and not model.here else ""
+    about = "about " if model.parameters is not None and model.shape is None else ""
     return [model.reference.rstrip("/").rsplit("/", 1)[-1], about + count(model.parameters)]
 
 

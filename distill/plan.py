@@ -1,8 +1,8 @@
 """`tutelage plan`: what a config would run, and what that takes. Loads no weights, asks no network.
 
 Lengths of replies are upper bounds, since a student may stop earlier; prompts and observations are
-the environment's, so nothing here counts them. Models that are not on this machine are taken by the
-size in their name; what that does not tell stays unknown.
+the environment's, so nothing here counts them. Models that are not on this machine are taken by
+their published architecture, or by the size in their name; what that does not tell stays unknown.
 
 Bytes are decimal: 1 GB = 10^9.
 """
@@ -13,6 +13,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tutelage.distill.footprint import (
     footprint,
     student_footprint,
 )
+from tutelage.distill.gpus import suggestion
 from tutelage.distill.learner import DENSE_VOCABULARY
 from tutelage.distill.models import check_vocabularies, device_of, student_tokenizer
 from tutelage.distill.objectives.scores import CHUNK
@@ -115,6 +117,7 @@ def make_plan(config: RunConfig) -> Plan:
             *_learner_needs(config, student, vocabulary, tasks),
             *_rollout_needs(config, student),
             *_teacher_needs(config, teachers, vocabulary, tasks),
+            *_guide_needs(config, teachers),
             _process_needs(config),
         ),
     )
@@ -122,8 +125,8 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _vocabulary(config: RunConfig, student: Footprint) -> int | None:
     """How many ids student and teachers share, as far as their tokenizers are here."""
-    own = at_hand(student_tokenizer(config.student))
-    if own is None or not (own / "tokenizer_config.json").is_file():
+    own = _tokenizer_here(config)
+    if own is None:
         return None if student.shape is None else student.shape.rows
     folders = {name: at_hand(teacher.model) for name, teacher in config.teachers.items()}
     here = {
@@ -134,6 +137,12 @@ def _vocabulary(config: RunConfig, student: Footprint) -> int | None:
     key = "tokenizer" if config.student.tokenizer else "model"
     read = config.student.model_copy(update={key: str(own)})
     return check_vocabularies(config.model_copy(update={"student": read, "teachers": here}))
+
+
+def _tokenizer_here(config: RunConfig) -> Path | None:
+    """The folder of the student's tokenizer, if it is on this machine."""
+    own = at_hand(student_tokenizer(config.student))
+    return own if own is not None and (own / "tokenizer_config.json").is_file() else None
 
 
 def _forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) -> TaskForecast:
@@ -392,6 +401,32 @@ def _teacher_needs(
     return found
 
 
+def _guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need]:
+    """A teacher that plays prefixes keeps keys and values as an engine does: of its share of what
+    is in flight, or, if others end before, of all guided episodes at once."""
+    workers = config.cluster.workers if config.cluster else 1
+    found = []
+    for name, task in config.tasks.items():
+        if task.guidance is None or task.guidance.by != "teacher":
+            continue
+        teacher, shape = config.teachers[str(task.teacher)], teachers[str(task.teacher)].shape
+        live, reply = _sessions(config, name, workers)
+        share = task.guidance.share
+        usual, all_at_once = round(share * live), min(live, round(share * task.episodes))
+        each = None if shape is None else workers * shape.cache * BYTES[teacher.dtype]
+        context = shape.context if shape else 0
+        found.append(
+            Need(
+                device=device_name(teacher.device),
+                what=f"prefixes of {name}: keys and values, {usual} to {all_at_once} sessions",
+                least=None if each is None else each * usual * min(reply, context),
+                most=None if each is None else each * all_at_once * context,
+                knob="max_live",
+            )
+        )
+    return found
+
+
 def _process_needs(config: RunConfig) -> Need:
     """Environments' own processes, which load no torch, come on top."""
     count = 1 if config.cluster is None else 1 + config.cluster.workers + len(config.teachers)
@@ -413,9 +448,14 @@ def notes(plan: Plan) -> list[str]:
     """What a reader must know beside the numbers."""
     config, found = plan.config, []
     models = (plan.student, *plan.teachers.values())
-    if away := [model.reference for model in models if not model.here]:
-        found.append(f"not on this machine, known by name alone: {', '.join(dict.fromkeys(away))}")
-    if plan.vocabulary is None:
+    away = {
+        "sized by their published config.json": [m.reference for m in models if m.published],
+        "known by name alone": [m.reference for m in models if m.shape is None],
+    }
+    for how, references in away.items():
+        if references:
+            found.append(f"not on this machine, {how}: {', '.join(dict.fromkeys(references))}")
+    if _tokenizer_here(config) is None:
         found.append("the student's tokenizer is not on this machine: vocabularies go unchecked")
     if len(config.tasks) > 1 and config.schedule.policy in ("token_budget", "gap"):
         found.append(
@@ -426,8 +466,11 @@ def notes(plan: Plan) -> list[str]:
     if missing := [device for device in devices if memory_here(device) is None]:
         found.append(f"this machine has no {', no '.join(missing)}")
     for device in devices:
-        least, most, _ = plan.total(device)
+        least, most, unknown = plan.total(device)
         room = memory_here(device)
+        if device != "cpu":
+            more = ", and what is unknown" if unknown else ""
+            found.append(f"{device}: at least {suggestion(least)}{more}")
         if room is not None and least > room:
             found.append(f"{device}: does not fit; {_largest(plan, device)}")
         elif room is not None and most > room:

@@ -96,6 +96,7 @@ def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
         "dropped": len(outcomes) - len(played),
         "turns": round(turns, 2),
         "cut_off": round(sum(not turn.complete for turn in replies) / max(1, len(replies)), 4),
+        "malformed": round(sum(not turn.valid for turn in replies) / max(1, len(replies)), 4),
         "unfinished": round(
             sum(episode.ended != "terminated" for episode in played) / len(played), 4
         ),

@@ -3,7 +3,8 @@
 `full` appends: one prompt grows, the engine keeps its key-value cache, one training row per
 episode. `window` shows the task, the last turns, the current observation and (on request) the
 admissible actions, afresh each turn, the way step-independent agents are prompted; one training row
-per turn.
+per turn. A window may have a named format (scheduler/formats.py), its teacher's own prompt, whose
+replies hold a thought beside the action.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.formats import Said, find_format
 
 CONTEXTS = ("full", "window")
 
@@ -24,13 +26,32 @@ CONTEXTS = ("full", "window")
 class ContextSettings:
     """kind: `full` or `window`. repeat_task: (full) say the task again with every observation, so
     that it stays in view. turns: (window) how many past turns are shown. admissible: list the
-    admissible actions."""
+    admissible actions. format: (window) the name of a prompt and reply format."""
 
     kind: str = "full"
     repeat_task: bool = False
     turns: int = 4
     admissible: bool = False
+    format: str | None = None
     system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in CONTEXTS:
+            raise ValueError(f"context kind {self.kind!r}: it must be one of {', '.join(CONTEXTS)}")
+        if self.format is None:
+            return
+        find_format(self.format)
+        if self.kind != "window" or self.turns < 1:
+            raise ValueError(
+                f"context format {self.format!r} asks afresh every turn and tells the task with the"
+                f" turns before: set kind: window and turns: 1 or more (got kind: {self.kind},"
+                f" turns: {self.turns})"
+            )
+
+    @property
+    def lists_actions(self) -> bool:
+        """True when prompts need info['admissible_actions']."""
+        return self.admissible or self.format is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +103,8 @@ class Context:
     """One episode's conversation: `observe`, read `prompt_ids`, `reply`, ..., at the end `rows`."""
 
     def __init__(self, chat: Chat, settings: ContextSettings) -> None:
-        if settings.kind not in CONTEXTS:
-            raise ValueError(
-                f"context kind {settings.kind!r}: it must be one of {', '.join(CONTEXTS)}"
-            )
         self._chat, self._settings = chat, settings
+        self._format = None if settings.format is None else find_format(settings.format)
         self._task = ""
         self._history: list[tuple[str, str]] = []  # (observation, action), oldest first
         self._observation = ""
@@ -104,6 +122,16 @@ class Context:
     def appends(self) -> bool:
         """True when each prompt extends the last one, so that an engine can keep its cache."""
         return self._settings.kind == "full"
+
+    def read(self, text: str) -> Said:
+        """What a reply's text wants done: all of it is the command, where no format says more."""
+        if self._format is None:
+            return Said(command=text, remembered=text)
+        return self._format.read(text)
+
+    def say(self, command: str) -> str:
+        """A command, as a reply in this context would put it."""
+        return command if self._format is None else self._format.say(command)
 
     def observe(self, observation: str, info: Mapping[str, Any]) -> None:
         """The environment's text becomes the next prompt."""
@@ -125,9 +153,9 @@ class Context:
         self._trunk = self._trunk + ids
 
     def reply(self, reply: Reply, *, action: str, expert_ids: Sequence[int] | None = None) -> None:
-        """Record a turn. With `expert_ids` (the expert's action where the student acted) the loss
-        falls on those instead: on a branch beside the student's words, or in their place in a
-        window's row.
+        """Record a turn; `action` is what later prompts show of it. With `expert_ids` (the expert's
+        action where the student acted) the loss falls on those instead: on a branch beside the
+        student's words, or in their place in a window's row.
         """
         turn = len(self._history)
         if expert_ids is None:
@@ -169,6 +197,14 @@ class Context:
         return "\n".join(parts)
 
     def _window_text(self, observation: str, info: Mapping[str, Any]) -> str:
+        if self._format is not None:
+            return self._format.ask(
+                task=self._task or (self._history[0][0] if self._history else observation),
+                history=self._history,
+                turns=self._settings.turns,
+                observation=observation,
+                actions=self._actions(info),
+            )
         if not self._history:
             return "\n".join([observation, *self._admissible(info)])
         task = self._task or self._history[0][0]
@@ -179,10 +215,14 @@ class Context:
     def _admissible(self, info: Mapping[str, Any]) -> list[str]:
         if not self._settings.admissible:
             return []
-        actions = info.get("admissible_actions")
+        return ["Admissible actions: " + ", ".join(self._actions(info))]
+
+    def _actions(self, info: Mapping[str, Any]) -> Sequence[str]:
+        actions: Sequence[str] | None = info.get("admissible_actions")
         if actions is None:
+            key = "format" if self._format is not None else "admissible"
             raise ValueError(
-                "rollout.context.admissible is on, but the environment's info has no"
+                f"rollout.context.{key} is on, but the environment's info has no"
                 " 'admissible_actions': turn it off for this task"
             )
-        return ["Admissible actions: " + ", ".join(actions)]
+        return actions

@@ -110,12 +110,14 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One exchange, in words, for people and for reports; training uses the rows."""
+    """One exchange, in words, for people and for reports; training uses the rows. action: the whole
+    reply, thoughts included."""
 
     observation: str
     action: str
     expert_action: str | None = None
     complete: bool = True  # False: the length limit cut the action off
+    valid: bool = True  # False: the reply does not keep to the context's format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

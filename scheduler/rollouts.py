@@ -248,7 +248,7 @@ class _Play:
             return self._expert_acts(live)
         guided = self._guided_tokens(live)
         if guided and self._guide is None:
-            reply = self._chat.reply(self._expert_action(live))
+            reply = self._as_reply(live, self._expert_action(live))
             if guided >= len(reply):
                 return self._expert_acts(live)
             live.given = reply[:guided]
@@ -326,31 +326,37 @@ class _Play:
             closed=closed,
         )
         live.given = []
-        action = self._chat.text(reply.ids)
+        text = self._chat.text(reply.ids)
+        said = live.context.read(text)
         expert = self._expert_action(live) if live.order.labels else None
         live.context.reply(
             reply,
-            action=action,
-            expert_ids=None if expert is None else self._chat.reply(expert),
+            action=said.remembered,
+            expert_ids=None if expert is None else self._as_reply(live, expert),
         )
         live.turns.append(
             Turn(
                 observation=live.observation,
-                action=action,
+                action=text,
                 expert_action=expert,
                 complete=closed,
+                valid=said.valid,
             )
         )
-        return Act(episode=live.session, action=action)
+        return Act(episode=live.session, action=said.command)
 
     def _expert_acts(self, live: _Live) -> Act:
         action = self._expert_action(live)
-        ids = self._chat.reply(action)
+        ids = self._as_reply(live, action)
         live.context.reply(
             Reply(ids=ids, logprobs=[float("nan")] * len(ids), closed=True), action=action
         )
         live.turns.append(Turn(observation=live.observation, action=action, expert_action=action))
         return Act(episode=live.session, action=action)
+
+    def _as_reply(self, live: _Live, action: str) -> list[int]:
+        """An expert's action as the ids that the student would have sampled."""
+        return self._chat.reply(live.context.say(action))
 
     def _expert_action(self, live: _Live) -> str:
         action = live.info.get("expert_action")

@@ -14,6 +14,7 @@ from rich.console import Console
 from tutelage.distill import cli, footprint, models
 from tutelage.distill import plan as planning
 from tutelage.distill.config import ConfigError, RunConfig, load_config, parse_config
+from tutelage.distill.gpus import suggestion
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.optimizers import Optimizer
 from tutelage.distill.pages import count, show_plan, size
@@ -141,18 +142,128 @@ def test_activations_are_what_autograd_keeps(make_model: Callable[..., Any]) -> 
     assert measured == pytest.approx(4 * tokens * shape.activations, rel=0.1)
 
 
+AWAY: dict[str, Any] = {
+    "run": "x",
+    "steps": 4,
+    "student": {"model": "org/student-7B", "device": "cuda:0"},
+    "teachers": {"t": {"model": "org/teacher-7B", "dtype": "bfloat16", "device": "cuda:1"}},
+    "tasks": {"a": {"env": "x:Y-v0", "teacher": "t", "group": 8, "weight": 0.5}},
+    "objective": {"name": "local_support", "k": 32},
+}
+
+
 def test_a_model_of_another_machine_is_known_by_its_name() -> None:
-    plan = make_plan(load_config(CONFIGS / "joint_7b.yaml"))
+    plan = make_plan(parse_config(AWAY, "test"))
     assert not plan.student.here
     assert _need(plan, "student: weights").least == 28e9  # 7B in float32
     assert _need(plan, "optimizer").least == 56e9
-    assert _need(plan, "teacher agent").least == 14e9  # in bfloat16
+    assert _need(plan, "teacher t").least == 14e9  # in bfloat16
     assert _need(plan, "keys and values").most is None
-    assert [task.score_bytes for task in plan.tasks] == [198, 198]  # 192 of the 32 ids, and 6
+    assert [task.score_bytes for task in plan.tasks] == [198]  # 192 of the 32 ids, and 6
     least, _, unknown = plan.total("cuda:0")
     assert least > 112e9 and unknown
-    page = " ".join(_page(load_config(CONFIGS / "joint_7b.yaml")).split())
-    assert "not on this machine, known by name alone: Qwen/Qwen2.5-7B-Instruct" in page
+    page = " ".join(_page(parse_config(AWAY, "test"), width=200).split())
+    assert "known by name alone: org/student-7B, org/teacher-7B" in page
+    assert "about 7B" in page
+    assert "cuda:0: at least one GPU of 141 GB, and what is unknown" in page
+    assert "cuda:1: at least one GPU of 24 GB" in page and "sized by" not in page
+
+
+def _qwen2(*, rows: int, hidden: int, inner: int, kept: int, tied: bool = False) -> int:
+    """Parameters of 28 layers of Qwen2, from its description: three biased projections, one without
+    a bias, a gated feed-forward, two norms; `kept` numbers in a key, as in a value."""
+    attention = 2 * hidden * hidden + hidden + 2 * (hidden * kept + kept)
+    layer = attention + 3 * hidden * inner + 2 * hidden
+    return (1 if tied else 2) * rows * hidden + 28 * layer + hidden
+
+
+@pytest.mark.parametrize(
+    ("reference", "parameters", "by_hand"),
+    [
+        # What the hub counts in the safetensors files, and what the architecture comes to.
+        (
+            "Qwen/Qwen2.5-7B-Instruct",
+            7_615_616_512,
+            _qwen2(rows=152_064, hidden=3584, inner=18_944, kept=512),
+        ),
+        (
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+            1_777_088_000,
+            _qwen2(rows=151_936, hidden=1536, inner=8960, kept=256),
+        ),
+        (
+            "Qwen/Qwen2.5-1.5B-Instruct",
+            1_543_714_304,
+            _qwen2(rows=151_936, hidden=1536, inner=8960, kept=256, tied=True),
+        ),
+    ],
+)
+def test_published_architectures_have_their_published_sizes(
+    reference: str, parameters: int, by_hand: int
+) -> None:
+    found = footprint.footprint(reference)
+    assert found.parameters == parameters == by_hand
+    assert found.published and not found.here
+
+
+PAPERS = CONFIGS / "papers"
+
+
+def test_the_joint_paper_in_numbers() -> None:
+    """Table A1's setting, and its memory as it comes from the architecture."""
+    plan = make_plan(load_config(PAPERS / "revisiting_joint.yaml"))
+    household, math = plan.tasks
+    assert (household.steps, math.steps) == (200, 200)
+    assert (household.episodes, household.group) == (math.episodes, math.group) == (128, 8)
+    assert household.tokens == 128 * 30 * 512 and math.tokens == 128 * 16_384
+    assert (household.teacher, math.teacher) == ("agent", "mathematician")
+    assert household.score_bytes == math.score_bytes == 32 * (4 + 2) + 6
+    assert math.step_bytes == 198 * 128 * 16_384
+    weights = 7_615_616_512
+    assert _need(plan, "student: weights").least == 4 * weights
+    assert _need(plan, "optimizer").least == 8 * weights
+    assert _need(plan, "teacher agent").least == _need(plan, "mathematician").least == 2 * weights
+    a_token = 28 * 2 * 512 * 4  # layers, key and value, 4 heads of 128, float32
+    assert _need(plan, "keys and values, 32 sessions").least == 32 * 16_384 * a_token
+    (suggested,) = [note for note in planning.notes(plan) if note.startswith("cuda:1: at least")]
+    assert suggested == "cuda:1: at least one GPU of 48 GB"  # two teachers of 15.2 GB
+
+
+def test_trust_region_in_numbers() -> None:
+    """512 rollouts beside 128 that begin with the teacher's words, which take a cache of theirs."""
+    config = load_config(PAPERS / "trust_region_1_5b.yaml")
+    plan = make_plan(config)
+    (math,) = plan.tasks
+    assert (math.steps, math.tokens) == (200, 640 * 8096)
+    assert math.score_bytes == 64 * 6 + 6
+    prefixes = _need(plan, "prefixes of math")
+    assert prefixes.device == "cuda:1"
+    assert prefixes.least == 13 * 8096 * 28 * 2 * 512 * 2  # a fifth of 64 in flight, bfloat16
+    guidance = config.tasks["math"].guidance
+    assert guidance is not None and guidance.share * 640 == 128
+    assert _need(plan, "student: weights").least == 4 * 1_777_088_000
+
+
+@pytest.mark.parametrize("path", sorted(PAPERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_configs_leave_nothing_unknown(path: Path) -> None:
+    plan = make_plan(load_config(path))
+    assert all(need.least and need.most for need in plan.needs)
+    page = " ".join(_page(load_config(path), width=200).split())
+    assert "sized by their published config.json: " in page and "by name alone" not in page
+    assert "vocabularies go unchecked" in page  # until the tokenizers are here
+
+
+@pytest.mark.parametrize(
+    ("needed", "suggested"),
+    [
+        (23e9, "one GPU of 24 GB"),
+        (80e9, "one GPU of 80 GB"),
+        (80e9 + 1, "one GPU of 141 GB"),
+        (388e9, "5 of 80 GB or 3 of 141 GB, split evenly: more than any one GPU holds"),
+    ],
+)
+def test_gpus_that_hold_it(needed: float, suggested: str) -> None:
+    assert suggestion(int(needed)) == suggested
 
 
 @pytest.mark.parametrize(
@@ -262,14 +373,7 @@ def test_sizes_are_short() -> None:
 
 
 def test_groups_and_weights_are_shown() -> None:
-    data = {
-        "run": "x",
-        "steps": 4,
-        "student": {"model": "org/student-3B"},
-        "teachers": {"t": {"model": "org/teacher-7B"}},
-        "tasks": {"a": {"env": "x:Y-v0", "teacher": "t", "group": 8, "weight": 0.5}},
-        "objective": {"name": "local_support", "k": 8, "support": "student", "renormalize": True},
-    }
-    page = " ".join(_page(parse_config(data, "test"), width=100).split())
+    objective = {"name": "local_support", "k": 8, "support": "student", "renormalize": True}
+    page = " ".join(_page(parse_config(AWAY | {"objective": objective}, "test"), width=100).split())
     assert "16, 8 a game" in page
     assert "local_support k=8 support=student (weight 0.5)" in page  # defaults go unsaid

@@ -128,7 +128,7 @@ def _given(subject: str, info: Mapping[str, Any], key: str, kind: type) -> Findi
     if isinstance(info.get(key), kind):
         return check.ok("there")
     cure = (
-        "rollout.context.admissible: false"
+        "rollout.context: without admissible and format"
         if key == "admissible_actions"
         else ("env_args: {expert: true}, or an environment that has an expert")
     )

@@ -73,7 +73,7 @@ def _environments(config: RunConfig) -> Iterator[Finding]:
             training.env,
             training.env_args,
             expert=labels or guided,
-            admissible=training.context.admissible,
+            admissible=training.context.lists_actions,
         )
         evaluation = config.task_rollout(name, evaluation=True)
         if evaluation.env_args != training.env_args:
@@ -81,7 +81,7 @@ def _environments(config: RunConfig) -> Iterator[Finding]:
                 subject,
                 evaluation.env,
                 evaluation.env_args,
-                admissible=evaluation.context.admissible,
+                admissible=evaluation.context.lists_actions,
                 check="environment, eval_args",
             )[:1]
     if any(task.env.endswith("tutelage/Math-v0") for task in config.tasks.values()):

@@ -24,7 +24,7 @@ PAPER_PROMPT = (
     "Math problem: {problem}\n\n"
     "Please carefully reason through the math problem step by step and derive the correct answer. "
     "You must conduct reasoning inside <think> and </think> and give the final answer within "
-    "\\boxed{}."
+    "\\boxed{}.\n"  # the line break is theirs too
 )
 # Of an observation or action: a bound that Gymnasium wants, not a limit on models.
 MAX_CHARACTERS = 1_000_000
@@ -36,6 +36,7 @@ _FILE_OPTIONS: tuple[str, ...] = (
     "solution_column",
     "kind_column",
     "gold_format",
+    "layout",
 )
 _OPTIONS = (
     "problems", "split", "prompt", "expert", "require_box", "timeout",
@@ -78,7 +79,7 @@ class MathEnv(gym.Env[str, str]):
         require_box: grade only what stands in a `\\boxed{}`.
         timeout: seconds that grading one response may take.
         preset, kinds, digits, length: the size of generated arithmetic, see `arithmetic.sizes`.
-        problem_column, answer_column, solution_column, kind_column, gold_format: see
+        problem_column, answer_column, solution_column, kind_column, gold_format, layout: see
             `problems.load`.
 
     Raises ValueError, in one line, for unknown options, splits, presets or kinds (naming the

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.envs.grading import MAX_ANSWER, extract
+from tutelage.envs.math import dapo
 from tutelage.envs.names import unknown
 
 log = logging.getLogger(__name__)
 
 _SUFFIXES = {".jsonl", ".json", ".parquet"}
 GOLD_FORMATS = ("plain", "gsm8k", "boxed")
+LAYOUTS = ("plain", "dapo")
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its columns
 
@@ -55,6 +57,7 @@ def load(
     solution_column: str | None = None,
     kind_column: str | None = None,
     gold_format: str = "plain",
+    layout: str = "plain",
 ) -> list[Problem]:
     """All problems of a source, in its order, each text once.
 
@@ -64,16 +67,22 @@ def load(
         split: the hub's or folder's split; in a file's path it stands for `{split}`.
         gold_format: plain: the column is the answer; gsm8k: it follows the last `####`; boxed: it
             stands in the last box of the column.
+        layout: plain: each row has the columns; dapo: rows of DAPO-Math-17K as it is published, of
+            which the English part is taken, without its wrapper (see dapo.py).
 
     Raises FileNotFoundError, ValueError or ImportError (the extra `tutelage[math]` is missing), in
     one line.
     """
     if gold_format not in GOLD_FORMATS:
         raise ValueError(unknown("gold_format", gold_format, GOLD_FORMATS))
+    if layout not in LAYOUTS:
+        raise ValueError(unknown("layout", layout, LAYOUTS))
     columns = Columns(
         problem=problem_column, answer=answer_column, solution=solution_column, kind=kind_column
     )
     place, rows = _open(source, split)
+    if layout == "dapo":
+        rows = dapo.english(place, rows)
     name = re.split(r"[/:]", place)[-1].split(".")[0]
     problems = _unique(place, _read(rows, columns, gold_format, name))
     if not problems:
@@ -226,11 +235,16 @@ def _parquet(path: Path) -> Iterator[Row]:
     # It comes with `datasets`, whose own loader would copy the file into a cache.
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except Exception as error:  # pyarrow raises kinds of its own for what is not parquet
-        raise ValueError(f"{path}: not readable as parquet: {str(error).splitlines()[0]}") from None
-    yield from _table(str(path), rows)
+    def rows() -> Iterator[Mapping[str, Any]]:
+        try:
+            # A part at a time: a file that repeats itself can hold millions of rows.
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except Exception as error:  # pyarrow raises kinds of its own for what is not parquet
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path}: not readable as parquet: {reason}") from None
+
+    yield from _table(str(path), rows())
 
 
 def _table(place: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
