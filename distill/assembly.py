@@ -104,6 +104,9 @@ def make_placement(
 
 def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
     """A rollout worker with its own copy of the student (in a Ray actor)."""
+    rollouts = task_rollouts(config)
+    pools = EnvironmentPools(rollouts)
+    pools.open(rollouts)  # what the node lacks shows before a model loads
     model = load_student(config.student, seed=config.seed)
     tokenizer = load_tokenizer(student_tokenizer(config.student))
     engine = TransformersEngine(model, vocabulary=vocabulary)
@@ -112,7 +115,7 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
         for name in _guiding(config).values()
     }
     guides = _guides(config, teachers, vocabulary)
-    return RolloutWorker(engine, tokenizer, task_rollouts(config), guides=guides)
+    return RolloutWorker(engine, tokenizer, rollouts, pools, guides)
 
 
 def _guiding(config: RunConfig) -> dict[str, str]:

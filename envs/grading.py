@@ -40,7 +40,8 @@ class Verdict:
     """`correct`, and why: which tier decided, or what kept the answer from being read.
 
     Reasons: string, exact, symbolic (decided); no_box, too_long, not_text, unreadable (no answer to
-    compare); gold_unparseable; refused (too large to evaluate safely); timeout, crash, unavailable.
+    compare); gold_unparseable; refused (too large to evaluate safely); timeout, crash, unavailable;
+    starting (the time passed before a worker could be asked: ask again).
     """
 
     correct: bool

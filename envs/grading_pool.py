@@ -1,5 +1,6 @@
 """The workers of the symbolic tier: started when needed, killed when late, replaced, gone at exit.
 
+A worker that dies, answers nonsense or stops working costs its request another try, on a fresh one.
 Any thread may ask. A request holds one worker; more requests than workers wait, within their own
 deadline.
 """
@@ -20,10 +21,13 @@ import threading
 import time
 import warnings
 from functools import lru_cache
+from pathlib import Path
 
 WORKERS = max(1, min(4, (os.cpu_count() or 1)))
 GRADES_PER_WORKER = 1000  # then a fresh one: sympy's caches only grow
 START_SECONDS = 60.0  # for the imports, on a machine under load
+TRIES = 3  # of a request
+SILENCE = 2.0  # seconds in which a worker that is not stopped gets some of the processor
 INNER_MARGIN = 1.0  # seconds by which math-verify's own alarm comes before ours, if the time allows
 
 
@@ -41,8 +45,9 @@ class _Worker:
             "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": "1",
         }
+        in_main = threading.current_thread() is threading.main_thread()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tutelage.envs.grading_worker"],
+            [sys.executable, "-P", "-m", "tutelage.envs.grading_worker", str(int(in_main))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -77,23 +82,40 @@ class _Worker:
         os.write(self._process.stdin.fileno(), json.dumps(request).encode() + b"\n")
         reply = json.loads(self._line(deadline))
         self.grades += 1
-        return bool(reply["correct"]), str(reply["reason"])
+        correct, reason = reply["correct"], reply["reason"]
+        if type(correct) is not bool or type(reason) is not str:
+            raise ValueError(f"not a verdict: {reply}")
+        return correct, reason
 
     def _line(self, deadline: float) -> bytes:
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
+        worked = self._worked()
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
+            if left <= 0:
                 raise Late
+            if not poll.poll(1000 * min(left, SILENCE)):
+                before, worked = worked, self._worked()
+                if left > SILENCE and worked is not None and worked == before:
+                    raise EOFError("the grading worker does nothing")
+                continue
             chunk = os.read(descriptor, 65536)
             if not chunk:
                 raise EOFError("the grading worker ended")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+    def _worked(self) -> str | None:
+        """The processor time that it has used, in the kernel's words; None where it has none."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return " ".join(fields[11:13])
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -112,6 +134,13 @@ class _Pool:
         self._changed = threading.Condition()
 
     def ask(self, answer: str, gold: str, deadline: float) -> tuple[bool, str]:
+        for _ in range(TRIES):
+            verdict = self._try(answer, gold, deadline)
+            if verdict[1] != "crash":
+                break
+        return verdict
+
+    def _try(self, answer: str, gold: str, deadline: float) -> tuple[bool, str]:
         try:
             worker = self._take(deadline)
         except Late:
@@ -124,8 +153,8 @@ class _Pool:
         except Late:
             # One that is still importing is not to blame; one that was asked is lost.
             self._give(worker, keep=not worker.ready and not worker.overdue)
-            return False, "timeout"
-        except (OSError, EOFError, ValueError, KeyError):
+            return False, "timeout" if worker.ready else "starting"
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             self._give(worker, keep=False)
             return False, "crash"
         except BaseException:  # Ctrl-C in the middle of an exchange

@@ -14,11 +14,15 @@ import resource
 import signal
 import sys
 
+from tutelage.envs.worker import die_with_parent
+
 MEMORY = 3 * 2**30  # bytes of address space: 2^{10^{10}} alone would take gigabytes
 SECONDS = 60.0  # processor time per request, far beyond any deadline outside
 
 
 def main() -> None:
+    if sys.argv[1] == "1":
+        die_with_parent()
     out = sys.stdout
     sys.stdout = sys.stderr  # a library that prints must not break the protocol
     logging.disable(logging.CRITICAL)

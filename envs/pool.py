@@ -3,8 +3,8 @@ run.
 
 A caller sends requests for many episodes at once and takes answers as they come. A process that
 dies or stays silent too long is killed and replaced; its live episodes come back as `Failed`, and
-the caller plays them again (same seed, same episode). An environment that raises loses its own
-episode only.
+can be played again (same seed, same episode; replay.py does). An environment that raises loses its
+own episode only.
 
     with EnvironmentPool("tutelage/Math-v0", {"split": "valid"}, processes=2) as pool:
         pool.send([Reset(episode=0, seed=0, options={"index": 3})])
@@ -41,16 +41,19 @@ from tutelage.envs.worker import GRACE, HEADER, Host, Reply, Request
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
 MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
 
-Reason = Literal["died", "timeout", "raised", "garbage"]
+Reason = Literal["died", "timeout", "raised", "garbage", "differs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reset:
-    """Begin `episode` (the caller's name for it). `options={"index": i}` picks the game."""
+    """Begin `episode` (the caller's name for it). `options={"index": i}` picks the game. attempt:
+    at the episode, for replay.py.
+    """
 
     episode: int
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +82,15 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The episode is lost. `died`, `timeout`: its process; `raised`, `garbage`: its environment."""
+    """The episode is lost. `died`, `timeout`: its process; `raised`, `garbage`: its environment;
+    `differs`: see replay.py. idle: it owed no answer when its process was lost.
+    """
 
     episode: int
     reason: Reason
     detail: str
+    idle: bool = False
+    attempts: int = 1
 
 
 class EnvironmentPool:
@@ -144,26 +151,23 @@ class EnvironmentPool:
                 raise ValueError(f"{env_id}: {' '.join(str(error).split())}") from error
             return self._host.probe()
         self._processes.extend(_Process(self._setup) for _ in range(processes))
-        for process in self._processes:
-            self._await_start(process)
+        for at in range(processes):
+            self._await_start(at)
         return self._processes[0].probe
 
-    def _await_start(self, process: _Process) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while not process.started:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"{self._setup[0]}: not ready within {START_SECONDS:.0f} s")
+    def _await_start(self, at: int) -> None:
+        while not (process := self._processes[at]).started:
+            left = process.deadline(self._timeout) - time.monotonic()
             poll = select.poll()
             poll.register(process.socket, process.interest())
-            poll.poll(1000 * left)
+            poll.poll(1000 * max(0.0, left))
             self._exchange(process)
             if process.refused:
                 raise ValueError(f"{self._setup[0]}: {process.refused}")
             if process.gone:
-                raise RuntimeError(
-                    f"{self._setup[0]}: a process ended as it started: {process.death()}"
-                )
+                self._replace(at, "died", process.death())
+            elif left <= 0 and not process.started:
+                self._replace(at, "timeout", f"not ready within {START_SECONDS:.0f} s")
 
     @property
     def outstanding(self) -> int:
@@ -340,9 +344,10 @@ class EnvironmentPool:
         old = self._processes[at]
         old.end(grace=0.0)
         for episode in sorted(old.live):
+            idle = episode not in self._owed
             self._forget(episode)
             self._lost.add(episode)
-            self._ready.append(Failed(episode=episode, reason=reason, detail=detail))
+            self._ready.append(Failed(episode=episode, reason=reason, detail=detail, idle=idle))
         self.restarts += 1
         self._failed_starts += not old.started
         if self._failed_starts >= MAX_FAILED_STARTS:

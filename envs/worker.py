@@ -190,7 +190,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine that prints disturbs no caller
     connection = socket.socket(fileno=int(sys.argv[1]))
     if sys.argv[2] == "1":
-        _die_with_parent()
+        die_with_parent()
     threading.Thread(target=_watch, args=(connection,), daemon=True).start()
     messages = _messages(connection)
     env_id, env_args, part_seconds = next(messages)
@@ -234,9 +234,9 @@ def _messages(connection: socket.socket) -> Iterator[Any]:
         yield pickle.loads(payload)
 
 
-def _die_with_parent() -> None:
-    """Linux kills us when the thread that started us ends; the pool asks for it in its main thread
-    only.
+def die_with_parent() -> None:
+    """Linux kills us, stopped or not, when the thread that started us ends; so this is asked for in
+    a main thread only.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,8 +110,7 @@ class RayCluster:
             that nodes were started with.
         strategy: of the placement group that holds all of these: PACK, SPREAD, STRICT_PACK or
             STRICT_SPREAD; None: no group, each goes where there is room.
-        wheel: this package, for nodes that do not have it (Ray's py_modules); what it needs must be
-            installed there.
+        wheel: this package, for nodes that do not have it; what it needs must be installed there.
         timeout: seconds that one step's rollouts or one scoring may take.
         attempts: of a piece of work, each on a fresh actor; then the run stops.
         stalled: a folder for the stacks of actors that overran, or None.
@@ -141,13 +143,14 @@ class RayCluster:
         self.restarts = 0
         self._owned = not ray.is_initialized()
         if self._owned:
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                log_to_driver=True,
-                configure_logging=False,
-                runtime_env={"py_modules": [wheel]} if wheel else None,
-            )
+            with _unpacked(wheel) as modules:
+                ray.init(
+                    address=address,
+                    include_dashboard=False,
+                    log_to_driver=True,
+                    configure_logging=False,
+                    runtime_env={"py_modules": modules} if modules else None,
+                )
         needs = [dict(worker_resources or {})] * workers
         needs += [dict(teacher_resources or {})] * len(make_teachers)
         places = self._places(needs, strategy)
@@ -157,7 +160,7 @@ class RayCluster:
         def member(name: str, make: Callable[[], Any], options: dict[str, Any]) -> _Member:
             actor = ray.remote(_Actor).options(**options)
             dump = None if stalled is None else (str(stalled / f"{name}.txt"), 0.9 * timeout)
-            return _Member(name, lambda: actor.remote(make, threads, dump))
+            return _Member(name, lambda: actor.remote(name, make, threads, dump))
 
         members = [
             member(name, make, options)
@@ -165,9 +168,8 @@ class RayCluster:
         ]
         self._workers = members[:workers]
         self._teachers = dict(zip(make_teachers, members[workers:], strict=True))
-        everyone = (*self._workers, *self._teachers.values())
-        for reference in [one.actor.ready.remote() for one in everyone]:
-            self._get(reference, START_SECONDS)
+        for one in members:  # they load side by side
+            self._await_start(one)
 
     def sync(self, version: int) -> None:
         if self._loaded[1] == version:
@@ -296,8 +298,30 @@ class RayCluster:
             return  # several jobs were queued with the actor that died
         self.restarts += 1
         self._ray.kill(member.actor)
-        member.actor = member.start()
-        self._get(member.actor.ready.remote(), START_SECONDS)
+        member.fill()
+        self._await_start(member)
+
+    def _await_start(self, member: _Member) -> None:
+        """Until its actor is ready; one that is lost as it starts is replaced, too.
+
+        Raises:
+            RuntimeError: as many were lost as may be.
+        """
+        for attempt in range(1, self._attempts + 1):
+            try:
+                self._get(member.ready, START_SECONDS)
+                return
+            except self._ray.exceptions.RayTaskError:
+                raise  # what it could not load, another could not
+            except self._ray.exceptions.RayError as error:
+                if attempt == self._attempts:
+                    raise RuntimeError(
+                        f"{member.name}: {attempt} actors were lost as they started, the last with"
+                        f" {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    ) from error
+            self.restarts += 1
+            self._ray.kill(member.actor)
+            member.fill()
 
     def _get(self, reference: Any, timeout: float) -> Any:
         """A result; an error that the actor's own code raised is raised as itself."""
@@ -307,12 +331,32 @@ class RayCluster:
             raise error.as_instanceof_cause() from None
 
 
+@contextlib.contextmanager
+def _unpacked(wheel: str | None) -> Iterator[list[str]]:
+    """A wheel's packages, as folders for Ray's py_modules: Ray would give the wheel itself to pip,
+    on every node, which installs all that it depends on once more beside it.
+    """
+    if wheel is None:
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        found = [p for p in Path(folder).iterdir() if p.is_dir() and p.suffix != ".dist-info"]
+        yield [str(path) for path in found]
+
+
 class _Member:
     """A place for an actor, which may have to be filled again."""
 
     def __init__(self, name: str, start: Callable[[], Any]) -> None:
-        self.name, self.start = name, start
-        self.actor = start()
+        self.name, self._start = name, start
+        self.fill()
+
+    def fill(self) -> None:
+        """A new actor, that begins to load."""
+        self.actor = self._start()
+        self.ready = self.actor.ready.remote()
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,16 +390,31 @@ class _Actor:
     """
 
     def __init__(
-        self, make: Callable[[], Any], threads: int, dump: tuple[str, float] | None
+        self, name: str, make: Callable[[], Any], threads: int, dump: tuple[str, float] | None
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._watchdog = None if dump is None else Watchdog(Path(dump[0]), dump[1])
-        self._held = make()
+        self._name, self._make, self._held = name, make, None
+        self._watchdog = None
+        with contextlib.suppress(OSError):  # the run folder may be on the learner's node alone
+            self._watchdog = None if dump is None else Watchdog(Path(dump[0]), dump[1])
 
     def ready(self) -> int:
-        """The process, once its model is loaded."""
+        """The process, once its model is loaded. (An error of `__init__` would come as a death.)
+
+        Raises:
+            ValueError: what the node lacks.
+        """
+        if self._held is None:
+            try:
+                self._held = self._make()
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{self._name} on node {platform.node()}: {error}; on Ray every node must find"
+                    " models, and files of environments, under the paths that the config says:"
+                    " put them on a shared disk or on each node, or name models by hub id"
+                ) from error
         return os.getpid()
 
     def node(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
+from tutelage.envs.replay import ReplayingPool
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request
@@ -35,19 +36,17 @@ class TaskRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Try:
-    """An order to play. alone: with nothing else live, so that no other episode can take the
-    process, and this one's last attempt, with it."""
+    """An order to play."""
 
     order: Order
     attempt: int = 1
-    alone: bool = False
 
 
 class _Live:
     """One episode in flight."""
 
-    def __init__(self, order: Order, session: int, context: Context, attempts: int) -> None:
-        self.order, self.session, self.context, self.attempts = order, session, context, attempts
+    def __init__(self, order: Order, session: int, context: Context) -> None:
+        self.order, self.session, self.context = order, session, context
         self.turns: list[Turn] = []
         self.given: list[int] = []  # what a guide said first in this turn
         self.reward = 0.0
@@ -162,12 +161,11 @@ class _Play:
         self._worker, self._engine, self._law = worker, worker.engine, law
         self._guide = worker._guides.get(task)
         self._how = worker._tasks[task]
-        self._pool = worker._pools[task]
+        self._pool = ReplayingPool(worker._pools[task], attempts=self._how.attempts)
         self._chat = Chat(worker._tokenizer, system=self._how.context.system)
         self._live: dict[int, _Live] = {}
         self._done: dict[int, Episode | Dropped] = {}
         self._waiting: deque[_Try] = deque()
-        self._alone = False  # the one live episode has a `_Try.alone`
 
     def run(self, orders: Sequence[Order]) -> list[Episode | Dropped]:
         self._waiting.extend(_Try(order=order) for order in orders)
@@ -200,27 +198,32 @@ class _Play:
     def _admit(self) -> None:
         resets = []
         while self._waiting and len(self._live) < self._how.max_live:
-            if self._live and (self._alone or self._waiting[0].alone):
-                break
             wanted = self._waiting.popleft()
-            order, self._alone = wanted.order, wanted.alone
+            order = wanted.order
             self._worker._sessions += 1
             session = self._worker._sessions
             context = Context(self._chat, self._how.context)
-            self._live[session] = _Live(order, session, context, wanted.attempt)
-            resets.append(Reset(episode=session, seed=order.seed, options={"index": order.index}))
+            self._live[session] = _Live(order, session, context)
+            resets.append(
+                Reset(
+                    episode=session,
+                    seed=order.seed,
+                    options={"index": order.index},
+                    attempt=wanted.attempt,
+                )
+            )
         if resets:
             self._pool.send(resets)
 
     def _take(self, results: Iterable[Observed | Failed]) -> None:
-        """Environment results become prompts, ends, or another attempt."""
+        """Environment results become prompts or ends."""
         acts: list[Act] = []
         for result in sorted(results, key=lambda r: r.episode):
             live = self._live.get(result.episode)
             if live is None:
                 continue
             if isinstance(result, Failed):
-                self._retry(live, result)
+                self._lose(live, result)
                 continue
             live.reward += result.reward
             live.observation, live.info = result.observation, result.info
@@ -380,23 +383,20 @@ class _Play:
             ended=ended,
             law=self._law,
             version=self._engine.version,
-            attempts=live.attempts,
+            attempts=self._pool.attempt(live.session),
             final_observation=live.observation,
         )
         self._leave(live)
 
-    def _retry(self, live: _Live, failure: Failed) -> None:
-        if live.attempts < self._how.attempts:
-            attempt = live.attempts + 1
-            shared = failure.reason in ("died", "timeout")  # whose fault it was nobody knows
-            alone = shared and attempt == self._how.attempts
-            self._waiting.append(_Try(order=live.order, attempt=attempt, alone=alone))
+    def _lose(self, live: _Live, failure: Failed) -> None:
+        if failure.reason == "differs":  # its past is gone, so it has to begin anew
+            self._waiting.append(_Try(order=live.order, attempt=failure.attempts))
         else:
             self._done[live.order.number] = Dropped(
                 order=live.order,
                 reason=failure.reason,
                 detail=failure.detail,
-                attempts=live.attempts,
+                attempts=failure.attempts,
             )
         self._leave(live)
 

@@ -59,6 +59,8 @@ class Faulty(gym.Env[str, str]):
                 return "x", float("nan"), False, False, info
             case ["four"]:
                 return "x", 0.0, False, info  # type: ignore[return-value]
+            case ["clock"]:
+                return f"it is {time.time_ns()}", 0.0, False, False, info
             case ["print"]:
                 print("noise on stdout")
             case ["child"]:

@@ -1,0 +1,131 @@
+"""A Ray cluster that runs already: joined from a node of it and from outside, by a driver whose
+package the nodes lack, and whose files they may lack."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutelage.scheduler.cluster import RayCluster
+from tutelage.scheduler.episodes import Dropped, Order
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+ORDERS = [Order(task="t", number=i, seed=i, index=i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def addresses() -> Iterator[dict[str, str]]:
+    """Of one cluster, as the config may name it."""
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "ray_client_server_port": port}
+    )
+    yield {"auto": cluster.address, "client": f"ray://127.0.0.1:{port}"}
+    cluster.shutdown()
+
+
+def _maker() -> Any:
+    """What makes a worker that says where it found the package. (Defined inside a function, it
+    travels to actors, which cannot import the tests.)"""
+    import os
+
+    class Witness:
+        def play(self, orders: Any, *, law: Any, weights: Any, version: int) -> list[Any]:
+            import tutelage.scheduler.cluster as module
+
+            detail = f"{module.__file__} {os.getpid()} {(weights, version)}"
+            return [Dropped(order=o, reason="died", detail=detail, attempts=1) for o in orders]
+
+        def close(self) -> None:
+            return
+
+    return Witness
+
+
+def _join(address: str, make: Any, wheel: str | None = None) -> RayCluster:
+    return RayCluster(
+        address=address,
+        workers=1,
+        threads=1,
+        make_worker=make,
+        make_teachers={},
+        weights=lambda: {"w": 1.5},
+        worker_resources={"CPU": 1},
+        teacher_resources={"CPU": 1},
+        strategy="PACK",
+        wheel=wheel,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Enough of one: the folders that an actor imports, under their installed names."""
+    path = tmp_path_factory.mktemp("wheel") / "tutelage-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for folder in ("envs", "scheduler"):
+            for file in (ROOT / folder).rglob("*"):
+                if file.suffix in (".py", ".json"):
+                    archive.write(file, Path("tutelage") / file.relative_to(ROOT))
+        archive.writestr("tutelage-0.1.0.dist-info/METADATA", "Name: tutelage\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("way", ["auto", "client"])
+def test_a_running_cluster_is_joined_and_its_lost_actors_replaced(
+    addresses: dict[str, str], way: str, wheel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` finds it as Ray does; from outside the package travels as a wheel, and is what actors
+    import, although the nodes have another."""
+    monkeypatch.setenv("RAY_ADDRESS", addresses["auto"])
+    address = "auto" if way == "auto" else addresses[way]
+    cluster = _join(address, _maker(), wheel if way == "client" else None)
+    try:
+        cluster.sync(7)
+        told = []
+        for _ in range(2):
+            outcomes = cluster.finish(cluster.start(ORDERS))
+            assert [outcome.order for outcome in outcomes] == ORDERS
+            assert isinstance(outcomes[0], Dropped)
+            told.append(outcomes[0].detail.split(maxsplit=2))
+            if len(told) == 1:
+                os.kill(int(told[0][1]), signal.SIGKILL)
+        assert told[0][1] != told[1][1] and cluster.restarts == 1
+        assert {loaded for _, _, loaded in told} == {"({'w': 1.5}, 7)"}
+        here = str(ROOT / "scheduler" / "cluster.py")
+        assert all((file == here) == (way == "auto") for file, _, _ in told), told
+        assert all(("py_modules" in file) == (way == "client") for file, _, _ in told), told
+    finally:
+        cluster.close()
+
+
+def test_what_a_node_lacks_is_named_with_the_node(addresses: dict[str, str]) -> None:
+    """The error rises as a mistake of the user's, after one try."""
+    from tutelage.distill.config import TeacherConfig
+
+    def make() -> Any:
+        from tutelage.distill.assembly import _make_teacher
+
+        return _make_teacher("t", TeacherConfig(model="/not/on/this/node"), 2048)
+
+    with pytest.raises(
+        ValueError,
+        match=rf"worker-0 on node {socket.gethostname()}: model '/not/on/this/node'.*no such folder"
+        ".*every node",
+    ):
+        _join(addresses["auto"], make)
+    import ray
+
+    ray.shutdown()
