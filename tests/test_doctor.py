@@ -18,7 +18,8 @@ import torch
 from gymnasium import spaces
 
 from tutelage.distill import cli
-from tutelage.distill.doctor import environments, models, tokenizers
+from tutelage.distill.config import parse_config
+from tutelage.distill.doctor import environments, examination, models, tokenizers
 from tutelage.distill.doctor.examination import examine_teacher
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models import load_model
@@ -423,6 +424,20 @@ def test_what_a_task_needs_of_info_is_asked_for() -> None:
     _level(named["info['admissible_actions']"], "fault", "missing")
     (found_none,) = environments.check_environment("tasks.x", "NoSuchThing-v0", {})
     _level(found_none, "fault", "NoSuchThing")
+
+
+def test_a_context_with_a_format_needs_the_admissible_actions() -> None:
+    rollout = {"context": {"kind": "window", "format": "gigpo"}}
+    data = {
+        "run": "x",
+        "steps": 1,
+        "student": {"model": "org/student"},
+        "tasks": {"echo": {"env": "EchoDoctor-v0", "rollout": rollout}},
+        "objective": {"name": "imitation"},
+    }
+    found = examination._environments(parse_config(data, "test"))
+    named = {finding.check: finding for finding in found}
+    _level(named["info['admissible_actions']"], "fault", "missing")
 
 
 @pytest.mark.parametrize(
