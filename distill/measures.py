@@ -42,7 +42,9 @@ class Clock:
         }
 
 
-def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
+def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
+    """Numbers; and where episodes were lost, `episodes/lost`, which and why."""
+    lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
     episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
     count = len(episodes)
     replies = [turn for episode in episodes for turn in episode.turns]
@@ -51,7 +53,8 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped]) -> dict[str, float]:
         "reward/success": sum(episode.success for episode in alone) / len(alone),
         "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
         "episodes/played": count,
-        "episodes/dropped": len(outcomes) - count,
+        "episodes/dropped": len(lost),
+        **({"episodes/lost": [one.name for one in lost]} if lost else {}),
         "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
         "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),

@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from tutelage.distill import checkpoints
+from tutelage.distill.answers import unpack_answer
 from tutelage.distill.assembly import (
     EVALUATION,
     check_supports,
@@ -176,7 +177,7 @@ class Run:
             return self._step(step, tasks, journal)
         except Exception:
             moved = not self.learner.whole or self.learner.version != len(self.timetable.history)
-            if step and not moved:
+            if step and not moved and not self._saved(step):
                 self._save(step, journal)
             raise
 
@@ -249,7 +250,7 @@ class Run:
             )
         rows = [row for episode in episodes for row in episode.rows]
         objective, teacher = self._courses[task].objective, self.config.tasks[task].teacher
-        scores: list[TeacherScores | None] = [None] * len(rows)
+        scores: list[TeacherScores | None] = []
         answer: Answer | None = None
         if objective.needs_teacher:
             assert teacher is not None
@@ -262,12 +263,12 @@ class Run:
             answer.identity.check_same(self._references[teacher])  # also of a restarted actor
             sent = list(answer.scores)
             if objective.student_k:
-                sent = [one.answering(ids) for one, ids in zip(sent, wanted["asked"], strict=True)]
-            scores = [one.unpack() for one in sent]
+                sent = [one.answering(ids) for one, ids in zip(sent, wanted["asked"], strict=False)]
+            scores += unpack_answer(teacher, rows, sent, vocabulary=self.vocabulary)
         special = self._special[task]
         lessons = [
             Lesson(task=task, row=row, scores=score, mask_T=loss_mask(row, special))
-            for row, score in zip(rows, scores, strict=True)
+            for row, score in zip(rows, scores or [None] * len(rows), strict=True)
         ]
         return lessons, answer
 
@@ -283,6 +284,10 @@ class Run:
             return False
         self._best = mean, done
         return True
+
+    def _saved(self, done: int) -> bool:
+        newest = checkpoints.newest(self.folder / "checkpoints")
+        return newest is not None and int(newest.name) == done
 
     def _save(self, done: int, journal: Journal) -> None:
         checkpoints.save(
@@ -306,11 +311,10 @@ class Run:
     def _resume(self) -> tuple[int, int]:
         """(the first step to do, the bytes of metrics.jsonl that stand)."""
         _refuse_other_config(self.folder, self.config)
-        checkpoint = checkpoints.newest(self.folder / "checkpoints")
-        if checkpoint is None:
+        found = checkpoints.load_newest(self.folder / "checkpoints", self.learner.model)
+        if found is None:
             return 0, 0
-        state = checkpoints.load_state(checkpoint)
-        checkpoints.load_weights(checkpoint, self.learner.model)
+        checkpoint, state = found
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.version = state["version"]
         self._refuse_other_teachers(checkpoint, state["teachers"])

@@ -145,3 +145,9 @@ class Dropped:
     reason: str  # "died" | "timeout" | "raised" | "garbage"
     detail: str
     attempts: int
+
+    @property
+    def name(self) -> str:
+        """Which, and why: the last line of the detail, where a traceback says what was raised."""
+        last = (self.detail.strip().splitlines() or [""])[-1]
+        return f"{self.order.name}: {self.reason}: {last[:200]}"
