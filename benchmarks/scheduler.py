@@ -1,17 +1,22 @@
-"""What the schedule costs: per episode, over a run's length and over the number of tasks.
+"""What the schedule costs: per episode, over a run's length, the number of tasks and of workers.
 
     python benchmarks/scheduler.py
 
-No model and no environment: every step is planned, ordered and recorded as in a run. The exponent
-is the slope of log(cost per episode) against log(episodes): 0 is flat.
+No model and no environment: every step is planned, ordered and recorded as in a run, and orders are
+dealt out to workers, and their outcomes put in order again, without Ray. The exponent is the slope
+of log(cost per episode) against log(episodes), or workers: 0 is flat.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+from tutelage.scheduler.cluster import RayCluster
+from tutelage.scheduler.episodes import Dropped, Order
 from tutelage.scheduler.policies import POLICIES, Step, make_policy
 from tutelage.scheduler.timetable import TaskPlan, Timetable
 
@@ -38,7 +43,39 @@ def seconds(policy: str, *, tasks: int, episodes: int) -> float:
     return time.process_time() - begun
 
 
+def dealing(workers: int, *, episodes: int, times: int) -> float:
+    """Seconds of dealing out so many orders to workers that answer at once."""
+    cluster = RayCluster.__new__(RayCluster)
+    cluster._workers = [object()] * workers  # type: ignore[list-item]
+    orders = [Order(task="t", number=i, seed=i, index=i) for i in range(episodes)]
+    outcomes = {o.number: Dropped(order=o, reason="", detail="", attempts=1) for o in orders}
+
+    def answer(jobs: Sequence[Any]) -> list[Any]:
+        return [[outcomes[order.number] for order in job.args[0]] for job in jobs]
+
+    cluster._run = answer  # type: ignore[method-assign]
+    begun = time.process_time()
+    for _ in range(times):
+        assert len(cluster.collect(orders)) == episodes
+    return (time.process_time() - begun) / times
+
+
+def over_workers() -> None:
+    counts, episodes = [1, 2, 4, 8, 16, 32, 64], 1024
+    print(f"{'workers':20} " + " ".join(f"{count:>9}" for count in counts), "exponent")
+    best = [min(dealing(n, episodes=episodes, times=20) for _ in range(5)) for n in counts]
+    costs = [1e6 * seconds / episodes for seconds in best]
+    slope = math.log(costs[-1] / costs[0]) / math.log(counts[-1])
+    cells = " ".join(f"{cost:6.2f} us" for cost in costs)
+    print(f"{'dealing out':20} {cells}   {slope:+.2f}")
+
+
 def main() -> None:
+    over_policies()
+    over_workers()
+
+
+def over_policies() -> None:
     print(
         f"{'policy':14} {'tasks':>5} " + " ".join(f"{10**p:>9,}" for p in range(2, 6)), "exponent"
     )

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from tutelage.distill.config import ConfigError
 
 STATE = "trainer.pt"
+DAMAGED = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
+"""What torch and safetensors raise over half a file. (ConfigError is none of these.)"""
 
 
 def save(
@@ -71,6 +76,40 @@ def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
     found = _complete(folder)
     return found[-1] if found else None
+
+
+def load_newest(folder: Path, model: Any) -> tuple[Path, dict[str, Any]] | None:
+    """Put the newest readable checkpoint's weights into `model`; (its folder, its state), or None
+    where there is no checkpoint.
+
+    A damaged one is set aside with a warning, and the one before it taken: what follows that is the
+    same to the byte.
+
+    Raises:
+        RuntimeError: every checkpoint is damaged.
+        ConfigError: the checkpoint is of another architecture or vocabulary.
+    """
+    while (checkpoint := newest(folder)) is not None:
+        try:
+            state = load_state(checkpoint)
+            load_weights(checkpoint, model)
+            return checkpoint, state
+        except DAMAGED as error:
+            fault = f"{checkpoint} is damaged ({_first_line(error)})"
+        if len(_complete(folder)) == 1:
+            raise RuntimeError(
+                f"{fault}, and there is no other to go on from: put it back from a copy, or"
+                " delete the run folder to begin anew"
+            )
+        aside = folder / f".{checkpoint.name}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        warnings.warn(
+            f"{fault}: set aside as {aside.name}; the run goes on from the one before it,"
+            " which leads to the same; is the disk sound?",
+            stacklevel=2,
+        )
+    return None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class JournalConfig(_Section):
 
 class ClusterConfig(_Section):
     """address: `local` starts Ray here; `auto` or `ray://...` joins a running cluster, whose nodes
-    see the run folder and the models under the same paths, or by hub id."""
+    see models and the files of environments under the same paths, or models by hub id."""
 
     address: str = "local"
     workers: Positive = 1
@@ -220,7 +220,7 @@ class ClusterConfig(_Section):
     teacher_resources: dict[str, Annotated[float, Field(gt=0)]] = {}
     # of one placement group for all of these; none: each goes where there is room
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
-    wheel: str | None = None  # of this package, for nodes that do not have it
+    wheel: str | None = None  # a file: this package, for nodes that do not have it
     # seconds that an actor may take for one step's rollouts or one scoring; then it is replaced
     timeout: Annotated[float, Field(gt=0)] = 1800.0
     attempts: Positive = 3  # of a piece of work, each on a fresh actor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,13 +35,24 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._path.touch()
-        os.truncate(self._path, min(position, self._path.stat().st_size))  # never grow it
+        os.truncate(self._path, self._standing(position))
         self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+    def _standing(self, position: int) -> int:
+        """How many bytes may stand: whole lines, and never more than there are."""
+        if (size := self._path.stat().st_size) >= position:
+            return position
+        warnings.warn(
+            f"{self._path} has {size} bytes, and the checkpoint knows of {position}: lines of steps"
+            " that were done are lost; the run goes on without them",
+            stacklevel=3,
+        )
+        return self._path.read_bytes().rfind(b"\n") + 1
 
     @property
     def position(self) -> int:

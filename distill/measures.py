@@ -42,8 +42,10 @@ class Clock:
         }
 
 
-def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict[str, float]:
-    """Of a task's episodes in one step. version: of the student that learns from them."""
+def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict[str, Any]:
+    """Of a task's episodes in one step: numbers; and where episodes were lost, `episodes/lost`,
+    which and why. version: of the student that learns from them."""
+    lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
     episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
     count = len(episodes)
     replies = [turn for episode in episodes for turn in episode.turns]
@@ -52,7 +54,8 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict
         "reward/success": sum(episode.success for episode in alone) / len(alone),
         "episodes/guided": sum(episode.order.guide > 0 for episode in episodes) / count,
         "episodes/played": count,
-        "episodes/dropped": len(outcomes) - count,
+        "episodes/dropped": len(lost),
+        **({"episodes/lost": [one.name for one in lost]} if lost else {}),
         "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
         "episodes/staleness": sum(version - episode.version for episode in episodes) / count,
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,

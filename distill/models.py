@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig
 
@@ -66,7 +67,7 @@ def load_settings(reference: str) -> Any:
 def _loading(reference: str, what: str, load: Any) -> Any:
     try:
         return load(resolve(reference))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         first = str(error).strip().splitlines()[0]

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.distill.answers import unpack_answer
 from tutelage.distill.config import RunConfig
 from tutelage.distill.identity import Identity
 from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.masks import loss_mask
+from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.teachers import Answer
 from tutelage.distill.transport import CompactScores
 from tutelage.scheduler.cluster import Ask, Placement
 from tutelage.scheduler.episodes import Dropped, Episode, Row
 
+_Scored = tuple[CompactScores, TeacherScores]  # as they came, and unpacked
 Outcomes = Mapping[str, Sequence[Episode | Dropped]]
 
 
@@ -84,10 +87,10 @@ class Routing:
                 Lesson(
                     task=task,
                     row=row,
-                    scores=None if compact is None else compact.unpack(),
+                    scores=None if scored is None else scored[1],
                     mask_T=loss_mask(row, self._special[task]),
                 )
-                for (row, _), compact in zip(own, found, strict=True)
+                for (row, _), scored in zip(own, found, strict=True)
             ]
             lessons += taught
             ledger[task] = _ledger(taught, found)
@@ -118,7 +121,7 @@ class Routing:
 
     def _scores(
         self, rows: Mapping[str, Sequence[tuple[Row, str | None]]]
-    ) -> tuple[dict[str, list[CompactScores | None]], list[Answer]]:
+    ) -> tuple[dict[str, list[_Scored | None]], list[Answer]]:
         """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
         asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
         for task, own in rows.items():
@@ -131,13 +134,18 @@ class Routing:
                     some = [own[place][0] for place in places]
                     asks.append((task, places, self._ask(task, teacher, some)))
         answers: list[Answer] = self._placement.score([ask for _, _, ask in asks])
-        scores: dict[str, list[CompactScores | None]] = {}
+        scores: dict[str, list[_Scored | None]] = {}
         for (task, places, ask), answer in zip(asks, answers, strict=True):
             answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor
             own_scores = scores.setdefault(task, [None] * len(rows[task]))
-            asked = ask.wanted.get("asked") or [None] * len(places)
-            for place, compact, ids in zip(places, answer.scores, asked, strict=True):
-                own_scores[place] = compact if ids is None else compact.answering(ids)
+            sent = list(answer.scores)
+            if asked := ask.wanted.get("asked"):  # a wrong number of rows is refused below
+                sent = [one.answering(ids) for one, ids in zip(sent, asked, strict=False)]
+            unpacked = unpack_answer(
+                ask.teacher, ask.rows, sent, vocabulary=self._learner.vocabulary
+            )
+            for place, scored in zip(places, zip(sent, unpacked, strict=True), strict=True):
+                own_scores[place] = scored
         return scores, answers
 
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
@@ -152,12 +160,13 @@ class Routing:
         return Ask(teacher=teacher, rows=rows, wanted=wanted)
 
 
-def _ledger(lessons: Sequence[Lesson], scores: Sequence[CompactScores | None]) -> dict[str, float]:
+def _ledger(lessons: Sequence[Lesson], scores: Sequence[_Scored | None]) -> dict[str, float]:
     """Each row counts for the teacher that its scores name."""
     found: dict[str, float] = defaultdict(float)
-    for lesson, sent in zip(lessons, scores, strict=True):
-        if sent is None:
+    for lesson, scored in zip(lessons, scores, strict=True):
+        if scored is None:
             continue
+        sent, _ = scored
         found[f"teacher/{sent.teacher}/rows"] += 1
         found[f"teacher/{sent.teacher}/tokens"] += float(lesson.mask_T.sum())
         found[f"teacher/{sent.teacher}/positions"] += len(sent)

@@ -181,7 +181,7 @@ class Run:
             return self._step(step, tasks, journal)
         except Exception as error:
             moved = not self.learner.whole or self.learner.version != len(self.timetable.history)
-            if step and not moved:
+            if step and not moved and not self._saved(step):
                 try:
                     self._save(step, journal)
                 except Exception as another:  # it may need what just failed
@@ -244,6 +244,10 @@ class Run:
         self._best = mean, done
         return True
 
+    def _saved(self, done: int) -> bool:
+        newest = checkpoints.newest(self.folder / "checkpoints")
+        return newest is not None and int(newest.name) == done
+
     def _save(self, done: int, journal: Journal) -> None:
         checkpoints.save(
             self.folder / "checkpoints",
@@ -267,11 +271,10 @@ class Run:
     def _resume(self) -> tuple[int, int]:
         """(the first step to do, the bytes of metrics.jsonl that stand)."""
         _refuse_other_config(self.folder, self.config)
-        checkpoint = checkpoints.newest(self.folder / "checkpoints")
-        if checkpoint is None:
+        found = checkpoints.load_newest(self.folder / "checkpoints", self.learner.model)
+        if found is None:
             return 0, 0
-        state = checkpoints.load_state(checkpoint)
-        checkpoints.load_weights(checkpoint, self.learner.model)
+        checkpoint, state = found
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.version = state["version"]
         self._refuse_other_teachers(checkpoint, state["teachers"])

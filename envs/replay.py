@@ -114,7 +114,7 @@ class ReplayingPool:
         return Failed(episode=episode, reason="differs", detail=detail, attempts=life.attempt)
 
     def _settle(self, results: Sequence[Observed | Failed]) -> list[Observed | Failed]:
-        """The answers that somebody waits for; what leads episodes there is seen to."""
+        """The answers that somebody waits for; what leads other episodes there is asked for."""
         failures = [result for result in results if isinstance(result, Failed)]
         gone = {failure.episode for failure in failures}
         answers: list[Observed | Failed] = []
@@ -132,23 +132,26 @@ class ReplayingPool:
             life.at += 1
             if life.awaited and result.episode not in gone:
                 further.append(result.episode)
-        # Whoever was asked last is to blame; where nobody was, all who are needed.
+        # To blame are those that owed the process an answer; where none did, all that are needed.
         known = any(not failure.idle for failure in failures if failure.reason in SHARED)
         for failure in failures:
-            life = self._lives.get(failure.episode)
-            if life is None:
-                continue
-            if not life.awaited:
-                life.lost = True
-            elif failure.idle and known:
-                life.at = 0
-                further.append(failure.episode)
-            elif life.attempt == self._most:
-                answers.append(replace(failure, attempts=life.attempt))
-                del self._lives[failure.episode]
-            else:
-                life.attempt, life.at = life.attempt + 1, 0
-                life.alone = failure.reason in SHARED and life.attempt == self._most
-                further.append(failure.episode)
+            answers += self._fail(failure, further, spare=failure.idle and known)
         self._ask(further)
         return answers
+
+    def _fail(self, failure: Failed, further: list[int], *, spare: bool) -> list[Failed]:
+        """Another attempt, which joins `further`; or the failure, if that was the last."""
+        life = self._lives.get(failure.episode)
+        if life is None:
+            return []
+        life.lost = True
+        if not life.awaited:
+            return []  # nobody may ever need it again
+        if not spare and life.attempt == self._most:
+            del self._lives[failure.episode]
+            return [replace(failure, attempts=life.attempt)]
+        if not spare:
+            life.attempt += 1
+            life.alone = failure.reason in SHARED and life.attempt == self._most
+        further.append(failure.episode)
+        return []

@@ -333,8 +333,8 @@ class RayCluster:
 
 @contextlib.contextmanager
 def _unpacked(wheel: str | None) -> Iterator[list[str]]:
-    """A wheel's packages, as folders for Ray's py_modules: Ray would give the wheel itself to pip,
-    on every node, which installs all that it depends on once more beside it.
+    """A wheel's packages, as folders for Ray's py_modules. The wheel itself Ray would give to pip
+    on every node, to install all that it depends on once more.
     """
     if wheel is None:
         yield []

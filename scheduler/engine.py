@@ -6,6 +6,7 @@ finished), so that vLLM and the transformers engine stand behind the same three 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.scheduler.episodes import SamplingLaw
+
+SLACK = 1e-3
+"""Nats by which rounding may lift a log-probability above 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,19 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     stopped: bool  # ended by a stop id, not by the length limit
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.logprobs):
+            raise RuntimeError(
+                f"the engine sampled {len(self.ids)} ids and {len(self.logprobs)} log-probabilities"
+            )
+        for at, (token, logprob) in enumerate(zip(self.ids, self.logprobs, strict=True)):
+            if token < 0 or not -math.inf < logprob <= SLACK:
+                raise RuntimeError(
+                    f"the engine sampled id {token} with log-probability {logprob} (token {at} of"
+                    f" {len(self.ids)}): ids count from 0, and log-probabilities are finite and at"
+                    " most 0; its weights or its sampling are broken"
+                )
 
 
 class Engine(Protocol):

@@ -151,6 +151,12 @@ class Dropped:
     detail: str
     attempts: int
 
+    @property
+    def name(self) -> str:
+        """Which, and why: the last line of the detail, where a traceback says what was raised."""
+        last = (self.detail.strip().splitlines() or [""])[-1]
+        return f"{self.order.name}: {self.reason}: {last[:200]}"
+
 
 def revived(plain: Mapping[str, Any]) -> Episode | Dropped:
     """The outcome that `dataclasses.asdict` took apart; arrays may have become CPU tensors."""

@@ -109,6 +109,7 @@ class RolloutWorker:
         self._guides = dict(guides or {})
         self._tokenizer = tokenizer
         self._tasks = dict(tasks)
+        self._vocabulary = len(tokenizer)
         self._pools = pools or EnvironmentPools(tasks)
         self._sessions = 0
         self._loaded: int | None = None  # the version that it was given
@@ -306,6 +307,11 @@ class _Play:
         acts = []
         for completion in sorted(completions, key=lambda c: abs(c.session)):
             live = self._live[abs(completion.session)]
+            if (highest := max(completion.ids, default=0)) >= self._worker._vocabulary:
+                raise RuntimeError(
+                    f"{live.order.name}: the engine sampled id {highest}, and the tokenizer has"
+                    f" {self._worker._vocabulary}: cut its logits to the vocabulary"
+                )
             if completion.session < 0:  # a window's prompt is never extended
                 self._engine.release(completion.session)
             acts.append(

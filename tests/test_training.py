@@ -23,6 +23,7 @@ from tutelage.distill import assembly, checkpoints, training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
+from tutelage.envs.pool import EnvironmentPool
 from tutelage.scheduler.episodes import Dropped, Row
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
@@ -430,6 +431,34 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
         run.train()
         assert run.placement.restarts == 2
     _assert_same_run(here, Path(there.run), 3)
+
+
+def test_killed_environments_cost_a_run_nothing(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two processes is killed in the middle of the others' turns: played anew, its episodes
+    would be in other batches, and differ in the last bits."""
+    task = HOUSEHOLD | {"episodes": 7, "rollout": {"max_turns": 6, "max_new_tokens": 9}}
+
+    def config(run: str) -> RunConfig:
+        rollout = {"processes": 2, "top_p": 0.9}
+        return configure({"household": task}, run, steps=4, rollout=rollout)
+
+    here = _train(config("here"))
+    send, calls = EnvironmentPool.send, iter(range(999))
+
+    def deadly(self: EnvironmentPool, requests: Any) -> None:
+        if next(calls) in (3, 20, 40):
+            os.kill(self.pids()[0], signal.SIGKILL)
+        send(self, requests)
+
+    monkeypatch.setattr(EnvironmentPool, "send", deadly)
+    there = _train(config("there"))
+    assert _metrics_bytes(here) == _metrics_bytes(there)
+    left, right = _weights(here, 4), _weights(there, 4)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    lines = map(json.loads, (there / "metrics.jsonl").read_text().splitlines())
+    assert sum(line["perf/episodes_retried"] for line in lines) >= 7
 
 
 def test_a_step_that_fails_between_two_minibatches_is_not_saved(

@@ -1,0 +1,291 @@
+"""Answers that make no sense, of environments, engines, teachers and disks: bounded, counted or
+named with the place and the cure, and never learned from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from tutelage.distill.config import ConfigError, RunConfig, parse_config
+from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.models import load_model
+from tutelage.distill.teachers import Answer, TeacherService
+from tutelage.distill.training import Run
+from tutelage.scheduler.engine import Completion
+
+STEPS = 4
+MAY_DIFFER = ("time/", "perf/", "memory/")
+
+
+class Garbled(gym.Env[str, str]):
+    """Six games; game 2 answers `garbage` where it should say what became of it."""
+
+    observation_space = action_space = spaces.Text(1000)
+    garbage: Any = None
+
+    def __init__(self) -> None:
+        self.num_episodes = 6
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._index = int((options or {"index": 0})["index"])
+        return f"{self._index}+1=", {"success": False}
+
+    def step(self, action: str) -> Any:
+        if self._index == 2:
+            return Garbled.garbage
+        return "done", 1.0, True, False, {"success": True}
+
+
+gym.register("Garbled-v0", entry_point=Garbled)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def models(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
+) -> list[str]:
+    """A student and a teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    return [save_model(folder / str(seed), tokenizer, seed=seed) for seed in range(2)]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, models: list[str]) -> Callable[..., RunConfig]:
+    def configure(run: str = "run", env: str = "tutelage/Math-v0", **sections: Any) -> RunConfig:
+        data = {
+            "run": str(tmp_path / run),
+            "steps": STEPS,
+            "student": {"model": models[0], "threads": 1, "device": "cpu"},
+            "teachers": {"sage": {"model": models[1], "device": "cpu"}},
+            "tasks": {"sums": {"env": env, "teacher": "sage", "episodes": 6}},
+            "objective": {"name": "local_support", "k": 8},
+            "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 4},
+            "checkpoint": {"every": 1},
+            "journal": {"tensorboard": False},
+        }
+        return parse_config(data | sections, "test")
+
+    return configure
+
+
+Configure = Callable[..., RunConfig]
+
+
+def _train(config: RunConfig) -> Path:
+    with Run(config) as run:
+        run.train()
+    return Path(config.run)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in x.items() if not k.startswith(MAY_DIFFER)} for x in lines]
+
+
+def _saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+class TestEnvironments:
+    @pytest.mark.parametrize(
+        ("garbage", "said"),
+        [
+            ((None, 1.0, True, False, {}), "the observation is None, not text"),
+            (("x", math.nan, True, False, {}), "the reward is nan, not a finite number"),
+            (("x", "1", True, False, {}), "the reward is '1', not a finite number"),
+            (("x", 1.0, True, {}), "not Gymnasium's five values"),
+            (("x", 1.0, True, False, {}, {}), "not Gymnasium's five values"),
+            (None, "step returned None"),
+            (("x", 1.0, "yes", False, {}), "terminated is 'yes', not a bool"),
+            (("x", 1.0, True, False, ["success"]), "info is ['success'], not a dict"),
+            (("x", 1.0, True, False, {"success": "yes"}), "info['success'] is 'yes', not a bool"),
+        ],
+        ids=lambda value: None if isinstance(value, tuple) else value,
+    )
+    def test_their_episode_is_dropped_counted_and_named_in_the_metrics(
+        self, configure: Configure, garbage: Any, said: str
+    ) -> None:
+        Garbled.garbage = garbage
+        folder = _train(configure(env="Garbled-v0", steps=2))
+        for step, line in enumerate(_lines(folder)):
+            assert (line["episodes/played"], line["episodes/dropped"]) == (5, 1)
+            (lost,) = line["episodes/lost"]
+            assert lost.startswith("sums[2] seed ") and said in lost and ": garbage: " in lost
+            text = (folder / "episodes" / f"{step:06d}.jsonl").read_text(encoding="utf-8")
+            (dropped,) = [one for one in map(json.loads, text.splitlines()) if "dropped" in one]
+            assert (dropped["dropped"], dropped["attempts"]) == ("garbage", 3)
+
+    def test_a_step_without_losses_names_none(self, configure: Configure) -> None:
+        assert not any("episodes/lost" in line for line in _lines(_train(configure(steps=1))))
+
+
+def _nan(answer: Answer) -> Answer:
+    first, *others = answer.scores
+    logprobs_NK = first.logprobs_NK.copy()
+    logprobs_NK[1, 2] = np.nan
+    return replace(answer, scores=(replace(first, logprobs_NK=logprobs_NK), *others))
+
+
+def _outside(answer: Answer) -> Answer:
+    *others, last = answer.scores
+    ids_NK = last.ids_NK.copy()
+    ids_NK[0, 0] = last.vocabulary
+    return replace(answer, scores=(*others, replace(last, ids_NK=ids_NK)))
+
+
+def _short(answer: Answer) -> Answer:
+    first, *others = answer.scores
+    cut = {
+        name: getattr(first, name)[:-1]
+        for name in ("ids_NK", "logprobs_NK", "sampled_N", "entropy_N")
+    }
+    return replace(answer, scores=(replace(first, **cut), *others))
+
+
+def _certain(answer: Answer) -> Answer:
+    first, *others = answer.scores
+    certain = replace(first, logprobs_NK=np.zeros_like(first.logprobs_NK))
+    return replace(answer, scores=(certain, *others))
+
+
+class TestTeachers:
+    @pytest.mark.parametrize(
+        ("garble", "said"),
+        [
+            (_nan, r"row 0 of 6: .*logprobs_NK at \[1, 2\] is nan"),
+            (_outside, r"row 5 of 6: .*a support id lies outside the vocabulary of 825"),
+            (_short, r"row 0 of 6: it scored 3 of 4 tokens"),
+            (lambda a: replace(a, scores=a.scores[1:]), r"it answered 5 rows of 6"),
+            (_certain, r"row 0 of 6: its probabilities sum to more than 1"),
+            (
+                lambda a: replace(a, scores=(replace(a.scores[0], vocabulary=9), *a.scores[1:])),
+                r"row 0 of 6: it knows 9 ids, the student 825",
+            ),
+        ],
+        ids=["nan", "outside", "short", "rows", "certain", "vocabulary"],
+    )
+    def test_the_run_stops_saved_names_the_teacher_and_goes_on_as_if_nothing_had_been(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch, garble: Any, said: str
+    ) -> None:
+        score, calls = TeacherService.score, iter(range(99))
+
+        def garbled(self: TeacherService, *args: Any, **wanted: Any) -> Answer:
+            answer = score(self, *args, **wanted)
+            return garble(answer) if next(calls) == 2 else answer
+
+        sections = {"checkpoint": {"every": 100}}
+        monkeypatch.setattr(TeacherService, "score", garbled)
+        config = configure(**sections)
+        with pytest.raises(RuntimeError, match=rf"teachers\.sage: {said}.*is saved; load"):
+            _train(config)
+        assert _saved(Path(config.run)) == ["000002"]
+        monkeypatch.undo()
+        _train(config)
+        whole = _train(configure("whole", **sections))
+        assert _lines(whole) == _lines(Path(config.run))
+
+
+class TestEngines:
+    @pytest.mark.parametrize(
+        ("ids", "logprobs", "said"),
+        [
+            ([5, 7], [-0.5, math.nan], r"sampled id 7 with log-probability nan \(token 1 of 2\)"),
+            ([5], [0.25], "sampled id 5 with log-probability 0.25"),
+            ([5], [-math.inf], "sampled id 5 with log-probability -inf"),
+            ([-1], [-0.5], "sampled id -1"),
+            ([5, 7], [-0.5], "sampled 2 ids and 1 log-probabilities"),
+        ],
+    )
+    def test_what_no_distribution_gives_is_refused_where_it_arises(
+        self, ids: list[int], logprobs: list[float], said: str
+    ) -> None:
+        with pytest.raises(RuntimeError, match=said):
+            Completion(session=1, ids=ids, logprobs=logprobs, stopped=False)
+
+    def test_an_id_beyond_the_vocabulary_stops_the_run_saved(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step, calls = TransformersEngine.step, iter(range(99))
+
+        def padded(self: TransformersEngine) -> list[Completion]:
+            found = step(self)
+            if found and next(calls) == 1:
+                found[0] = replace(found[0], ids=[825] * len(found[0].ids))
+            return found
+
+        monkeypatch.setattr(TransformersEngine, "step", padded)
+        config = configure(checkpoint={"every": 100})
+        with pytest.raises(RuntimeError, match=r"sums\[\d+\] seed .* id 825.*tokenizer has 825"):
+            _train(config)
+        assert _saved(Path(config.run)) == ["000001"]
+
+
+def _half(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()  # somebody may have it mapped
+    path.write_bytes(data[: len(data) // 2])
+
+
+class TestDisks:
+    @pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+    @pytest.mark.parametrize("damage", [_half, Path.unlink, lambda p: p.write_bytes(b"")])
+    def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_leads_to_the_same(
+        self, configure: Configure, file: str, damage: Callable[[Path], Any]
+    ) -> None:
+        folder = _train(configure())
+        before = _lines(folder)
+        weights = (folder / "checkpoints" / "000004" / "model.safetensors").read_bytes()
+        damage(folder / "checkpoints" / "000004" / file)
+        if (folder / "checkpoints" / "000004" / "trainer.pt").exists():
+            with pytest.warns(UserWarning, match=r"000004 is damaged .*set aside .*the one before"):
+                _train(configure())
+        else:
+            _train(configure())  # without it, it never was one
+        assert _lines(folder) == before
+        again = (folder / "checkpoints" / "000004" / "model.safetensors").read_bytes()
+        assert again == weights
+
+    def test_where_every_checkpoint_is_damaged_nothing_begins_anew(
+        self, configure: Configure
+    ) -> None:
+        folder = _train(configure(checkpoint={"every": 2, "keep": 1}))
+        before = _lines(folder)
+        _half(folder / "checkpoints" / "000004" / "model.safetensors")
+        for _ in range(2):  # the same command, again
+            with pytest.raises(RuntimeError, match=r"000004 is damaged .*no other.*begin anew"):
+                _train(configure(checkpoint={"every": 2, "keep": 1}))
+        assert _lines(folder) == before
+
+    def test_half_a_line_of_metrics_is_not_built_upon(self, configure: Configure) -> None:
+        """Beyond the checkpoint it is cut off, as ever; before it, what was lost is said."""
+        config = configure(steps=2)
+        folder = _train(config)
+        path = folder / "metrics.jsonl"
+        before = _lines(folder)
+        with path.open("a") as file:
+            file.write('{"step": 2, "loss/me')
+        _train(config)
+        assert _lines(folder) == before
+        data = path.read_bytes()
+        path.write_bytes(data[: data.find(b"\n") + 9])  # a line and a bit
+        with pytest.warns(UserWarning, match=r"metrics.jsonl has \d+ bytes.* knows of \d+"):
+            _train(configure(steps=2, checkpoint={"every": 3}))
+        assert _lines(folder) == before[:1]
+
+    def test_a_damaged_teacher_is_refused_by_name(self, models: list[str], tmp_path: Path) -> None:
+        import shutil
+
+        shutil.copytree(models[1], tmp_path / "teacher")
+        _half(tmp_path / "teacher" / "model.safetensors")
+        with pytest.raises(ConfigError, match=r"teacher': its weights does not load"):
+            load_model(str(tmp_path / "teacher"), dtype="float32", device="cpu")
