@@ -166,6 +166,15 @@ class OptimizerConfig(_Section):
     normalize: Literal["task", "all"] = "task"
 
 
+class LearnerConfig(_Section):
+    """The student's weights, gradients and optimizer state over several processes of this machine
+    (FSDP2), each with its share of every update: one a GPU, or on the CPU."""
+
+    processes: Positive = 1
+    # seconds that one exchange of these may take, by the slowest of them; then the run stops
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+
+
 class EvaluationConfig(_Section):
     every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only when asked
     episodes: Positive | Literal["all"] = 100
@@ -232,6 +241,7 @@ class RunConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()

@@ -643,7 +643,7 @@ class TestRefusals:
         def loaded(*_: Any, **__: Any) -> None:
             raise AssertionError("weights were loaded")
 
-        monkeypatch.setattr(training, "load_student", loaded)
+        monkeypatch.setattr(assembly, "load_student", loaded)
         monkeypatch.setattr(assembly, "load_model", loaded)
 
     def _with_teacher(self, configure: Configure, model: str) -> RunConfig:
