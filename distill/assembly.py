@@ -75,7 +75,11 @@ def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
 
 def make_learner(config: RunConfig, vocabulary: int) -> Learner:
     """In this process, or over several."""
-    given = {"vocabulary": vocabulary, "config": config.optimizer, "steps": config.steps}
+    given: dict[str, Any] = {
+        "vocabulary": vocabulary,
+        "config": config.optimizer,
+        "steps": config.steps,
+    }
     if config.learner.processes == 1:
         return Learner(load_student(config.student, seed=config.seed), **given)
     from tutelage.distill.data_parallel import DataParallelLearner, Setup

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +99,7 @@ class ShardedLearner(Learner):
             full = part.full_tensor()
             return full.cpu() if rank == 0 else None
 
-        return tree_map_only(DTensor, gathered, super().optimizer_state())  # type: ignore[no-any-return]
+        return tree_map_only(DTensor, gathered, super().optimizer_state())
 
     def restore(self, optimizer_state: dict[str, Any], *, version: int) -> None:
         """Take the parts of rank 0's weights and of its optimizer's state; elsewhere that has the
@@ -372,6 +373,7 @@ def serve(line: Line) -> None:
         if os.environ.get("TUTELAGE_TRACEBACK"):
             traceback.print_exc()
         line.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))
+        sys.exit(1)
 
 
 def _answer(learner: ShardedLearner, method: str, share: Any, common: Any) -> Any:
