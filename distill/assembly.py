@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.identity import digest_of
@@ -74,7 +76,11 @@ def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
 
 
 def make_learner(config: RunConfig, vocabulary: int) -> Learner:
-    """In this process, or over several."""
+    """In this process, or over several.
+
+    Raises:
+        ConfigError: more of them than GPUs.
+    """
     given: dict[str, Any] = {
         "vocabulary": vocabulary,
         "config": config.optimizer,
@@ -82,6 +88,12 @@ def make_learner(config: RunConfig, vocabulary: int) -> Learner:
     }
     if config.learner.processes == 1:
         return Learner(load_student(config.student, seed=config.seed), **given)
+    here = torch.cuda.device_count()
+    if device_of(config.student.device).type == "cuda" and here < config.learner.processes:
+        raise ConfigError(
+            f"learner.processes: {config.learner.processes} of them take a GPU each, and there are"
+            f" {here}: lower it, or set student.device=cpu"
+        )
     from tutelage.distill.data_parallel import DataParallelLearner, Setup
 
     return DataParallelLearner(
@@ -96,6 +108,7 @@ def make_learner(config: RunConfig, vocabulary: int) -> Learner:
 
 
 def rank_model(student: StudentConfig, seed: int, rank: int) -> Any:
+    """The student on the device of one of the learner's processes."""
     kind = device_of(student.device).type
     device = kind if kind == "cpu" else f"{kind}:{rank}"
     return load_student(student.model_copy(update={"device": device}), seed=seed)

@@ -283,6 +283,11 @@ class RunConfig(_Section):
                     f"teachers.{task.teacher}.sleeps: it also plays for tasks.{name}.guidance, and"
                     " would do so asleep: set one of sleeps=false and guidance.by=expert"
                 )
+        if self.learner.processes > 1 and ":" in self.student.device:
+            raise ValueError(
+                f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
+                f" student.device {self.student.device!r} names one; say auto, cuda or cpu"
+            )
         self.policy()
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")

@@ -19,7 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from tutelage.distill.assembly import rank_model
-from tutelage.distill.config import OptimizerConfig, RunConfig, StudentConfig, parse_config
+from tutelage.distill.config import (
+    ConfigError,
+    OptimizerConfig,
+    RunConfig,
+    StudentConfig,
+    parse_config,
+)
 from tutelage.distill.data_parallel import DataParallelLearner, Setup, split
 from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.models import load_student
@@ -420,3 +426,12 @@ def test_a_run_over_two_processes_repeats_resumes_and_changes_their_number(
         load_file(run / "checkpoints/000004/model.safetensors") for run in (alone, whole)
     )
     assert {n: x.shape for n, x in plain.items()} == {n: x.shape for n, x in ours.items()}
+
+
+def test_a_device_that_only_one_process_can_have_is_refused(
+    configure: Callable[..., RunConfig],
+) -> None:
+    data = configure("run", 2).model_dump(mode="json")
+    data["student"]["device"] = "cuda:1"
+    with pytest.raises(ConfigError, match=r"learner\.processes: 2 .* 'cuda:1' names one"):
+        parse_config(data, "test")
