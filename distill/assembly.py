@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
+import torch
+
+from tutelage.distill.config import ConfigError, RunConfig, StudentConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.identity import digest_of
 from tutelage.distill.learner import Course, Learner
-from tutelage.distill.models import load_model, load_student, load_tokenizer, student_tokenizer
+from tutelage.distill.models import (
+    device_of,
+    load_model,
+    load_student,
+    load_tokenizer,
+    student_tokenizer,
+)
 from tutelage.distill.teachers import TeacherService, TransformersTeacher
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
@@ -67,11 +76,55 @@ def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
     return tasks
 
 
+def make_learner(config: RunConfig, vocabulary: int) -> Learner:
+    """In this process, or over several.
+
+    Raises:
+        ConfigError: more of them than GPUs.
+    """
+    given: dict[str, Any] = {
+        "vocabulary": vocabulary,
+        "config": config.optimizer,
+        "steps": config.steps,
+    }
+    if config.learner.processes == 1:
+        return Learner(load_student(config.student, seed=config.seed), **given)
+    here = torch.cuda.device_count()
+    if device_of(config.student.device).type == "cuda" and here < config.learner.processes:
+        raise ConfigError(
+            f"learner.processes: {config.learner.processes} of them take a GPU each, and there are"
+            f" {here}: lower it, or set student.device=cpu"
+        )
+    from tutelage.distill.data_parallel import DataParallelLearner, Setup
+
+    return DataParallelLearner(
+        Setup(
+            make_model=partial(rank_model, config.student, config.seed),
+            processes=config.learner.processes,
+            timeout=config.learner.timeout,
+            threads=learner_threads(config),
+            **given,
+        )
+    )
+
+
+def rank_model(student: StudentConfig, seed: int, rank: int) -> Any:
+    """The student on the device of one of the learner's processes."""
+    kind = device_of(student.device).type
+    device = kind if kind == "cpu" else f"{kind}:{rank}"
+    return load_student(student.model_copy(update={"device": device}), seed=seed)
+
+
+def learner_threads(config: RunConfig) -> int:
+    """Of torch in each of the learner's processes."""
+    return config.student.threads or max(1, (os.cpu_count() or 1) // config.learner.processes)
+
+
 def make_placement(
     config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int, pools: EnvironmentPools
 ) -> Placement:
     if config.cluster is None:
-        engine = TransformersEngine(learner.model, vocabulary=vocabulary)
+        engine = TransformersEngine(learner.copy, vocabulary=vocabulary)
         teachers = {
             name: _make_teacher(name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
@@ -97,7 +150,7 @@ def make_placement(
         },
         weights=lambda: {
             name: tensor.detach().cpu().numpy()
-            for name, tensor in learner.model.state_dict().items()
+            for name, tensor in learner.copy.state_dict().items()
         },
     )
 

@@ -183,6 +183,15 @@ class OptimizerConfig(_Section):
     normalize: Literal["task", "all"] = "task"
 
 
+class LearnerConfig(_Section):
+    """The student's weights, gradients and optimizer state over several processes of this machine
+    (FSDP2), each with its share of every update: one a GPU, or on the CPU."""
+
+    processes: Positive = 1
+    # seconds that one exchange of these may take, by the slowest of them; then the run stops
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+
+
 class EvaluationConfig(_Section):
     every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only when asked
     episodes: Positive | Literal["all"] = 100
@@ -249,6 +258,7 @@ class RunConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
@@ -283,6 +293,11 @@ class RunConfig(_Section):
                 )
             if task.guidance is not None and task.guidance.by == "teacher":
                 self._check_guide(name, task)
+        if self.learner.processes > 1 and ":" in self.student.device:
+            raise ValueError(
+                f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
+                f" student.device {self.student.device!r} names one; say auto, cuda or cpu"
+            )
         self.policy()
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")

@@ -44,6 +44,16 @@ class Meter:
             self._sums[name] += float((torch.where(weights_N > 0, value_N, 0.0) * weights_N).sum())
             self._weights[name] += total
 
+    def sums(self, name: str) -> tuple[float, float]:
+        """(the sum of the weighted values, the sum of their weights) so far."""
+        return self._sums.get(name, 0.0), self._weights.get(name, 0.0)
+
+    def merge(self, other: Meter) -> None:
+        """Count all that another meter has counted."""
+        for name in other._sums:
+            self._sums[name] += other._sums[name]
+            self._weights[name] += other._weights[name]
+
     def means(self) -> dict[str, float]:
         """The mean of each name over the tokens that it was counted on."""
         return {name: self._sums[name] / self._weights[name] for name in self._sums}

@@ -6,10 +6,9 @@ Masks and averages are applied here and nowhere else.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,8 +60,10 @@ class Course:
     weight: float = 1.0
 
 
-_Drawn = tuple[Lesson, npt.NDArray[np.float32]]
+Drawn = tuple[Lesson, npt.NDArray[np.float32]]
 """A lesson and a uniform draw for each of its row's tokens."""
+
+T = TypeVar("T")
 
 DENSE_VOCABULARY = 8192
 """Up to this many ids whole logits are faster than gathered ones, and small."""
@@ -71,12 +72,17 @@ DENSE_VOCABULARY = 8192
 class Learner:
     """Owns the student's weights and the optimizer's state.
 
+    What several ranks do together (distill/data_parallel.py) is a small method here: `_sums`,
+    `_each`, `_inside`, `_clip`.
+
     Args:
         model: a causal LM, trained in place.
         vocabulary: ids that take probability.
         config: the optimizer section. steps: of the whole run, for the learning rate's schedule.
         dense_vocabulary: up to this size of vocabulary, whole logits; above it, gathered ones.
     """
+
+    _ranks = 1  # whose gradients are averaged
 
     def __init__(
         self,
@@ -93,6 +99,11 @@ class Learner:
         self.whole = True  # False: an update failed after some of its optimizer steps
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
         self.optimizer = Optimizer(model, config)
+
+    @property
+    def copy(self) -> Any:
+        """A model with the student's weights, whole: to generate with and to save."""
+        return self.model
 
     def update(
         self,
@@ -120,15 +131,12 @@ class Learner:
         drawn = [
             (lesson, rng.random(len(lesson.row.ids_T), dtype=np.float32)) for lesson in lessons
         ]
-        meters = {lesson.task: Meter() for lesson in lessons}
-        parts = -(-len(lessons) // (self._config.minibatch or len(lessons)))
-        norms = []
-        for part in range(parts):
-            some = [pair for pair in drawn[part::parts] if pair[0].mask_T.any()]
-            if some:
-                norms.append(self._descend(some, courses, meters, progress, diagnose))
+        count = -(-len(lessons) // (self._config.minibatch or len(lessons)))
+        parts = [[pair for pair in drawn[i::count] if pair[0].mask_T.any()] for i in range(count)]
+        own = {lesson.task: courses[lesson.task] for lesson in lessons}
+        meters, norm = self._learn([part for part in parts if part], own, progress, diagnose)
         shared = {
-            "optimizer/grad_norm": sum(norms) / len(norms),
+            "optimizer/grad_norm": norm,
             "optimizer/lr": self.learning_rate(self.version),
         }
         self.version += 1
@@ -152,51 +160,106 @@ class Learner:
         """The student's K most probable ids of each row's chosen tokens [N, K], on the CPU: what a
         teacher is asked for when the support is the student's."""
         found: dict[int, torch.Tensor] = {}
-        for batch in pack(rows, max_tokens=self._micro_tokens, device=self.model.device):
-            ids_NK = self.student(batch.hidden(self.model)).top_k(k).cpu()
+
+        def ask(batch: Batch) -> None:
+            ids_NK = self._inside(lambda: self.student(batch.hidden(self.model)).top_k(k)).cpu()
             counts = [int(rows[i].chosen_T.sum()) for i in batch.members]
-            found |= dict(zip(batch.members, ids_NK.split(counts), strict=True))
+            found.update(zip(batch.members, ids_NK.split(counts), strict=True))
+
+        self._each(self._packed(rows), ask)
         return [found[i] for i in range(len(rows))]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return self.optimizer.state_dict()
+
+    def restore(self, optimizer_state: dict[str, Any], *, version: int) -> None:
+        """Go on from a checkpoint whose weights are in `copy`."""
+        self.optimizer.load_state_dict(optimizer_state)
+        self.version = version
+
+    def close(self) -> None:
+        """Stop what was started."""
+
+    def _learn(
+        self,
+        parts: Sequence[Sequence[Drawn]],
+        courses: Mapping[str, Course],
+        progress: float,
+        diagnose: bool,
+    ) -> tuple[dict[str, Meter], float]:
+        """An optimizer step for each part; every task's meter, and the mean of the norms."""
+        meters = {task: Meter() for task in courses}
+        norms = [self._descend(part, courses, meters, progress, diagnose) for part in parts]
+        return meters, sum(norms) / len(norms)
 
     def _descend(
         self,
-        drawn: Sequence[_Drawn],
+        drawn: Sequence[Drawn],
         courses: Mapping[str, Course],
         meters: Mapping[str, Meter],
         progress: float,
         diagnose: bool,
     ) -> float:
         """One optimizer step; the gradient's norm before clipping."""
-        by_task: dict[str, list[_Drawn]] = defaultdict(list)
-        for pair in drawn:
-            by_task[pair[0].task].append(pair)
-        sizes = {task: self._size([lesson for lesson, _ in own]) for task, own in by_task.items()}
+        by_task = {task: [pair for pair in drawn if pair[0].task == task] for task in courses}
+        own = [self._size([lesson for lesson, _ in pairs]) for pairs in by_task.values()]
+        sizes = dict(zip(by_task, self._sums(own), strict=True))
         total = sum(sizes.values())
-        self.optimizer.zero_grad()
-        for task, own in by_task.items():
-            course = courses[task]
+        passes = [
+            (task, batch, [pairs[i] for i in batch.members])
+            for task, pairs in by_task.items()
+            for batch in self._packed([lesson.row for lesson, _ in pairs])
+        ]
+
+        def accumulate(one: tuple[str, Batch, list[Drawn]]) -> None:
+            task, batch, members = one
             share = 1.0 if self._config.normalize == "task" else sizes[task] / total
             self._accumulate(
-                own,
-                course.objective,
+                batch,
+                members,
+                courses[task].objective,
                 meters[task],
                 size=sizes[task],
-                scale=share * course.weight,
+                scale=share * courses[task].weight * self._ranks,
                 progress=progress,
                 diagnose=diagnose,
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
-        for task in by_task:
-            loss = meters[task].means()["loss/mean"]
-            if not math.isfinite(loss) or not torch.isfinite(norm):
+
+        self.optimizer.zero_grad()
+        self._each(passes, accumulate)
+        norm = self._clip()
+        for task in (task for task in meters if sizes[task]):
+            value, weight = self._sums(meters[task].sums("loss/mean"))
+            if not math.isfinite(value) or not math.isfinite(norm):
                 raise FloatingPointError(
-                    f"task {task!r}: loss {loss}, gradient norm {norm.item()} at update"
+                    f"task {task!r}: loss {value / weight}, gradient norm {norm} at update"
                     f" {self.version}: the weights are as they were; lower optimizer.lr, or look at"
                     " the step's episodes"
                 )
         self.whole = False
         self.optimizer.step(self.learning_rate(self.version))
-        return float(norm)
+        return norm
+
+    def _packed(self, rows: Sequence[Row]) -> list[Batch]:
+        return pack(rows, max_tokens=self._micro_tokens, device=self.model.device)
+
+    def _sums(self, values: Sequence[float]) -> Sequence[float]:
+        """Of all ranks."""
+        return values
+
+    def _each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
+        """Do `work`, which is one pass through the model, on each item."""
+        for item in items:
+            work(item)
+
+    def _inside(self, function: Callable[[], T]) -> T:
+        """Call what uses the model's weights."""
+        return function()
+
+    def _clip(self) -> float:
+        """Clip the gradient; its norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip))
 
     def _size(self, lessons: Sequence[Lesson]) -> float:
         """What a task's mean is over: its tokens that take loss, or its rows that have any."""
@@ -206,7 +269,8 @@ class Learner:
 
     def _accumulate(
         self,
-        drawn: Sequence[_Drawn],
+        batch: Batch,
+        members: Sequence[Drawn],
         objective: Objective,
         meter: Meter,
         *,
@@ -215,32 +279,36 @@ class Learner:
         progress: float,
         diagnose: bool,
     ) -> None:
-        """Add the gradient of `scale` times one task's mean loss, and its metrics."""
-        device, rows = self.model.device, [lesson.row for lesson, _ in drawn]
-        for batch in pack(rows, max_tokens=self._micro_tokens, device=device):
-            members = [drawn[i] for i in batch.members]
-            masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x, _ in members]
-            weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
-            uniforms = [uniforms_T[x.row.chosen_T] for x, uniforms_T in members]
-            tokens = Tokens(
-                segments_N=batch.segments_N,
-                mask_N=weights_N > 0,
-                uniforms_N=torch.from_numpy(np.concatenate(uniforms)).to(device),
-                progress=progress,
-            )
-            scores = None
-            if objective.needs_teacher:
-                scores = _joined([x for x, _ in members]).to(device)
+        """Add a batch's part of the gradient of `scale` times one task's mean loss, and its
+        metrics."""
+        device = self.model.device
+        masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x, _ in members]
+        weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
+        uniforms = [uniforms_T[x.row.chosen_T] for x, uniforms_T in members]
+        tokens = Tokens(
+            segments_N=batch.segments_N,
+            mask_N=weights_N > 0,
+            uniforms_N=torch.from_numpy(np.concatenate(uniforms)).to(device),
+            progress=progress,
+        )
+        scores = None
+        if objective.needs_teacher:
+            scores = _joined([x for x, _ in members]).to(device)
+
+        def forward() -> tuple[torch.Tensor, Student, torch.Tensor, dict[str, torch.Tensor]]:
             student = self.student(batch.hidden(self.model))
             loss_N, metrics = objective(
                 student, scores, batch.targets_N, batch.behaviour_N, tokens=tokens
             )
             # Where the weight is 0 the loss must not count even if it is infinite: 0 * inf is NaN.
             loss = (torch.where(weights_N > 0, loss_N, 0.0) * weights_N).sum()
-            (scale * loss).backward()
-            with torch.no_grad():
-                meter.add({"loss/mean": loss_N.detach(), **metrics}, weights_N)
-                self._diagnose(meter, batch, student, scores, weights_N, costly=diagnose)
+            return scale * loss, student, loss_N.detach(), metrics
+
+        loss, student, loss_N, metrics = self._inside(forward)
+        loss.backward()
+        with torch.no_grad():
+            meter.add({"loss/mean": loss_N, **metrics}, weights_N)
+            self._diagnose(meter, batch, student, scores, weights_N, costly=diagnose)
 
     def _weights(self, mask_N: torch.Tensor, size: float) -> torch.Tensor:
         """Each token's share of the mean: over the task's tokens, or over rows and their tokens."""

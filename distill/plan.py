@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,36 @@ def _learner_needs(
             knob="micro_tokens",
         )
     )
-    return [*found, *_head_needs(config, device, vocabulary, least, longest)]
+    found += _head_needs(config, device, vocabulary, least, longest)
+    return found if config.learner.processes == 1 else _over_ranks(config, found, weights)
+
+
+CUT = 3
+"""The first needs of a learner: weights, gradients, optimizer."""
+
+
+def _over_ranks(config: RunConfig, alone: Sequence[Need], weights: int | None) -> list[Need]:
+    """A learner's needs over several processes: each has its part of the first ones, and all of the
+    others; rank 0 a whole copy too. While it starts, each loads the whole weights."""
+    ranks, device = config.learner.processes, alone[0].device
+    found = []
+    for rank in [0] if device == "cpu" else range(ranks):
+        for i, need in enumerate(alone):
+            cut, times = (ranks, "parts") if i < CUT else (1, "times")
+            many = ranks if device == "cpu" else 1
+            where = f"{need.what}, {ranks} {times}" if many > 1 else f"rank {rank}: {need.what}"
+            found.append(
+                replace(
+                    need,
+                    device=device if rank == 0 else f"cuda:{rank}",
+                    what=where,
+                    least=None if need.least is None else many * need.least // cut,
+                    most=None if need.most is None else many * need.most // cut,
+                )
+            )
+    copy = "student: weights, a whole copy of rank 0"
+    knob = "learner.processes"
+    return [*found, Need(device=device, what=copy, least=weights, most=weights, knob=knob)]
 
 
 def _optimizer_need(config: RunConfig, student: Footprint, device: str) -> Need:
@@ -409,7 +438,8 @@ def _guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need
     for name, task in config.tasks.items():
         if task.guidance is None or task.guidance.by != "teacher":
             continue
-        teacher, shape = config.teachers[str(task.teacher)], teachers[str(task.teacher)].shape
+        (name_of,) = task.teachers
+        teacher, shape = config.teachers[name_of], teachers[name_of].shape
         live, reply = _sessions(config, name, workers)
         share = task.guidance.share
         usual, all_at_once = round(share * live), min(live, round(share * task.episodes))
@@ -429,7 +459,9 @@ def _guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need
 
 def _process_needs(config: RunConfig) -> Need:
     """Environments' own processes, which load no torch, come on top."""
-    count = 1 if config.cluster is None else 1 + config.cluster.workers + len(config.teachers)
+    count = config.learner.processes
+    if config.cluster is not None:
+        count += config.cluster.workers + len(config.teachers)
     return Need(
         device="cpu",
         what=f"Python and libraries, {count} process{'es' * (count > 1)}",

@@ -26,19 +26,20 @@ from tutelage.distill import checkpoints
 from tutelage.distill.assembly import (
     EVALUATION,
     check_supports,
+    learner_threads,
+    make_learner,
     make_placement,
     make_timetable,
     task_rollouts,
 )
-from tutelage.distill.config import ConfigError, RunConfig, build_objective
+from tutelage.distill.config import ConfigError, LearnerConfig, RunConfig, build_objective
 from tutelage.distill.identity import Identity
 from tutelage.distill.journal import Journal
-from tutelage.distill.learner import Course, Learner
+from tutelage.distill.learner import Course
 from tutelage.distill.masks import special_ids
 from tutelage.distill.measures import Clock, outcome_metrics, score_metrics, teacher_gap
 from tutelage.distill.models import (
     check_vocabularies,
-    load_student,
     load_tokenizer,
     prepare_process,
     resolve,
@@ -65,7 +66,7 @@ class Run:
         self.config, self.watch = config, watch or Watcher()
         self.folder = Path(config.run)
         self.vocabulary = check_vocabularies(config)
-        prepare_process(config.student.threads)
+        prepare_process(learner_threads(config))
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
         self._courses = {
             name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
@@ -82,13 +83,14 @@ class Run:
         try:
             if config.cluster is None:
                 pools.open(rollouts)  # a bad id or option shows before a model loads
-            model = load_student(config.student, seed=config.seed)
-            self.learner = Learner(
-                model, vocabulary=self.vocabulary, config=config.optimizer, steps=config.steps
-            )
-            self.placement = make_placement(
-                config, self.learner, self.tokenizer, self.vocabulary, pools
-            )
+            self.learner = make_learner(config, self.vocabulary)
+            try:
+                self.placement = make_placement(
+                    config, self.learner, self.tokenizer, self.vocabulary, pools
+                )
+            except BaseException:
+                self.learner.close()
+                raise
         except BaseException:
             pools.close()
             raise
@@ -111,7 +113,10 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.placement.close()
+        try:
+            self.placement.close()
+        finally:
+            self.learner.close()
 
     def train(self) -> None:
         """Train to the last step, from where the run folder left off."""
@@ -252,13 +257,13 @@ class Run:
         checkpoints.save(
             self.folder / "checkpoints",
             step=done,
-            model=self.learner.model,
+            model=self.learner.copy,
             tokenizer=self.tokenizer,
             state={
                 "step": done,
                 "version": self.learner.version,
                 "position": journal.position,
-                "optimizer": self.learner.optimizer.state_dict(),
+                "optimizer": self.learner.optimizer_state(),
                 "teachers": {name: one.digest for name, one in self.routing.references.items()},
                 "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
@@ -271,12 +276,11 @@ class Run:
     def _resume(self) -> tuple[int, int]:
         """(the first step to do, the bytes of metrics.jsonl that stand)."""
         _refuse_other_config(self.folder, self.config)
-        found = checkpoints.load_newest(self.folder / "checkpoints", self.learner.model)
+        found = checkpoints.load_newest(self.folder / "checkpoints", self.learner.copy)
         if found is None:
             return 0, 0
         checkpoint, state = found
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.learner.version = state["version"]
+        self.learner.restore(state["optimizer"], version=state["version"])
         self._refuse_other_teachers(checkpoint, state["teachers"])
         self._best = state["best"]
         history = [Step(**step) for step in state["history"]]
@@ -311,7 +315,8 @@ def evaluate_model(
             update={"model": model, "init": None, "tokenizer": None}
         )
         config = config.model_copy(update={"student": student})
-    with Run(config.model_copy(update={"teachers": {}}), watch=watch) as run:
+    alone = {"teachers": {}, "learner": LearnerConfig()}
+    with Run(config.model_copy(update=alone), watch=watch) as run:
         scores = run.evaluate(config.evaluation.modes)
     return {
         "model": model or config.student.model or "student.init",
@@ -360,8 +365,17 @@ def _write_config(folder: Path, config: RunConfig) -> None:
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
-FREE_TO_CHANGE = ("run", "accept_changes", "cluster", "journal", "checkpoint", "evaluation")
-"""Sections that may differ when a run goes on: they do not touch what is learned."""
+FREE_TO_CHANGE = (
+    "run",
+    "accept_changes",
+    "learner",
+    "cluster",
+    "journal",
+    "checkpoint",
+    "evaluation",
+)
+"""Sections that may differ when a run goes on: they do not touch what is learned. Other numbers of
+processes or workers round otherwise: the run goes on, but not to the byte."""
 
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:

@@ -42,10 +42,14 @@ def _wait(until: Callable[[], Any]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("cluster", [None, {"address": "local", "workers": 1}], ids=["here", "ray"])
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"cluster": {"address": "local", "workers": 1}}, {"learner": {"processes": 2}}],
+    ids=["here", "ray", "learners"],
+)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_no_process_and_no_shared_memory_outlives_a_run(
-    tmp_path: Path, tokenizer: Any, save_model: Callable[..., str], how: int, cluster: Any
+    tmp_path: Path, tokenizer: Any, save_model: Callable[..., str], how: int, where: Any
 ) -> None:
     config = {
         "run": str(tmp_path / "run"),
@@ -61,7 +65,7 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
             }
         },
         "objective": {"k": 8},
-        "cluster": cluster,
+        **where,
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))

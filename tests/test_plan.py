@@ -89,6 +89,32 @@ def test_the_demo_in_numbers() -> None:
     assert _need(plan, "logits [tokens, 825]").most == 3 * 4 * 825 * 2048
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_learner_over_four_processes_has_a_quarter_in_each(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights, gradients and moments; micro-batches are each one's own, and one keeps a copy."""
+    config = load_config(DEMO, ["student.device=cpu"])
+    if device == "cuda":
+        monkeypatch.setattr("tutelage.distill.plan.device_name", lambda name: "cuda")
+    alone = make_plan(config)
+    four = make_plan(load_config(DEMO, ["student.device=cpu", "learner.processes=4"]))
+    weights, kept = (_need(alone, what) for what in ("student: weights", "activations"))
+    assert weights.most and kept.most
+    if device == "cpu":
+        assert _need(four, "student: weights, 4 parts").most == weights.most
+        assert _need(four, "activations of a micro-batch, 4 times").most == 4 * kept.most
+    else:
+        for rank in range(4):
+            found = _need(four, f"rank {rank}: student: weights")
+            assert (found.most, found.device) == (
+                weights.most // 4,
+                f"cuda:{rank}" * (rank > 0) or "cuda",
+            )
+            assert _need(four, f"rank {rank}: activations").most == kept.most
+    assert _need(four, "student: weights, a whole copy").most == weights.most
+
+
 @pytest.mark.parametrize(
     ("policy", "household", "math"),
     [

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.distill import assembly, checkpoints, training
+from tutelage.distill import assembly, checkpoints
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
@@ -817,7 +817,7 @@ class TestRefusals:
         def loaded(*_: Any, **__: Any) -> None:
             raise AssertionError("weights were loaded")
 
-        monkeypatch.setattr(training, "load_student", loaded)
+        monkeypatch.setattr(assembly, "load_student", loaded)
         monkeypatch.setattr(assembly, "load_model", loaded)
 
     def _with_teacher(self, configure: Configure, model: str) -> RunConfig:

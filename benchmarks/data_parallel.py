@@ -1,0 +1,102 @@
+"""The learner over processes of one thread each against one process of as many threads.
+
+    python benchmarks/data_parallel.py [--processes 2] [--hidden 512] [--rows 16] [--length 256]
+
+The same updates on the CPU: full forward, backward and AdamW step of -log pi, 2,048 ids. Medians
+of updates that take turns, so that a busy machine is as busy for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.distill.assembly import rank_model
+from tutelage.distill.config import OptimizerConfig, StudentConfig
+from tutelage.distill.data_parallel import DataParallelLearner, Setup
+from tutelage.distill.learner import Course, Learner, Lesson
+from tutelage.distill.models import load_student, prepare_process
+from tutelage.distill.objectives import build
+from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+
+VOCABULARY = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    student = StudentConfig(model=_save(options), device="cpu")
+    given: dict[str, Any] = {"vocabulary": VOCABULARY, "config": OptimizerConfig(), "steps": 100}
+    make_model = partial(rank_model, student, 0)
+    count = options.processes
+    over = DataParallelLearner(
+        Setup(make_model=make_model, processes=count, timeout=600.0, threads=1, **given)
+    )
+    alone = Learner(load_student(student, seed=0), **given)
+    lessons, courses = _lessons(options), {"t": Course(objective=build("imitation"))}
+    seconds: dict[int, list[float]] = {1: [], count: []}
+    for step in range(1 + options.repeat):  # the first warms up
+        for ranks, learner in ((1, alone), (count, over)):
+            prepare_process(count // ranks)
+            begun = time.perf_counter()
+            found = learner.update(lessons, courses, seed=step, diagnose=False)["t"]["loss/mean"]
+            seconds[ranks].append(time.perf_counter() - begun)
+            print(
+                f"update {step}, {ranks} process(es): loss {found:.6f}, {seconds[ranks][-1]:.2f} s"
+            )
+    over.close()
+    tokens = options.rows * options.length
+    one, many = (statistics.median(own[1:]) for own in seconds.values())
+    print(f"1 process, {count} threads: {tokens / one:,.0f} tokens/s")
+    print(f"{count} processes, 1 thread each: {tokens / many:,.0f} tokens/s, x{one / many:.2f}")
+
+
+def _save(options: argparse.Namespace) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=VOCABULARY,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    folder = tempfile.mkdtemp()
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    return folder
+
+
+def _lessons(options: argparse.Namespace) -> list[Lesson]:
+    rng = np.random.default_rng(0)
+    turns_T = np.zeros(options.length, dtype=np.int32)
+    turns_T[0] = NOT_CHOSEN
+    rows = [
+        Row(
+            ids_T=rng.integers(VOCABULARY, size=options.length).astype(np.int32),
+            turns_T=turns_T,
+            logprobs_T=np.full(options.length, np.nan, dtype=np.float32),
+            branches_T=np.zeros(options.length, dtype=np.int32),
+        )
+        for _ in range(options.rows)
+    ]
+    return [Lesson(task="t", row=row, scores=None, mask_T=row.chosen_T) for row in rows]
+
+
+if __name__ == "__main__":
+    main()
