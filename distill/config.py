@@ -89,7 +89,8 @@ class ContextConfig(_Section):
 
 
 class RolloutConfig(_Section):
-    engine: Literal["transformers"] = "transformers"
+    # vllm: faster; a run repeats up to the last bits of log-probabilities, not byte for byte
+    engine: Literal["transformers", "vllm"] = "transformers"
     temperature: Annotated[float, Field(ge=0)] = 1.0  # the policy itself
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_turns: Positive = 30
@@ -246,6 +247,7 @@ class RunConfig(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()  # of rollout.engine=vllm
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -259,7 +261,11 @@ class RunConfig(_Section):
         used = set()
         for name, task in self.tasks.items():
             objective = build_objective(self.objective_of(name))
-            self.rollout_of(name)
+            if self.rollout_of(name).engine != self.rollout.engine:
+                raise ValueError(
+                    f"tasks.{name}.rollout.engine: all tasks are played by one engine: set the"
+                    " run's rollout.engine"
+                )
             taught = objective.needs_teacher and objective.takes_given
             if task.guidance is not None and not taught:
                 raise ValueError(

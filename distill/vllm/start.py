@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -127,9 +128,23 @@ def start(
             "hf_overrides": {} if vocabulary is None else {"vocab_size": vocabulary},
         }
         try:
-            return engine_class.from_engine_args(arguments_class(**arguments | more))
+            engine = engine_class.from_engine_args(arguments_class(**arguments | more))
         except (ValueError, RuntimeError, TypeError) as error:
             raise RuntimeError(_why(error, model)) from error
+    engine.engine_core._finalizer.detach()  # see `stop`
+    _running.add(engine)
+    return engine
+
+
+_running: WeakSet[Any] = WeakSet()
+
+
+def stop(engine: Any) -> None:
+    """End an engine. vLLM, also where it is garbage-collected, would tear down what all engines of
+    the process share: here the last one does."""
+    _running.discard(engine)
+    if not _running:
+        engine.engine_core.engine_core.shutdown()
 
 
 def _why(error: Exception, model: str) -> str:
@@ -185,7 +200,9 @@ def keep_unpacked() -> None:
     """From here on, linear layers of this process's engines compute with the weights as loaded."""
     from vllm.model_executor.layers import utils
 
-    utils.dispatch_cpu_unquantized_gemm = _plain
+    if utils.dispatch_cpu_unquantized_gemm is not _plain:
+        _plain.replaced = utils.dispatch_cpu_unquantized_gemm  # type: ignore[attr-defined]
+        utils.dispatch_cpu_unquantized_gemm = _plain
 
 
 def _plain(layer: Any, remove_weight: bool) -> None:
