@@ -117,6 +117,9 @@ def start(
             "kv_cache_memory_bytes": None if cache is None else int(cache * GIB),
             "max_model_len": options.max_model_len,
             "max_num_batched_tokens": options.max_num_batched_tokens,
+            # on the CPU half a prompt of a request with a seed ends the engine: vLLM would take the
+            # draw back, and a CPU generator cannot
+            "enable_chunked_prefill": not on_cpu,
             "enforce_eager": eager,
             # a cached prefix ends with a whole block; a turn is shorter than the CPU's default, 128
             "block_size": 32 if on_cpu else None,
@@ -162,7 +165,8 @@ def _set_environment() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in (
         ("VLLM_NO_USAGE_STATS", "1"),  # it would report to its makers
-        ("VLLM_LOGGING_LEVEL", "ERROR"),  # a start says 40 lines
+        # a start says 40 lines, a failure all that was in flight; the error itself is raised
+        ("VLLM_LOGGING_LEVEL", "CRITICAL"),
         ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
         ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # the learner computes on the same cores
     ):

@@ -107,6 +107,16 @@ def test_the_next_turn_finds_the_last_one_in_the_cache(
         ids = [*known, 9, 8, 7]
 
 
+def test_more_prompts_than_one_forward_takes(engine: Any, student: Any, play: Any) -> None:
+    """Some must wait whole: a part of a prompt ends vLLM on the CPU where requests have seeds."""
+    room = engine._engine.vllm_config.scheduler_config.max_num_batched_tokens
+    rng = np.random.default_rng(3)
+    prompts = rng.integers(2, VOCABULARY, size=(room // 200 + 20, 200)).tolist()
+    replies = play(engine, prompts, max_new_tokens=4)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert np.abs(said(student, prompt, reply.ids) - np.asarray(reply.logprobs)).max() < PARITY
+
+
 def test_any_stop_id_ends_a_reply_and_stays(engine: Any, prompts: Any, play: Any) -> None:
     stops = frozenset(range(2, 40))
     replies = play(engine, prompts, stop_ids=stops)
