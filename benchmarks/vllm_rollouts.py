@@ -3,10 +3,12 @@
     make .venv-vllm/.installed
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_rollouts.py
 
-The built-in household student plays household episodes through RolloutWorker. Beside it stands the
-same engine's steady rate: one long batch of as many requests as episodes were live, each on a prompt
-as long as the episodes' were in the mean, sampling on and on. Both count sampled tokens a second,
-in turns in one process, so that what else the machine does strikes both.
+The built-in household student plays household episodes through RolloutWorker. Beside it stand, of
+vLLM, the same requests all at hand at once: same prompts to read, same tokens to sample, the same
+number in flight, no turn to wait for; and of both engines one long batch on prompts of the
+episodes' mean length, which only samples. All count sampled tokens a second, in turns in one
+process, so that what else the machine does strikes all; of each ratio also the one by this
+process's CPU time, which does not count what others took, nor waiting.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +36,43 @@ LAW = SamplingLaw(temperature=1.0, top_p=0.9)
 GAMES = {"split": "train", "difficulty": {"preset": "tiny", "rooms": ["kitchen", "bed"]}}
 
 
-class Timed:
-    """An engine that knows how long its own calls took."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    sampled: int
+    seconds: float
+    cpu: float
+
+    @property
+    def rate(self) -> float:
+        return self.sampled / self.seconds
+
+    def over(self, other: Speed) -> tuple[float, float]:
+        """Ratios of rates in per cent, by the clock and by CPU time."""
+        by_cpu = (self.sampled / self.cpu) / (other.sampled / other.cpu)
+        return 100 * self.rate / other.rate, 100 * by_cpu
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self._begun = time.perf_counter(), time.process_time()
+
+    def speed(self, sampled: int) -> Speed:
+        wall, cpu = self._begun
+        return Speed(
+            sampled=sampled, seconds=time.perf_counter() - wall, cpu=time.process_time() - cpu
+        )
+
+
+class Watched:
+    """An engine that keeps what it was asked and how long its steps took."""
 
     def __init__(self, engine: Any) -> None:
-        self.engine, self.seconds, self.steps = engine, 0.0, 0
+        self.engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        self.requests: list[Request] = []
+        self.seconds, self.steps = 0.0, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -50,68 +85,57 @@ class Timed:
         return found
 
     def submit(self, request: Request) -> None:
-        begun = time.perf_counter()
+        self.requests.append(request)
         self.engine.submit(request)
-        self.seconds += time.perf_counter() - begun
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollouts:
-    """sampled, prompt: tokens; prompt counts those that the student read for the first time."""
-
-    sampled: int
-    prompt: int
-    turns: int
-    seconds: float
-    in_engine: float
-    steps: int
-    context: int
-
-    @property
-    def rate(self) -> float:
-        return self.sampled / self.seconds
-
-
-def play(worker: RolloutWorker, engine: Timed, count: int, first: int) -> Rollouts:
+def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tuple[Speed, str, int]:
+    """(the speed, what else there is to say of it, a prompt's mean length)."""
     orders = [Order(task="household", number=i, seed=first + i, index=None) for i in range(count)]
-    spent, steps, begun = engine.seconds, engine.steps, time.perf_counter()
-    outcomes = worker.collect(orders)
-    seconds = time.perf_counter() - begun
-    rows = [row for one in outcomes if isinstance(one, Episode) for row in one.rows]
-    lengths = [len(row.ids_T) for row in rows]
+    engine.forget()
+    watch = Stopwatch()
+    outcomes = [one for one in worker.collect(orders) if isinstance(one, Episode)]
+    rows = [row for one in outcomes for row in one.rows]
     sampled = sum(int(row.chosen_T.sum()) for row in rows)
-    return Rollouts(
-        sampled=sampled,
-        prompt=sum(lengths) - sampled,
-        turns=sum(len(one.turns) for one in outcomes if isinstance(one, Episode)),
-        seconds=seconds,
-        in_engine=engine.seconds - spent,
-        steps=engine.steps - steps,
-        context=int(np.mean(lengths)) // 2,
+    speed = watch.speed(sampled)
+    read = sum(len(row.ids_T) for row in rows) - sampled
+    text = (
+        f"{len(engine.requests)} turns, {sampled} sampled, {read} read,"
+        f" {sampled / engine.steps:.0f} sampled a step,"
+        f" {100 * engine.seconds / speed.seconds:.0f} % of the time in steps"
     )
+    return speed, text, int(np.mean([len(request.ids) for request in engine.requests]))
 
 
-def steady(engine: Any, live: int, context: int, new: int, vocabulary: int, seed: int) -> float:
-    """Sampled tokens a second of one batch, from its first token's time on."""
-    rng = np.random.default_rng(seed)
-    for session in range(live):
-        engine.submit(
-            Request(
-                session=1_000_000_000 + seed * live + session,
-                ids=rng.integers(10, vocabulary, size=context).tolist(),
-                max_new_tokens=new,
-                stop_ids=frozenset(),
-                law=LAW,
-                seed=session,
-            )
-        )
-    for _ in range(3):
-        engine.step()  # the prompts
-    begun = time.perf_counter()
+def run(engine: Any, requests: Sequence[Request]) -> Speed:
+    """All of them at hand at once."""
+    watch, sampled = Stopwatch(), 0
+    for session, request in enumerate(requests):
+        engine.submit(replace(request, session=1_000_000 + session))
     while engine.pending:
         for one in engine.step():
+            sampled += len(one.ids)
             engine.release(one.session)
-    return live * (new - 3) / (time.perf_counter() - begun)
+    return watch.speed(sampled)
+
+
+def long_batch(live: int, context: int, vocabulary: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [
+        Request(
+            session=0,
+            ids=rng.integers(10, vocabulary, size=context).tolist(),
+            max_new_tokens=200,
+            stop_ids=frozenset(),
+            law=LAW,
+            seed=seed,
+        )
+        for seed in range(live)
+    ]
+
+
+def percent(ratios: tuple[float, float]) -> str:
+    return f"{ratios[0]:.0f} % by the clock, {ratios[1]:.0f} % by CPU time"
 
 
 def main() -> None:
@@ -120,10 +144,7 @@ def main() -> None:
     options.add_argument("--episodes", type=int, default=256, help="of one measurement")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--processes", type=int, default=1, help="of the environment")
-    options.add_argument("--turns", type=int, default=18)
-    options.add_argument("--tokens", type=int, default=12, help="at most, of a turn")
     options.add_argument("--engines", default="vllm,transformers")
-    options.add_argument("--profile", action="store_true")
     chosen = options.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     model = load_model(STUDENT, dtype="float32", device="cpu")
@@ -143,40 +164,31 @@ def main() -> None:
             inner.load(None, 0)
         else:
             inner = TransformersEngine(model, vocabulary=size)
-        engine = Timed(inner)
+        engine = Watched(inner)
         how = TaskRollout(
             env="tutelage/Household-v0",
             env_args=GAMES,
             law=LAW,
-            max_turns=chosen.turns,
-            max_new_tokens=chosen.tokens,
+            max_turns=18,
+            max_new_tokens=12,
             max_live=chosen.live,
             processes=chosen.processes,
         )
         worker = RolloutWorker(engine, tokenizer, {"household": how})
         try:
-            found = play(worker, engine, chosen.live, 0)  # warms up
-            ratios = []
+            play(worker, engine, chosen.live, 0)  # warms up
             for round_ in range(chosen.rounds):
-                if chosen.profile:
-                    import cProfile
-                    import pstats
-
-                    with cProfile.Profile() as profile:
-                        play(worker, engine, chosen.episodes, 5000)
-                    pstats.Stats(profile).sort_stats("tottime").print_stats(45)
-                best = steady(inner, chosen.live, found.context, 200, size, round_)
-                found = play(worker, engine, chosen.episodes, 1000 * (round_ + 1))
-                ratios.append(found.rate / best)
-                print(
-                    f"{kind}: rollouts {found.rate:7.0f} sampled tokens/s"
-                    f" ({found.sampled} sampled, {found.prompt} read, {found.turns} turns,"
-                    f" {found.sampled / found.steps:.1f} sampled a step,"
-                    f" {100 * found.in_engine / found.seconds:.0f} % of the time in the engine);"
-                    f" one long batch {best:7.0f}; ratio {100 * ratios[-1]:.0f} %",
-                    flush=True,
-                )
-            print(f"{kind}: ratio {100 * np.median(ratios):.0f} % (median)", flush=True)
+                inner.load(None, round_ + 1)  # as in training: nothing of the last round is cached
+                played, text, context = play(worker, engine, chosen.episodes, 1000 * (round_ + 1))
+                print(f"{kind}: rollouts {played.rate:.0f}/s ({text})")
+                if kind == "vllm":
+                    inner.load(None, round_ + 1)
+                    whole = run(inner, engine.requests)
+                    ratios = percent(played.over(whole))
+                    print(f"    the same requests at once {whole.rate:.0f}/s: {ratios}")
+                steady = run(inner, long_batch(chosen.live, context, size))
+                ratios = percent(played.over(steady))
+                print(f"    one long batch {steady.rate:.0f}/s: {ratios}", flush=True)
         finally:
             worker.close()
 
