@@ -121,8 +121,8 @@ def start(
             # draw back, and a CPU generator cannot
             "enable_chunked_prefill": not on_cpu,
             "enforce_eager": eager,
-            # a cached prefix ends with a whole block: the CPU's smallest, a turn is shorter than its
-            # default, 128
+            # a cached prefix ends with a whole block: the CPU's smallest, for a turn is shorter
+            # than its default, 128
             "block_size": 32 if on_cpu else None,
             "enable_prefix_caching": True,
             "enable_sleep_mode": sleeps,
