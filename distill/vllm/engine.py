@@ -196,6 +196,7 @@ class VllmEngine:
     def close(self) -> None:
         """Let go of what the engine holds."""
         stop(self._engine)
+        self._engine = None
 
     def _guarded(self, doing: str) -> _Guard:
         return _Guard(self, doing)

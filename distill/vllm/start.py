@@ -8,6 +8,7 @@ stays here.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -149,6 +150,7 @@ def stop(engine: Any) -> None:
     _running.discard(engine)
     if not _running:
         engine.engine_core.engine_core.shutdown()
+    gc.unfreeze()  # a start hides all there was from the collector
 
 
 def _why(error: Exception, model: str) -> str:
