@@ -235,6 +235,7 @@ def make_engine(
     dtype: str,
     max_live: int,
     learner: Any = None,
+    sleeps: bool = False,
 ) -> VllmEngine:
     """An engine for a model of these settings (transformers' configuration object).
 
@@ -243,6 +244,7 @@ def make_engine(
         dtype: of the learner's weights.
         max_live: requests in flight at once.
         learner: its model, in this process; None: weights come from another one.
+        sleeps: it can leave the GPU to others.
 
     Raises:
         ConfigError: vLLM is not there, or the options do not fit.
@@ -256,6 +258,7 @@ def make_engine(
             options,
             dtype=dtype,
             syncs=True,
+            sleeps=sleeps,
             load_format="dummy",  # the learner's come before the first request
             max_num_seqs=max_live,
         )

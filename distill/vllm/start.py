@@ -71,7 +71,6 @@ def start(
     *,
     dtype: str,
     syncs: bool,
-    vocabulary: int | None = None,
     sleeps: bool = False,
     **more: Any,
 ) -> Any:
@@ -84,8 +83,6 @@ def start(
         syncs: weights will be replaced: every layer keeps them as the checkpoint has them. On the
             CPU vLLM would otherwise pack each linear layer's weight and throw the original away,
             and reloading would then do nothing to it, in silence.
-        vocabulary: rows of the embedding: fewer than config.json says leaves padding out of the
-            model, so that it can take no probability. Then weights must come cut to this size.
         sleeps: the engine can leave the GPU (vLLM's sleep mode).
         more: further arguments of vLLM's EngineArgs.
 
@@ -130,7 +127,6 @@ def start(
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "logprobs_mode": "raw_logprobs",
-            "hf_overrides": {} if vocabulary is None else {"vocab_size": vocabulary},
         }
         try:
             engine = engine_class.from_engine_args(arguments_class(**arguments | more))

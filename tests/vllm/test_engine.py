@@ -31,6 +31,25 @@ def test_log_probabilities_are_those_of_a_plain_forward_at_temperature_one(
     assert sum(len(reply.ids) for reply in replies) > 300
 
 
+def test_the_most_probable_ids_are_those_of_a_plain_forward(engine: Any, student: Any) -> None:
+    """As sets, but for ids that are as probable as the last one."""
+    ids, k = np.random.default_rng(1).integers(2, VOCABULARY, size=200).tolist(), 8
+    params = engine._params(max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False)
+    engine._engine.add_request("top", {"prompt_token_ids": ids}, params)
+    found: list[Any] = []
+    while not found:
+        found = engine._engine.step()
+    flat = found[0].prompt_logprobs
+    for t, after_V in enumerate(logprobs_of(student, ids)[:-1], start=1):
+        here = slice(flat.start_indices[t] + 1, flat.end_indices[t])  # after the prompt's own
+        mine = dict(zip(flat.token_ids[here], flat.logprobs[here], strict=True))
+        last = float(after_V.topk(k).values[-1])
+        assert set(after_V.topk(k).indices.tolist()) ^ set(mine) <= {
+            i for i in range(VOCABULARY) if abs(float(after_V[i]) - last) < PARITY
+        }
+        assert all(abs(mine[i] - float(after_V[i])) < PARITY for i in mine)
+
+
 def test_rows_of_padding_are_no_tokens(engine: Any, student: Any, prompts: Any, play: Any) -> None:
     """They hold nearly all the probability of the whole embedding."""
     with torch.no_grad():
