@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 # setuptools warns at length of packages whose folders are not nested like their names.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check
 
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 ALFWORLD := alfworld textworld jericho fast-downward-textworld
 ALFWORLD_NEEDS := hashids mementos more-itertools networkx prompt_toolkit tatsu termcolor tqdm
 
-.PHONY: install test demo lint clean distclean
+.PHONY: install test test-vllm demo lint clean distclean
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
+# vLLM has an environment of its own: it takes 3 GB, and pins what the rest need not wait for.
+$(VLLM)/.installed: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	PYTHONWARNINGS=ignore $(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r constraints-vllm.txt
+	PYTHONWARNINGS=ignore $(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+
 demo: install
 	$(BIN)/tutelage demo $(ARGS)
 
@@ -41,7 +52,7 @@ lint: install
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VLLM)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

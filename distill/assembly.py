@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig, TeacherConfig
@@ -19,9 +20,14 @@ from tutelage.distill.models import (
     load_model,
     load_student,
     load_tokenizer,
+    student_settings,
     student_tokenizer,
 )
 from tutelage.distill.teachers import TeacherService, TransformersTeacher
+from tutelage.distill.vllm import sync
+from tutelage.distill.vllm.engine import WANTED
+from tutelage.distill.vllm.engine import make_engine as make_vllm_engine
+from tutelage.distill.vllm.start import require_vllm
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
@@ -124,7 +130,7 @@ def make_placement(
     config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int, pools: EnvironmentPools
 ) -> Placement:
     if config.cluster is None:
-        engine = TransformersEngine(learner.copy, vocabulary=vocabulary)
+        engine = make_engine(config, learner.copy, vocabulary)
         teachers = {
             name: _make_teacher(name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
@@ -148,10 +154,41 @@ def make_placement(
             name: partial(_make_teacher, name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
         },
-        weights=lambda: {
-            name: tensor.detach().cpu().numpy()
-            for name, tensor in learner.copy.state_dict().items()
-        },
+        weights=partial(_weights, config, learner.copy, vocabulary),
+    )
+
+
+def _weights(config: RunConfig, model: Any, vocabulary: int) -> dict[str, npt.NDArray[Any]]:
+    """What workers in other processes load."""
+    if config.rollout.engine == "vllm":
+        return sync.packed(sync.weights_of(model, vocabulary), sync.probe_of(model, vocabulary))
+    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+
+
+def check_rollout_engine(config: RunConfig) -> None:
+    """Raises ConfigError for an engine that is not installed where it would run: here."""
+    here = config.cluster is None or config.cluster.address == "local"
+    if config.rollout.engine == "vllm" and here:
+        require_vllm(WANTED)
+
+
+def make_engine(config: RunConfig, model: Any, vocabulary: int) -> Engine:
+    """The engine that plays, beside the learner's model in this process."""
+    if config.rollout.engine == "vllm":
+        return _vllm_engine(config, model.config, vocabulary, learner=model)
+    return TransformersEngine(model, vocabulary=vocabulary)
+
+
+def _vllm_engine(
+    config: RunConfig, settings: Any, vocabulary: int, *, learner: Any = None
+) -> Engine:
+    return make_vllm_engine(
+        settings,
+        config.vllm,
+        vocabulary=vocabulary,
+        dtype=config.student.dtype,
+        max_live=max(config.rollout_of(task).max_live for task in config.tasks),
+        learner=learner,
     )
 
 
@@ -160,9 +197,14 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
     rollouts = task_rollouts(config)
     pools = EnvironmentPools(rollouts)
     pools.open(rollouts)  # what the node lacks shows before a model loads
-    model = load_student(config.student, seed=config.seed)
     tokenizer = load_tokenizer(student_tokenizer(config.student))
-    engine = TransformersEngine(model, vocabulary=vocabulary)
+    engine: Engine
+    if config.rollout.engine == "vllm":
+        # its weights come with the first sync
+        engine = _vllm_engine(config, student_settings(config.student), vocabulary)
+    else:
+        model = load_student(config.student, seed=config.seed)
+        engine = TransformersEngine(model, vocabulary=vocabulary)
     teachers = {
         name: _make_teacher(name, config.teachers[name], vocabulary)
         for name in _guiding(config).values()

@@ -95,7 +95,8 @@ class ContextConfig(_Section):
 
 
 class RolloutConfig(_Section):
-    engine: Literal["transformers"] = "transformers"
+    # vllm: faster; a run repeats up to the last bits of log-probabilities, not byte for byte
+    engine: Literal["transformers", "vllm"] = "transformers"
     temperature: Annotated[float, Field(ge=0)] = 1.0  # the policy itself
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_turns: Positive = 30
@@ -110,6 +111,21 @@ class RolloutConfig(_Section):
     )
     attempts: Positive = 3  # of an episode whose environment died or hung
     lost: Share = 0.5  # a step that loses a greater share of its episodes stops the run, saved
+
+
+class VllmConfig(_Section):
+    """How a vLLM engine is started; its own names for what it has names for."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None  # none: the model's own in this run
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  # of the GPU, weights and
+    # cache together: the learner, or a teacher, has the other half
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None  # none: what the line above leaves;
+    # on the CPU 1, which holds 260,000 tokens of the tiny models
+    max_model_len: Positive | None = None  # none: the model's context
+    max_num_batched_tokens: Positive | None = None  # of one forward; none: as vLLM finds best
+    tensor_parallel_size: Positive = 1  # GPUs that share the model
+    # none: CUDA graphs on a GPU; none on the CPU, where compiling takes longer than it gains
+    enforce_eager: bool | None = None
 
 
 class GuidanceConfig(_Section):
@@ -257,6 +273,7 @@ class RunConfig(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()  # of rollout.engine=vllm
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -271,7 +288,11 @@ class RunConfig(_Section):
         used = set()
         for name, task in self.tasks.items():
             objective = build_objective(self.objective_of(name))
-            self.rollout_of(name)
+            if self.rollout_of(name).engine != self.rollout.engine:
+                raise ValueError(
+                    f"tasks.{name}.rollout.engine: all tasks are played by one engine: set the"
+                    " run's rollout.engine"
+                )
             taught = objective.needs_teacher and objective.takes_given
             if task.guidance is not None and not taught:
                 raise ValueError(

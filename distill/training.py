@@ -25,6 +25,7 @@ import yaml
 from tutelage.distill import checkpoints
 from tutelage.distill.assembly import (
     EVALUATION,
+    check_rollout_engine,
     check_supports,
     learner_threads,
     make_learner,
@@ -65,6 +66,7 @@ class Run:
     def __init__(self, config: RunConfig, *, watch: Watcher | None = None) -> None:
         self.config, self.watch = config, watch or Watcher()
         self.folder = Path(config.run)
+        check_rollout_engine(config)
         self.vocabulary = check_vocabularies(config)
         prepare_process(learner_threads(config))
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))

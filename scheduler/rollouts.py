@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw, Turn
+
+GRACE, POLL = 0.1, 0.0005
+"""An engine that goes without waiting gives environments this share of its last step to answer
+before the next (looking every POLL seconds): who misses a step has lost a whole one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +172,7 @@ class _Play:
         self._live: dict[int, _Live] = {}
         self._done: dict[int, Episode | Dropped] = {}
         self._waiting: deque[_Try] = deque()
+        self._step_seconds = 0.0  # of the engine's last one
 
     def run(self, orders: Sequence[Order]) -> list[Episode | Dropped]:
         self._waiting.extend(_Try(order=order) for order in orders)
@@ -179,7 +185,10 @@ class _Play:
                         break
                 if self._guide is not None and self._guide.pending:
                     self._begun(self._guide.step())
-                self._act(self._engine.step())
+                begun = time.monotonic()
+                completions = self._engine.step()
+                self._step_seconds = time.monotonic() - begun
+                self._act(completions)
         finally:
             for live in list(self._live.values()):  # only after an error
                 self._leave(live)
@@ -188,10 +197,15 @@ class _Play:
     def _answers(self) -> list[Observed | Failed]:
         """What the environments have to say: all that is outstanding if the engine goes in lockstep
         (so that who came first shows nowhere), else what is there."""
+        answers: list[Observed | Failed] = []
         if not self._engine.lockstep:
             busy = self._engine.pending or (self._guide is not None and self._guide.pending)
-            return self._pool.receive(block=not busy)
-        answers: list[Observed | Failed] = []
+            answers += self._pool.receive(block=not busy)
+            until = time.monotonic() + GRACE * self._step_seconds
+            while busy and self._pool.outstanding and time.monotonic() < until:
+                time.sleep(POLL)
+                answers += self._pool.receive(block=False)
+            return answers
         while self._pool.outstanding:
             answers += self._pool.receive()
         return answers

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tutelage.distill.assembly import make_engine
 from tutelage.distill.config import ConfigError, RunConfig, build_objective
 from tutelage.distill.doctor import models as numbers
 from tutelage.distill.doctor import tokenizers as texts
@@ -23,7 +24,9 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.teachers import TransformersTeacher
+from tutelage.distill.vllm.engine import VllmEngine
 from tutelage.scheduler.chat import Chat
+from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.rollouts import RolloutWorker
 
@@ -126,7 +129,8 @@ def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> It
         return
     for name in config.tasks:
         subject = f"tasks.{name}"
-        found = _play(config, name, model, tokenizer)
+        engine = TransformersEngine(model, vocabulary=size)
+        found = _play(config, name, engine, tokenizer)
         if isinstance(found, Finding):
             yield found
             continue
@@ -136,11 +140,42 @@ def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> It
         yield numbers.check_self_distillation(
             subject, model, found.rows, objective, vocabulary=size
         )
+    if config.rollout.engine == "vllm":
+        yield from _vllm(config, model, tokenizer)
     del model
     _free()
 
 
-def _play(config: RunConfig, name: str, model: Any, tokenizer: Any) -> Played | Finding:
+def _vllm(config: RunConfig, model: Any, tokenizer: Any) -> Iterator[Finding]:
+    """Whether vLLM takes the student's weights and says of its own tokens what the student does."""
+    size = len(tokenizer)
+    check = Check("student", "vllm and learner")
+    try:
+        engine = make_engine(config, model, size)
+        engine.load(None, 0)
+    except (ConfigError, RuntimeError) as error:
+        cure = "see the vllm section; rollout.engine=transformers needs none of it"
+        yield check.fault(" ".join(str(error).split()), cure)
+        return
+    within = numbers.tolerance(model, config.vllm.dtype)
+    for name in config.tasks:
+        found = _play(config, name, engine, tokenizer)
+        if isinstance(found, Finding):
+            yield found
+            continue
+        yield numbers.check_engine(
+            f"tasks.{name}",
+            model,
+            found.rows,
+            vocabulary=size,
+            within=within,
+            check="vllm and learner",
+        )
+    if isinstance(engine, VllmEngine):
+        engine.close()
+
+
+def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Played | Finding:
     """A few short episodes of a task, exactly as training plays them."""
     how = config.task_rollout(name)
     how = replace(
@@ -150,9 +185,7 @@ def _play(config: RunConfig, name: str, model: Any, tokenizer: Any) -> Played | 
         attempts=1,
     )
     check = Check(f"tasks.{name}", "rollout")
-    worker = RolloutWorker(
-        TransformersEngine(model, vocabulary=len(tokenizer)), tokenizer, {name: how}
-    )
+    worker = RolloutWorker(engine, tokenizer, {name: how})
     try:
         count = worker.num_episodes(name)
         orders = [

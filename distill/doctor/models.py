@@ -46,9 +46,11 @@ class Probe:
     logprobs_TV: torch.Tensor
 
 
-def tolerance(model: Any) -> float:
-    """Nats by which two computations of one log-probability may differ in the mean."""
-    return 0.1 if model.dtype in (torch.bfloat16, torch.float16) else 2e-3
+def tolerance(model: Any, other: str | None = None) -> float:
+    """Nats by which two computations of one log-probability may differ in the mean. other: the
+    dtype of the second, where it is not the model's."""
+    half = model.dtype in (torch.bfloat16, torch.float16) or other == "bfloat16"
+    return 0.1 if half else 2e-3
 
 
 def greedy_probes(model: Any, prompt: Sequence[int], *, vocabulary: int) -> list[Probe]:
@@ -251,10 +253,18 @@ def check_teacher_on_student(
     return check.ok(text)
 
 
-def check_engine(subject: str, model: Any, rows: Sequence[Row], *, vocabulary: int) -> Finding:
+def check_engine(
+    subject: str,
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    vocabulary: int,
+    within: float | None = None,
+    check: str = "engine and learner",
+) -> Finding:
     """Whether the learner gives sampled tokens the log-probabilities that the engine recorded: what
-    importance ratios and rewards are made of."""
-    check = Check(subject, "engine and learner")
+    importance ratios and rewards are made of. within: nats, in the mean; None: `tolerance`."""
+    checked = Check(subject, check)
     learner = _learner(model, vocabulary)
     gaps = []
     with torch.no_grad():
@@ -264,16 +274,16 @@ def check_engine(subject: str, model: Any, rows: Sequence[Row], *, vocabulary: i
             gaps.append((own_N - batch.behaviour_N)[batch.behaviour_N.isfinite()].abs().cpu())
     gap_N = torch.cat(gaps)
     if not len(gap_N):
-        return check.note("no token was sampled by the student")
+        return checked.note("no token was sampled by the student")
     mean, most = float(gap_N.mean()), float(gap_N.max())
     text = f"apart by {mean:.0e} nats in the mean, {most:.0e} at most, on {len(gap_N)} tokens"
-    if not mean <= tolerance(model):
-        return check.fault(
+    if not mean <= (tolerance(model) if within is None else within):
+        return checked.fault(
             text,
             "every importance ratio is off by that: compare the engine's positions, cache and"
             " temperature (log-probabilities are those at 1), or use dtype float32",
         )
-    return check.ok(text)
+    return checked.ok(text)
 
 
 def check_self_distillation(

@@ -1,0 +1,197 @@
+"""How near multi-turn rollouts come to what their engine can do at most, for vLLM and transformers.
+
+    make .venv-vllm/.installed
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_rollouts.py
+
+The built-in household student plays household episodes through RolloutWorker. Beside it stand, of
+vLLM, the same requests all at hand at once: same prompts to read, same tokens to sample, the same
+number in flight, no turn to wait for; and of both engines one long batch on prompts of the
+episodes' mean length, which only samples. All count sampled tokens a second, in turns in one
+process, so that what else the machine does strikes all; of each ratio also the one by this
+process's CPU time, which does not count what others took, nor waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.distill.config import VllmConfig
+from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.models import load_model, load_tokenizer
+from tutelage.distill.vllm.engine import make_engine
+from tutelage.scheduler.engine import Request
+from tutelage.scheduler.episodes import Episode, Order, SamplingLaw
+from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
+
+STUDENT = "builtin:household"
+LAW = SamplingLaw(temperature=1.0, top_p=0.9)
+GAMES = {"split": "train", "difficulty": {"preset": "tiny", "rooms": ["kitchen", "bed"]}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    sampled: int
+    seconds: float
+    cpu: float
+
+    @property
+    def rate(self) -> float:
+        return self.sampled / self.seconds
+
+    def over(self, other: Speed) -> tuple[float, float]:
+        """Ratios of rates in per cent, by the clock and by CPU time."""
+        by_cpu = (self.sampled / self.cpu) / (other.sampled / other.cpu)
+        return 100 * self.rate / other.rate, 100 * by_cpu
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self._begun = time.perf_counter(), time.process_time()
+
+    def speed(self, sampled: int) -> Speed:
+        wall, cpu = self._begun
+        return Speed(
+            sampled=sampled, seconds=time.perf_counter() - wall, cpu=time.process_time() - cpu
+        )
+
+
+class Watched:
+    """An engine that keeps what it was asked and how long its steps took."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        self.requests: list[Request] = []
+        self.seconds, self.steps = 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def step(self) -> Any:
+        begun = time.perf_counter()
+        found = self.engine.step()
+        self.seconds += time.perf_counter() - begun
+        self.steps += 1
+        return found
+
+    def submit(self, request: Request) -> None:
+        self.requests.append(request)
+        self.engine.submit(request)
+
+
+def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tuple[Speed, str, int]:
+    """(the speed, what else there is to say of it, a prompt's mean length)."""
+    orders = [Order(task="household", number=i, seed=first + i, index=None) for i in range(count)]
+    engine.forget()
+    watch = Stopwatch()
+    outcomes = [one for one in worker.collect(orders) if isinstance(one, Episode)]
+    rows = [row for one in outcomes for row in one.rows]
+    sampled = sum(int(row.chosen_T.sum()) for row in rows)
+    speed = watch.speed(sampled)
+    read = sum(len(row.ids_T) for row in rows) - sampled
+    text = (
+        f"{len(engine.requests)} turns, {sampled} sampled, {read} read,"
+        f" {sampled / engine.steps:.0f} sampled a step,"
+        f" {100 * engine.seconds / speed.seconds:.0f} % of the time in steps"
+    )
+    return speed, text, int(np.mean([len(request.ids) for request in engine.requests]))
+
+
+def run(engine: Any, requests: Sequence[Request]) -> Speed:
+    """All of them at hand at once."""
+    watch, sampled = Stopwatch(), 0
+    for session, request in enumerate(requests):
+        engine.submit(replace(request, session=1_000_000 + session))
+    while engine.pending:
+        for one in engine.step():
+            sampled += len(one.ids)
+            engine.release(one.session)
+    return watch.speed(sampled)
+
+
+def long_batch(live: int, context: int, vocabulary: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [
+        Request(
+            session=0,
+            ids=rng.integers(10, vocabulary, size=context).tolist(),
+            max_new_tokens=200,
+            stop_ids=frozenset(),
+            law=LAW,
+            seed=seed,
+        )
+        for seed in range(live)
+    ]
+
+
+def percent(ratios: tuple[float, float]) -> str:
+    return f"{ratios[0]:.0f} % by the clock, {ratios[1]:.0f} % by CPU time"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--live", type=int, default=64, help="episodes in flight")
+    options.add_argument("--episodes", type=int, default=256, help="of one measurement")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--processes", type=int, default=1, help="of the environment")
+    options.add_argument("--engines", default="vllm,transformers")
+    chosen = options.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    model = load_model(STUDENT, dtype="float32", device="cpu")
+    tokenizer = load_tokenizer(STUDENT)
+    size = len(tokenizer)
+    for kind in chosen.engines.split(","):
+        inner: Any
+        if kind == "vllm":
+            inner = make_engine(
+                model.config,
+                VllmConfig(),
+                vocabulary=size,
+                dtype="float32",
+                max_live=chosen.live,
+                learner=model,
+            )
+            inner.load(None, 0)
+        else:
+            inner = TransformersEngine(model, vocabulary=size)
+        engine = Watched(inner)
+        how = TaskRollout(
+            env="tutelage/Household-v0",
+            env_args=GAMES,
+            law=LAW,
+            max_turns=18,
+            max_new_tokens=12,
+            max_live=chosen.live,
+            processes=chosen.processes,
+        )
+        worker = RolloutWorker(engine, tokenizer, {"household": how})
+        try:
+            play(worker, engine, chosen.live, 0)  # warms up
+            for round_ in range(chosen.rounds):
+                inner.load(None, round_ + 1)  # as in training: nothing of the last round is cached
+                played, text, context = play(worker, engine, chosen.episodes, 1000 * (round_ + 1))
+                print(f"{kind}: rollouts {played.rate:.0f}/s ({text})")
+                if kind == "vllm":
+                    inner.load(None, round_ + 1)
+                    whole = run(inner, engine.requests)
+                    ratios = percent(played.over(whole))
+                    print(f"    the same requests at once {whole.rate:.0f}/s: {ratios}")
+                steady = run(inner, long_batch(chosen.live, context, size))
+                ratios = percent(played.over(steady))
+                print(f"    one long batch {steady.rate:.0f}/s: {ratios}", flush=True)
+        finally:
+            worker.close()
+
+
+if __name__ == "__main__":
+    main()
