@@ -143,6 +143,9 @@ class RayCluster:
         self.restarts = 0
         self._owned = not ray.is_initialized()
         if self._owned:
+            # Ray's own is 15: on a machine that does anything else, the learner waits for actors
+            # that starve. Heard where Ray is started, not where it is joined.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             with _unpacked(wheel) as modules:
                 ray.init(
                     address=address,

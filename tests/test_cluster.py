@@ -54,6 +54,7 @@ def _fragile(plan: Path) -> Any:
                 raise ValueError("the teacher is out of words")
             time.sleep(600)
 
+    _meet_fate("make")
     return Fragile()
 
 
@@ -156,6 +157,21 @@ def test_answers_come_in_the_order_of_the_asks(make: Make) -> None:
         [Ask(teacher="t", rows=[1], wanted={"k": 2}), Ask(teacher="t", rows=[3], wanted={"k": 3})]  # type: ignore[list-item]
     )
     assert answers == [[2], [9]]
+
+
+def test_an_actor_that_dies_as_it_starts_is_replaced(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "make.die").touch()
+    cluster = make(workers=1)
+    assert cluster.restarts == 1
+    assert [o.order for o in _collect(cluster, ORDERS)] == ORDERS
+
+
+def test_actors_that_always_die_as_they_start_are_not_replaced_for_ever(
+    make: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "make.die").write_text("always")
+    with pytest.raises(RuntimeError, match="worker-0: 2 actors were lost as they started"):
+        make(workers=1, attempts=2)
 
 
 def test_a_hung_actors_stack_is_kept(make: Make, tmp_path: Path) -> None:

@@ -419,7 +419,11 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
 
                 cluster: Any = self.run.placement
                 for member in (*cluster._workers, *cluster._teachers.values()):
-                    os.kill(ray.get(member.actor.ready.remote()), signal.SIGKILL)
+                    process = ray.get(member.actor.ready.remote())
+                    assert os.getpriority(os.PRIO_PROCESS, process) == os.getpriority(
+                        os.PRIO_PROCESS, 0
+                    )  # Ray's default would let them starve beside any other work
+                    os.kill(process, signal.SIGKILL)
 
     here = _train(configure({"math": MATH}, "here", steps=3))
     there = configure(
