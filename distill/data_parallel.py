@@ -10,6 +10,7 @@ does empty ones.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -25,12 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from tutelage.distill.batches import pack
-from tutelage.distill.config import OptimizerConfig
+from tutelage.distill.config import ConfigError, OptimizerConfig
 from tutelage.distill.diagnostics import Meter
 from tutelage.distill.learner import DENSE_VOCABULARY, Course, Drawn, Learner
 from tutelage.distill.models import prepare_process
@@ -164,6 +165,11 @@ class DataParallelLearner(ShardedLearner):
     """
 
     def __init__(self, setup: Setup) -> None:
+        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+            raise ConfigError(
+                f"learner.processes: {setup.processes} need a torch whose FSDP2 can sum gradients,"
+                f" and {torch.__version__} only averages them: use a newer one (2.13 is tested)"
+            )
         self._timeout, self._begun = setup.timeout, time.monotonic()
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._others = [
@@ -269,7 +275,7 @@ class DataParallelLearner(ShardedLearner):
         try:
             if not isinstance(error, (RuntimeError, OSError, Lost)):
                 return
-            found = [(*_reason(rank), rank) for rank in self._others]
+            found = [(*_reason(rank, error), rank) for rank in self._others]
             _, reason, rank = min(found, key=lambda one: one[0])
             if not reason and time.monotonic() - self._begun >= self._timeout:
                 reason = f"did not answer within learner.timeout = {self._timeout:g} s"
@@ -283,24 +289,23 @@ class DataParallelLearner(ShardedLearner):
 
 
 class _Failed(RuntimeError):
-    """A rank's own error, told by it."""
+    """(rank, its own error as it told it)"""
 
 
 def _opened(rank: Rank, timeout: float | None = None) -> Any:
     fault, value = rank.line.receive(timeout=timeout)
     if fault:
-        raise _Failed(fault)
+        raise _Failed(rank, fault)
     return value
 
 
-def _reason(rank: Rank) -> tuple[int, str]:
+def _reason(rank: Rank, error: Exception) -> tuple[int, str]:
     """(how far from the bottom, what happened to a rank): a death in silence explains the others'
     errors, and so does an error of its own those of collectives. Of a rank that lives: nothing."""
     death = rank.death()
-    try:
-        fault, _ = rank.line.receive(timeout=0.1)
-    except (Lost, TimeoutError):
-        fault = None
+    fault = error.args[1] if isinstance(error, _Failed) and error.args[0] is rank else None
+    with contextlib.suppress(Lost, TimeoutError):
+        fault = fault or rank.line.receive(timeout=0.1)[0]
     if fault:
         return (2 if fault.startswith("RuntimeError") else 1), f"failed ({fault})"
     return (3, "") if death is None else (0, f"ended ({death})")
@@ -334,6 +339,10 @@ def _sharded(model: Any, mesh: DeviceMesh) -> Any:
     for module in [module for module in model.modules() if type(module).__name__ in kinds]:
         fully_shard(module, mesh=mesh)
     root: Any = fully_shard(_Root(model), mesh=mesh)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):  # a sum, by name: some torch's gloo takes AVG for one
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
     root.set_reshard_after_backward(False, recurse=False)  # diagnostics ask the head afterwards
     return root
 

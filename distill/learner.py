@@ -82,8 +82,6 @@ class Learner:
         dense_vocabulary: up to this size of vocabulary, whole logits; above it, gathered ones.
     """
 
-    _ranks = 1  # whose gradients are averaged
-
     def __init__(
         self,
         model: Any,
@@ -221,7 +219,7 @@ class Learner:
                 courses[task].objective,
                 meters[task],
                 size=sizes[task],
-                scale=share * courses[task].weight * self._ranks,
+                scale=share * courses[task].weight,
                 progress=progress,
                 diagnose=diagnose,
             )
