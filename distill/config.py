@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tutelage.distill.objectives import build
+from tutelage.distill.objectives import Objective, build
+from tutelage.distill.teacher_engines import check_keys, check_sleep, lacking
 from tutelage.envs.names import unknown
 from tutelage.scheduler.contexts import ContextSettings
 from tutelage.scheduler.episodes import SamplingLaw
@@ -53,12 +54,43 @@ class StudentConfig(_Section):
 
 
 class TeacherConfig(_Section):
-    model: str
-    engine: Literal["transformers"] = "transformers"
+    """Every engine has some of the keys below; what belongs to another one is refused."""
+
+    model: str  # a folder or hub id; of a server: the name under which it serves
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    # of a server, which has its own: how far the exam may be off (bfloat16 unless said)
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     cache: str | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
     sleeps: bool = False  # between answers it leaves the device to others: slower, less memory
+    # engine: vllm; none: vLLM's own default, and the model's whole context
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    tensor_parallel: Positive = 1
+    max_model_len: Positive | None = None
+    # engine: server, such as `vllm serve`
+    url: str | None = None
+    weights: str | None = None  # a folder or hub id of the same model here, to compare it with
+    api_key_env: str | None = None  # the environment variable that holds the key
+    timeout: Annotated[float, Field(gt=0)] = 300.0  # seconds of one answer
+    attempts: Positive = 8  # at one answer; the pauses between 8 of them last 91 s: a restart
+    concurrency: Positive = 8  # rows in flight
+
+    @model_validator(mode="before")
+    @classmethod
+    def _server_dtype(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("engine") == "server":
+            return {"dtype": "bfloat16"} | data
+        return data
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> TeacherConfig:
+        check_keys(self)
+        return self
+
+    @property
+    def files(self) -> str | None:
+        """Where its weights and its tokenizer are to be had; None: the server alone has them."""
+        return self.weights if self.engine == "server" else self.model
 
 
 class ObjectiveConfig(_Section):
@@ -274,6 +306,7 @@ class RunConfig(_Section):
                         if self.teachers
                         else f"tasks.{name}.teacher is {task.teacher!r}, but teachers is empty"
                     )
+                self._check_engine(name, objective)
             elif objective.needs_teacher:
                 raise ValueError(
                     f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
@@ -292,6 +325,26 @@ class RunConfig(_Section):
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
         return self
+
+    def _check_engine(self, task: str, objective: Objective) -> None:
+        """Raises ValueError for what the task's teacher cannot do in its engine."""
+        section = self.tasks[task]
+        teacher = self.teachers[str(section.teacher)]
+        key = f"teachers.{section.teacher}.engine"
+        if teacher.sleeps and teacher.engine == "vllm" and self.cluster is None:
+            check_sleep(f"teachers.{section.teacher}.sleeps")
+        if lack := lacking(teacher, objective, here=self.cluster is None):
+            raise ValueError(
+                f"tasks.{task}: objective {objective.name!r} needs {lack}: set {key} to"
+                " transformers, or choose local_support on the teacher's support"
+            )
+        plays = section.guidance is not None and section.guidance.by == "teacher"
+        if plays and teacher.engine != "transformers":
+            raise ValueError(
+                f"tasks.{task}.guidance: the teacher would play its prefixes, and in engine:"
+                f" {teacher.engine} it only scores: set {key} to transformers, or guidance.by to"
+                " expert"
+            )
 
     def policy(self) -> Policy:
         """A new policy, with nothing recorded."""
@@ -332,7 +385,7 @@ class RunConfig(_Section):
         )
 
 
-def build_objective(config: ObjectiveConfig) -> Any:
+def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a section names."""
     return build(config.name, **config.options)
 
