@@ -9,10 +9,11 @@ from typing import Any
 
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.identity import digest_of
+from tutelage.distill.identity import digest_of, digest_of_server
 from tutelage.distill.learner import Course, Learner
 from tutelage.distill.models import load_model, load_student, load_tokenizer, student_tokenizer
-from tutelage.distill.teachers import TeacherService, TransformersTeacher
+from tutelage.distill.server_teacher import ServerTeacher
+from tutelage.distill.teachers import Teacher, TeacherService, TransformersTeacher
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
@@ -135,13 +136,28 @@ def _guides(
 
 
 def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherService:
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
+    if config.engine == "server":
+        digest = digest_of_server(str(config.url), config.model)
+    else:  # other engines' scores are no others, but hold no entropy: a cache keeps them apart
+        engine = "" if config.engine == "transformers" else config.engine
+        digest = digest_of(config.model, dtype=config.dtype + engine)
     return TeacherService(
         name,
-        teacher,
-        digest=digest_of(config.model, dtype=config.dtype),
+        load_teacher(name, config, vocabulary),
+        digest=digest,
         dtype=config.dtype,
         cache=None if config.cache is None else Path(config.cache).expanduser(),
         sleeps=config.sleeps,
     )
+
+
+def load_teacher(name: str, config: TeacherConfig, vocabulary: int) -> Teacher:
+    """A teacher in its engine."""
+    if config.engine == "server":
+        return ServerTeacher(name, config, vocabulary=vocabulary)
+    if config.engine == "vllm":
+        from tutelage.distill.vllm.teacher import VllmTeacher
+
+        return VllmTeacher(name, config, vocabulary=vocabulary)
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)

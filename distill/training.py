@@ -47,6 +47,7 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.server_teacher import check_servers
 from tutelage.distill.teachers import Answer
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.episodes import Dropped, Episode
@@ -69,6 +70,7 @@ class Run:
         self.vocabulary = check_vocabularies(config)
         prepare_process(config.student.threads)
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
+        check_servers(config, self.tokenizer)
         self._courses = {
             name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
             for name, task in config.tasks.items()
@@ -229,6 +231,7 @@ class Run:
         if answers:  # a run that goes on may find what was scored before it stopped
             timings["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
             timings["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
+            timings["perf/teacher_retries"] = float(sum(answer.retries for answer in answers))
         if len(tasks) == 1:
             return found[tasks[0]] | timings
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
