@@ -63,10 +63,7 @@ class TeacherConfig(_Section):
     device: str = "auto"
     cache: str | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
     sleeps: bool = False  # between answers it leaves the device to others: slower, less memory
-    # engine: vllm; none: vLLM's own default, and the model's whole context
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
-    tensor_parallel: Positive = 1
-    max_model_len: Positive | None = None
+    vllm: VllmConfig | None = None  # engine: vllm; none: its defaults
     # engine: server, such as `vllm serve`
     url: str | None = None
     weights: str | None = None  # a folder or hub id of the same model here, to compare it with
@@ -263,6 +260,9 @@ class ClusterConfig(_Section):
                 " teacher_resources, such as {CPU: 1}"
             )
         return self
+
+
+TeacherConfig.model_rebuild()  # VllmConfig stands below it
 
 
 class RunConfig(_Section):

@@ -243,21 +243,20 @@ def read_candidates(answer: bytes, *, tokens: int) -> Candidates:
     try:
         found = json.loads(answer, object_pairs_hook=_packed)
         (choice,) = found["choices"]
-        parts = choice["prompt_logprobs"]
+        parts = choice.get("prompt_logprobs")
         if parts is None:
-            raise KeyError("prompt_logprobs")
-        ids = [_NOTHING[0] if part is None else part[0] for part in parts]
-        logprobs = [_NOTHING[1] if part is None else part[1] for part in parts]
+            raise Garbage("its answer has no prompt_logprobs: is it vLLM's server?")
+        ids, logprobs = zip(*[part or _NOTHING for part in parts], strict=True)
         ends_T = np.cumsum([len(part) for part in ids])
-    except KeyError as error:
-        raise Garbage(f"its answer has no {error}: is it vLLM's server?") from None
-    except (ValueError, TypeError, OverflowError) as error:
-        raise Garbage(f"its answer is no completion with prompt_logprobs ({error})") from None
+        ids_C, logprobs_C = np.concatenate(ids), np.concatenate(logprobs)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        if isinstance(error, Garbage):
+            raise
+        raise Garbage(f"its answer is no completion with prompt_logprobs ({error!r})") from None
     if len(ids) != tokens:
         raise Garbage(f"it answers with {len(ids)} positions for {tokens} tokens")
-    logprobs_C = np.concatenate(logprobs)
     return Candidates(
-        ids_C=np.concatenate(ids),
+        ids_C=ids_C,
         logprobs_C=np.where(logprobs_C == LEAST, -np.inf, logprobs_C).astype(np.float32),
         starts_T=np.concatenate([[0], ends_T[:-1]]),
         ends_T=ends_T,

@@ -16,9 +16,7 @@ ENGINES_WITH = {
     "device": ("transformers",),  # vLLM takes CUDA_VISIBLE_DEVICES
     "cache": ("transformers", "vllm"),  # a server's weights may change under their name
     "sleeps": ("transformers", "vllm"),
-    "gpu_memory_utilization": ("vllm",),
-    "tensor_parallel": ("vllm",),
-    "max_model_len": ("vllm",),
+    "vllm": ("vllm",),
     "url": ("server",),
     "weights": ("server",),
     "api_key_env": ("server",),
@@ -32,12 +30,16 @@ ENGINES_WITH = {
 def check_keys(teacher: TeacherConfig) -> None:
     """Raises ValueError for a key of another engine, and for a server without its url."""
     for key, engines in ENGINES_WITH.items():
-        value = getattr(teacher, key)
-        if teacher.engine not in engines and value != type(teacher).model_fields[key].default:
+        default = type(teacher).model_fields[key].default
+        if teacher.engine not in engines and getattr(teacher, key) != default:
             raise ValueError(
-                f"{key}: {value!r} is for engine: {' or '.join(engines)}, and this teacher's is"
+                f"{key} is for engine: {' or '.join(engines)}, and this teacher's is"
                 f" {teacher.engine}: change one of them"
             )
+    if teacher.vllm is not None and teacher.vllm.dtype is not None:
+        raise ValueError(
+            f"vllm.dtype: {teacher.vllm.dtype!r}: a teacher's is its own dtype: set that one"
+        )
     if teacher.engine == "server":
         where = urlsplit(teacher.url or "")
         if where.scheme not in ("http", "https") or not where.hostname:

@@ -18,13 +18,15 @@ Answer = dict[str, Any]
 class StandIn:
     """Serves `model` under `name`.
 
-    faults: what is done to the next completions, one each: see `_Handler`. max_logprobs,
-    max_model_len, key, tokenize: as a server is started with. most: requests at a time, so far.
+    faults: what is done to the next completions, one each: see `_Handler`. hangs: lengths of
+    prompts that get no answer. max_logprobs, max_model_len, key, tokenize: as a server is started
+    with. most: requests at a time, so far.
     """
 
     def __init__(self, model: Any, *, name: str = "m", port: int = 0, **options: Any) -> None:
         self.model, self.name = model, name
         self.faults: list[str] = []
+        self.hangs: set[int] = set()
         self.max_logprobs: int = options.get("max_logprobs", 20)
         self.max_model_len: int = options.get("max_model_len", 512)
         self.key: str | None = options.get("key")
@@ -119,14 +121,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, {"error": "Unauthorized"})
         if fault == "error":
             return self._send(500, {"error": {"message": "the engine core is dead"}})
-        if fault == "hang":
+        if fault == "hang" or len(asked.get("prompt", "")) in self.serving.hangs:
             self.serving.released.wait(20)
         try:
             found = answer(asked)
         except _No as no:
             status, text = no.args
             return self._send(status, {"error": {"message": text, "code": status}})
-        if fault:
+        if fault:  # those of the answer's content
             _spoil(found, fault)
         self._send(200, found, fault)
 

@@ -58,9 +58,7 @@ def serve(make_model: Callable[..., Any]) -> Iterator[Serve]:
 def rows(make_row: Callable[..., Row]) -> list[Row]:
     """Of unequal lengths, with gaps, and with an end that nobody chose."""
     lengths = (9, 2, 30, 5)
-    plain = [
-        make_row([("prompt", [1, 2, 3]), ("said", range(4, 4 + n))], seed=n) for n in lengths
-    ]
+    plain = [make_row([("prompt", [1, 2, 3]), ("said", range(4, 4 + n))], seed=n) for n in lengths]
     turns = [("prompt", [7, 8]), ("said", [9, 10, 11]), ("prompt", [12]), ("said", [13, 5])]
     return [*plain, make_row([*turns, ("prompt", [3, 3, 3])])]
 
@@ -91,7 +89,7 @@ class TestScores:
         assert teacher.retries == 0
 
     def test_a_token_counts_among_the_top_k_only_where_it_is_one_of_them(self) -> None:
-        """Worked by hand: token 5 is second of two, token 6 is none of two; -9999 is vLLM's -inf."""
+        """By hand: token 5 is second of two, token 6 is none of two; -9999 is vLLM's -inf."""
         parts = [None, {"5": -1.0, "7": -0.5}, {"6": -9999.0, "3": -0.2, "4": -2.0}]
         answer = _answer(parts)
         row = _row([2, 5, 6])
@@ -106,7 +104,7 @@ class TestScores:
     ) -> None:
         """A random model's padding is as probable as any other id."""
         teacher = _teacher(serve(make_model(seed=9, padding=40)))
-        with pytest.raises(ConfigError, match=r"teachers\.one: http.*outside the vocabulary of 101"):
+        with pytest.raises(ConfigError, match=r"one: http.*outside the vocabulary of 101"):
             teacher.score(rows, k=10)
 
     def test_what_a_top_k_does_not_tell_is_refused(
@@ -169,9 +167,9 @@ FAULTS = {
     "null": r"token 3 has a log-probability of nan",
     "logits": r"token 3 has a log-probability of \d",
     "short": r"it answers with \d+ positions for \d+ tokens",
-    "empty": r"its answer is no completion|token 3 has 0 candidates",
+    "empty": r"token 3 has 0 candidates, not 4 or 5",
     "other token": r"token 3 itself is not among its candidates",
-    "no logprobs": r"no 'prompt_logprobs': is it vLLM's server\?",
+    "no logprobs": r"its answer has no prompt_logprobs: is it vLLM's server\?",
     "no choice": r"is no completion with prompt_logprobs",
 }
 """What is said of each, when it does not stop."""
@@ -214,7 +212,7 @@ class TestFaults:
     def test_the_first_row_that_fails_ends_the_others(self, serve: Serve, rows: list[Row]) -> None:
         """Some hang, with half a minute to go; one is refused."""
         server = serve(max_model_len=33)
-        server.faults = ["hang", "hang"]
+        server.hangs = {5, 12}
         teacher = _teacher(server, timeout=30.0)
         begun = time.monotonic()
         with pytest.raises(ConfigError, match="cannot read a row of 33 tokens"):
@@ -252,10 +250,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"max_logprobs": 3}, r"fewer than the 4 .*max allowed: 3\): start it with --max-l.* 4"),
+            ({"max_logprobs": 3}, r"fewer than the 4 .*max allowed: 3\): start it .*-logprobs 4,"),
             ({"max_model_len": 12}, r"a row of 12 tokens and one more .* --max-model-len 13 or"),
-            ({"name": "other"}, r"one\.model: http.* serves 'other', not 'm': .*--served-model-name"),
-            ({"key": "secret"}, r"refuses the key \(Unauthorized\): set teachers\.one\.api_key_env"),
+            ({"name": "other"}, r"one\.model: http.* serves 'other', not 'm': .*--served-model"),
+            ({"key": "secret"}, r"refuses the key \(Unauthorized\): set .*one\.api_key_env"),
         ],
     )
     def test_each_has_its_cure(
@@ -364,13 +362,13 @@ def served(serve: Serve, models: dict[str, str], tokenizer: Any) -> Callable[...
     """A server of one of the models, by name."""
     from tutelage.distill.models import load_model
 
-    def served(name: str, **options: Any) -> StandIn:
+    def served(model: str, **options: Any) -> StandIn:
         def tokenize(text: str) -> list[int]:
             found: list[int] = tokenizer.encode(text, add_special_tokens=False)
             return found
 
-        model = load_model(models[name], dtype="float32", device="cpu")
-        return serve(model, **{"tokenize": tokenize} | options)
+        loaded = load_model(models[model], dtype="float32", device="cpu")
+        return serve(loaded, **{"tokenize": tokenize} | options)
 
     return served
 
@@ -467,7 +465,7 @@ class TestBeforeAnythingLoads:
         [
             ({"max_logprobs": 5}, r"fewer than the 8 log-probabilities .* --max-logprobs 8"),
             ({"name": "other"}, r"serves 'other', not 'm'"),
-            ({"tokenize": lambda text: [*text.encode()]}, r"has another tokenizer: of 'Two apples"),
+            ({"tokenize": lambda text: [*text.encode()]}, r"has another tokenizer: of \"Two app"),
         ],
     )
     def test_a_server_that_cannot_teach_is_refused(
@@ -491,7 +489,7 @@ class TestBeforeAnythingLoads:
         make_model: Callable[..., Any],
         tokenizer: Any,
     ) -> None:
-        server = serve(make_model(vocabulary=2000))  # and no /tokenize
+        server = serve(make_model(vocabulary=800))  # and no /tokenize
         with pytest.raises(ConfigError, match=r"out of vocabulary\): it serves a model of another"):
             check_servers(configure("run", _settings(server)), tokenizer)
 
@@ -502,7 +500,7 @@ class TestBeforeAnythingLoads:
         server._server.RequestHandlerClass.do_GET = (  # type: ignore[attr-defined]
             lambda handler: handler._send(404, {"detail": "Not Found"})
         )
-        with pytest.raises(ConfigError, match=r"one\.url: .* is no OpenAI-compatible server: .*404"):
+        with pytest.raises(ConfigError, match=r"one\.url: .* is no OpenAI-comp.*404"):
             check_servers(configure("run", _settings(server)), tokenizer)
 
     def test_a_wrong_port_is_an_error_in_time(
@@ -511,9 +509,7 @@ class TestBeforeAnythingLoads:
         with socket.socket() as held:  # bound, and nobody listens
             held.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{held.getsockname()[1]}"
-            config = configure(
-                "run", {"engine": "server", "url": url, "model": "m", "attempts": 2}
-            )
+            config = configure("run", {"engine": "server", "url": url, "model": "m", "attempts": 2})
             with pytest.raises(ServerError, match=f"{url}/v1/models gave no answer in 2 attempts"):
                 check_servers(config, tokenizer)
 
