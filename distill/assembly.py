@@ -12,8 +12,10 @@ from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.identity import digest_of, digest_of_server
 from tutelage.distill.learner import Course, Learner
 from tutelage.distill.models import load_model, load_student, load_tokenizer, student_tokenizer
-from tutelage.distill.server_teacher import ServerTeacher
+from tutelage.distill.server_teacher import ServerTeacher, check_server
 from tutelage.distill.teachers import Teacher, TeacherService, TransformersTeacher
+from tutelage.distill.vllm.start import require_vllm
+from tutelage.distill.vllm.teacher import load_vllm_teacher
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
@@ -57,6 +59,19 @@ def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
                 f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
                 f" {vocabulary} ids: lower objective.k"
             )
+
+
+def check_teachers(config: RunConfig, tokenizer: Any) -> None:
+    """Whether servers are there and can teach, and vLLM is installed, before a model loads.
+
+    Raises:
+        ConfigError: which teacher, and the cure. ServerError: a server that does not answer.
+    """
+    for name, teacher in config.teachers.items():
+        if teacher.engine == "server":
+            check_server(config, name, tokenizer)
+        elif teacher.engine == "vllm" and config.cluster is None:
+            require_vllm(f"teachers.{name}.engine")
 
 
 def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
@@ -156,8 +171,6 @@ def load_teacher(name: str, config: TeacherConfig, vocabulary: int) -> Teacher:
     if config.engine == "server":
         return ServerTeacher(name, config, vocabulary=vocabulary)
     if config.engine == "vllm":
-        from tutelage.distill.vllm.teacher import VllmTeacher
-
-        return VllmTeacher(name, config, vocabulary=vocabulary)
+        return load_vllm_teacher(name, config, vocabulary=vocabulary)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)

@@ -8,6 +8,7 @@ Letters: T tokens of a row, N chosen tokens, C candidates of all tokens, K suppo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,21 @@ SLACK = 1e-3
 
 class BadCandidates(ValueError):
     """These are not the log-probabilities of the row's tokens."""
+
+
+def read_length(row: Row) -> int:
+    """Tokens of a row up to the last chosen one: nothing sees what follows."""
+    return int(np.flatnonzero(row.chosen_T).max(initial=0)) + 1
+
+
+def check_linear(subject: str, rows: Sequence[Row]) -> None:
+    """Raises ValueError for a row with branches. Imitation alone has them, and asks no teacher."""
+    if any(row.branches_T.any() for row in rows):
+        raise ValueError(
+            f"{subject}: a row with an expert's branches is no linear prompt, which is all that"
+            f" this engine reads: set {subject}.engine to transformers, or objective to imitation,"
+            " which asks no teacher"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

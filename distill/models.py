@@ -145,7 +145,7 @@ def _checked(model: Any, reference: str) -> Any:
 
 def check_vocabularies(config: RunConfig) -> int:
     """The number of ids that student and teachers share. Reads no weights. A server without files
-    here is asked elsewhere (server_teacher.check_servers).
+    here is asked elsewhere (assembly.check_teachers).
 
     Raises:
         ConfigError: a teacher whose tokenizer gives any token another id.

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.distill.candidates import BadCandidates, Candidates
+from tutelage.distill.candidates import BadCandidates, Candidates, check_linear, read_length
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, build_objective
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.server_client import Garbage, Refused, ServerClient, read_json
@@ -86,12 +86,7 @@ class ServerTeacher:
                 f"teachers.{self.name}: a server answers with its own top K, and more was asked:"
                 f" set teachers.{self.name}.engine to transformers"
             )
-        if any(row.branches_T.any() for row in rows):
-            raise ValueError(
-                f"teachers.{self.name}: a row with an expert's branches is no linear prompt, which"
-                f" is all that a server reads: set teachers.{self.name}.engine to transformers, or"
-                " objective to imitation, which asks no teacher"
-            )
+        check_linear(f"teachers.{self.name}", rows)
         return self._client.together([partial(self._score, row, k) for row in rows])
 
     def sleep(self) -> None:
@@ -122,7 +117,7 @@ class ServerTeacher:
         )
 
     def _score(self, row: Row, k: int) -> TeacherScores:
-        end = int(np.flatnonzero(row.chosen_T).max(initial=0)) + 1  # nothing sees what follows
+        end = read_length(row)
         body = {
             "model": self._model,
             "prompt": row.ids_T[:end].tolist(),
@@ -217,20 +212,17 @@ class ServerTeacher:
             )
 
 
-def check_servers(config: RunConfig, tokenizer: Any) -> None:
-    """Ask every server that teaches in this run whether it can, before a model loads.
+def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
+    """Ask the server of teacher `name` whether it can teach in this run.
 
     Raises: as `ServerTeacher.score`.
     """
     text = PROBE + (tokenizer.eos_token or "")
     probe = tokenizer.encode(text, add_special_tokens=False)
-    for name, teacher in config.teachers.items():
-        if teacher.engine == "server":
-            tasks = [task for task in config.tasks if config.tasks[task].teacher == name]
-            wanted = [build_objective(config.objective_of(task)).k for task in tasks]
-            ServerTeacher(name, teacher, vocabulary=len(tokenizer)).check(
-                probe, text, k=max(1, *wanted)
-            )
+    tasks = [task for task, section in config.tasks.items() if section.teacher == name]
+    k = max(build_objective(config.objective_of(task)).k for task in tasks)
+    teacher = ServerTeacher(name, config.teachers[name], vocabulary=len(tokenizer))
+    teacher.check(probe, text, k=max(1, k))
 
 
 def read_candidates(answer: bytes, *, tokens: int) -> Candidates:

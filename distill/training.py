@@ -28,6 +28,7 @@ from tutelage.distill import checkpoints
 from tutelage.distill.assembly import (
     EVALUATION,
     check_supports,
+    check_teachers,
     make_placement,
     make_timetable,
     task_rollouts,
@@ -47,7 +48,6 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.server_teacher import check_servers
 from tutelage.distill.teachers import Answer
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.episodes import Dropped, Episode
@@ -70,7 +70,7 @@ class Run:
         self.vocabulary = check_vocabularies(config)
         prepare_process(config.student.threads)
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
-        check_servers(config, self.tokenizer)
+        check_teachers(config, self.tokenizer)
         self._courses = {
             name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
             for name, task in config.tasks.items()

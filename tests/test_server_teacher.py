@@ -23,7 +23,7 @@ from tutelage.distill import server_client
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.server_client import Garbage, ServerError
-from tutelage.distill.server_teacher import ServerTeacher, check_servers, read_candidates
+from tutelage.distill.server_teacher import ServerTeacher, check_server, read_candidates
 from tutelage.distill.teachers import TeacherService, TransformersTeacher
 from tutelage.distill.training import Run, Watcher
 from tutelage.scheduler.episodes import Row
@@ -491,7 +491,7 @@ class TestBeforeAnythingLoads:
     ) -> None:
         server = serve(make_model(vocabulary=800))  # and no /tokenize
         with pytest.raises(ConfigError, match=r"out of vocabulary\): it serves a model of another"):
-            check_servers(configure("run", _settings(server)), tokenizer)
+            check_server(configure("run", _settings(server)), "one", tokenizer)
 
     def test_what_is_no_such_server_is_named(
         self, configure: Callable[..., RunConfig], serve: Serve, tokenizer: Any
@@ -501,7 +501,7 @@ class TestBeforeAnythingLoads:
             lambda handler: handler._send(404, {"detail": "Not Found"})
         )
         with pytest.raises(ConfigError, match=r"one\.url: .* is no OpenAI-comp.*404"):
-            check_servers(configure("run", _settings(server)), tokenizer)
+            check_server(configure("run", _settings(server)), "one", tokenizer)
 
     def test_a_wrong_port_is_an_error_in_time(
         self, configure: Callable[..., RunConfig], tokenizer: Any
@@ -511,7 +511,7 @@ class TestBeforeAnythingLoads:
             url = f"http://127.0.0.1:{held.getsockname()[1]}"
             config = configure("run", {"engine": "server", "url": url, "model": "m", "attempts": 2})
             with pytest.raises(ServerError, match=f"{url}/v1/models gave no answer in 2 attempts"):
-                check_servers(config, tokenizer)
+                check_server(config, "one", tokenizer)
 
 
 def test_garbage_is_not_taken_for_an_answer() -> None:
