@@ -69,20 +69,20 @@ class VllmTeacher:
         waiting = {}
         try:
             for i, row in enumerate(rows):
-                ids_NJ = None if asked is None else asked[i].numpy()
                 prompt = {
                     "type": "token",
                     "prompt_token_ids": row.ids_T[: read_length(row)].tolist(),
                 }
                 self._asked += 1
                 waiting[str(self._asked)] = i
-                self._engine.add_request(str(self._asked), prompt, _wanted(row, k, ids_NJ))
+                wanted = _wanted(row, k, None if asked is None else asked[i].numpy())
+                self._engine.add_request(str(self._asked), prompt, wanted)
             while waiting:
                 for output in self._engine.step():
                     if output.finished:  # packed at once: vLLM's lists take 100 bytes a candidate
                         i = waiting.pop(output.request_id)
-                        ids_NJ = None if asked is None else asked[i]
-                        scores[i] = self._packed(output, rows[i], k, ids_NJ)
+                        own = None if asked is None else asked[i]
+                        scores[i] = self._packed(output, rows[i], k, own)
         except BaseException:
             self._engine.abort_request([*waiting])
             raise
