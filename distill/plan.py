@@ -403,7 +403,7 @@ def _vllm_need(name: str, options: VllmConfig, device: str, weights: int | None)
         kept = max(0, int(room * options.gpu_memory_utilization) - weights)
     return Need(
         device=device,
-        what=f"teacher {name}: vLLM's keys and values",
+        what=f"teacher {name}: vLLM's cache",
         least=kept,
         most=kept,
         knob="vllm.kv_cache_gib" if size is not None else "vllm.gpu_memory_utilization",

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from tutelage.distill.candidates import BadCandidates, Candidates, check_linear, read_length
-from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, build_objective
+from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.server_client import Garbage, Refused, ServerClient, read_json
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
@@ -219,10 +219,8 @@ def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
     """
     text = PROBE + (tokenizer.eos_token or "")
     probe = tokenizer.encode(text, add_special_tokens=False)
-    tasks = [task for task, section in config.tasks.items() if section.teacher == name]
-    k = max(build_objective(config.objective_of(task)).k for task in tasks)
     teacher = ServerTeacher(name, config.teachers[name], vocabulary=len(tokenizer))
-    teacher.check(probe, text, k=max(1, k))
+    teacher.check(probe, text, k=config.support_of(name))
 
 
 def read_candidates(answer: bytes, *, tokens: int) -> Candidates:

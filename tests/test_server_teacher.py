@@ -7,7 +7,6 @@ import json
 import math
 import re
 import socket
-import sys
 import threading
 import time
 import tracemalloc
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stand_in_server import StandIn
 from tutelage.distill import server_client
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
 from tutelage.distill.objectives import TeacherScores
@@ -27,9 +27,6 @@ from tutelage.distill.server_teacher import ServerTeacher, check_server, read_ca
 from tutelage.distill.teachers import TeacherService, TransformersTeacher
 from tutelage.distill.training import Run, Watcher
 from tutelage.scheduler.episodes import Row
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stand_in_server import StandIn
 
 VOCABULARY = 101
 Serve = Callable[..., StandIn]
