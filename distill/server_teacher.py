@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
+from os.path import commonpath
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.server_client import Garbage, Refused, ServerClient, read_json
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
-PROBE = "Two apples and 17.5 pears,\n\tnaïve “quotes”, 語 <think>x</think> {'a': [0, 1]}"
-"""A text that other tokenizers cut differently."""
+PROBED = 64
+"""Ids of the vocabulary whose texts are compared, evenly over it; and all that were added to it."""
 
 LEAST = -9999.0
 """What vLLM writes for -inf."""
@@ -95,15 +96,16 @@ class ServerTeacher:
     def wake(self) -> None:
         """See `sleep`."""
 
-    def check(self, probe: Sequence[int], text: str, *, k: int) -> None:
-        """Whether the server is there, with this model, these ids and K log-probabilities. probe:
-        the student's ids of `text`.
+    def check(self, tokenizer: Any, *, k: int) -> None:
+        """Whether the server is there, with this model, the student's vocabulary and K
+        log-probabilities.
 
         Raises: as `score`.
         """
+        probe = _probe(tokenizer)
         self._check_model()
-        self._check_tokenizer(probe, text)
-        ids_T = np.asarray([*probe, self.vocabulary - 1], dtype=np.int32)  # the last id must be one
+        self._check_vocabulary(tokenizer, probe)
+        ids_T = np.asarray(probe, dtype=np.int32)
         turns_T = np.zeros_like(ids_T)
         turns_T[0] = NOT_CHOSEN
         self._score(
@@ -149,7 +151,7 @@ class ServerTeacher:
                 f"{where} gives fewer than the {k} log-probabilities that the objective wants"
                 f" ({text}): start it with --max-logprobs {k}, or lower objective.k"
             )
-        if "context length" in text or "model length" in text:
+        if any(part in text for part in ("context length", "model length", "max_tokens")):
             return ConfigError(
                 f"{where} cannot read a row of {tokens} tokens and one more ({text}): start it with"
                 f" --max-model-len {tokens + 1} or more, or shorten the episodes"
@@ -194,21 +196,21 @@ class ServerTeacher:
                 f" --served-model-name {self._model}"
             )
 
-    def _check_tokenizer(self, probe: Sequence[int], text: str) -> None:
-        """Raises ConfigError where the server cuts the text into other ids than the student."""
-        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+    def _check_vocabulary(self, tokenizer: Any, probe: Sequence[int]) -> None:
+        """Raises ConfigError where ids stand for other texts than the student's. How a text is cut
+        into ids does not matter: ids are what is sent."""
+        body = {"model": self._model, "tokens": [*probe]}
         try:
-            found = self._client.ask("/tokenize", body, read=read_json)
-            theirs = [int(i) for i in found["tokens"]]
-        except (Refused, KeyError, TypeError, ValueError):
+            theirs = str(self._client.ask("/detokenize", body, read=read_json)["prompt"])
+        except (Refused, KeyError, TypeError):
             return  # vLLM's own: other servers have none, and then the exam has to do
-        if theirs != list(probe):
-            at = next((i for i, (a, b) in enumerate(zip(theirs, probe, strict=False)) if a != b), 0)
+        theirs, ours = ("".join(text.split()) for text in (theirs, str(tokenizer.decode(probe))))
+        if theirs != ours:
+            at = len(commonpath([theirs, ours]))
             raise ConfigError(
-                f"teachers.{self.name}: {self._client.url} has another tokenizer: of {text!r} it"
-                f" makes {len(theirs)} ids, the student {len(probe)}; they differ from id {at} on"
-                f" ({theirs[at : at + 4]}, the student's {[*probe[at : at + 4]]}): choose a teacher"
-                " with the student's tokenizer"
+                f"teachers.{self.name}: {self._client.url} has another vocabulary: where the"
+                f" student's ids say {ours[at : at + 20]!r}, its say {theirs[at : at + 20]!r}:"
+                " choose a teacher with the student's tokenizer"
             )
 
 
@@ -217,10 +219,8 @@ def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
 
     Raises: as `ServerTeacher.score`.
     """
-    text = PROBE + (tokenizer.eos_token or "")
-    probe = tokenizer.encode(text, add_special_tokens=False)
     teacher = ServerTeacher(name, config.teachers[name], vocabulary=len(tokenizer))
-    teacher.check(probe, text, k=config.support_of(name))
+    teacher.check(tokenizer, k=config.support_of(name))
 
 
 def read_candidates(answer: bytes, *, tokens: int) -> Candidates:
@@ -265,6 +265,13 @@ def _packed(pairs: list[tuple[str, Any]]) -> Any:
         return np.array(ids, dtype=np.int32), np.array(logprobs, dtype=np.float32)
     found = dict(pairs)
     return found.get("logprob", found)
+
+
+def _probe(tokenizer: Any) -> list[int]:
+    """Ids from all over the vocabulary, the last one too, and those that were added to it."""
+    last = len(tokenizer) - 1
+    spread = np.linspace(0, last, num=min(PROBED, last + 1), dtype=np.int64).tolist()
+    return sorted({*spread, *sorted(tokenizer.get_added_vocab().values())[:PROBED]})
 
 
 def _key(name: str, variable: str | None) -> str | None:

@@ -19,7 +19,7 @@ class StandIn:
     """Serves `model` under `name`.
 
     faults: what is done to the next completions, one each: see `_Handler`. hangs: lengths of
-    prompts that get no answer. max_logprobs, max_model_len, key, tokenize: as a server is started
+    prompts that get no answer. max_logprobs, max_model_len, key, detokenize: as a server is started
     with. most: requests at a time, so far.
     """
 
@@ -30,7 +30,7 @@ class StandIn:
         self.max_logprobs: int = options.get("max_logprobs", 20)
         self.max_model_len: int = options.get("max_model_len", 512)
         self.key: str | None = options.get("key")
-        self.tokenize: Callable[[str], list[int]] | None = options.get("tokenize")
+        self.detokenize: Callable[[list[int]], str] | None = options.get("detokenize")
         self.lock, self.released = threading.Lock(), threading.Event()
         self.asked = self.flying = self.most = 0
         handler = type("Handler", (_Handler,), {"serving": self})
@@ -107,18 +107,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._served(lambda _: {"data": [{"id": self.serving.name}]})
 
     def do_POST(self) -> None:
-        if self.path == "/tokenize":
-            self._served(self._tokenized)
+        if self.path == "/detokenize":
+            self._served(self._detokenized)
         else:
             with self.serving.lock:
                 self.serving.asked += 1
                 fault = self.serving.faults.pop(0) if self.serving.faults else ""
             self._served(self.serving.completion, fault)
 
-    def _tokenized(self, asked: Answer) -> Answer:
-        if self.serving.tokenize is None:
+    def _detokenized(self, asked: Answer) -> Answer:
+        if self.serving.detokenize is None:
             raise _No(404, "Not Found")
-        return {"tokens": self.serving.tokenize(asked["prompt"])}
+        return {"prompt": self.serving.detokenize(asked["tokens"])}
 
     def _served(self, answer: Callable[[Answer], Answer], fault: str = "") -> None:
         asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")

@@ -360,12 +360,8 @@ def served(serve: Serve, models: dict[str, str], tokenizer: Any) -> Callable[...
     from tutelage.distill.models import load_model
 
     def served(model: str, **options: Any) -> StandIn:
-        def tokenize(text: str) -> list[int]:
-            found: list[int] = tokenizer.encode(text, add_special_tokens=False)
-            return found
-
         loaded = load_model(models[model], dtype="float32", device="cpu")
-        return serve(loaded, **{"tokenize": tokenize} | options)
+        return serve(loaded, **{"detokenize": tokenizer.decode} | options)
 
     return served
 
@@ -462,7 +458,10 @@ class TestBeforeAnythingLoads:
         [
             ({"max_logprobs": 5}, r"fewer than the 8 log-probabilities .* --max-logprobs 8"),
             ({"name": "other"}, r"serves 'other', not 'm'"),
-            ({"tokenize": lambda text: [*text.encode()]}, r"has another tokenizer: of \"Two app"),
+            (
+                {"detokenize": lambda ids: "<|end|>" + "".join(map(chr, ids))},
+                r"has another vocabulary: where the student's ids say 'pad\|>",
+            ),
         ],
     )
     def test_a_server_that_cannot_teach_is_refused(
@@ -486,7 +485,7 @@ class TestBeforeAnythingLoads:
         make_model: Callable[..., Any],
         tokenizer: Any,
     ) -> None:
-        server = serve(make_model(vocabulary=800))  # and no /tokenize
+        server = serve(make_model(vocabulary=800))  # and no /detokenize
         with pytest.raises(ConfigError, match=r"out of vocabulary\): it serves a model of another"):
             check_server(configure("run", _settings(server)), "one", tokenizer)
 
