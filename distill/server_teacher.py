@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
-from os.path import commonpath
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -206,7 +206,8 @@ class ServerTeacher:
             return  # vLLM's own: other servers have none, and then the exam has to do
         theirs, ours = ("".join(text.split()) for text in (theirs, str(tokenizer.decode(probe))))
         if theirs != ours:
-            at = len(commonpath([theirs, ours]))
+            pairs = enumerate(zip_longest(theirs, ours))
+            at = next(i for i, (one, other) in pairs if one != other)
             raise ConfigError(
                 f"teachers.{self.name}: {self._client.url} has another vocabulary: where the"
                 f" student's ids say {ours[at : at + 20]!r}, its say {theirs[at : at + 20]!r}:"

@@ -34,8 +34,7 @@ class StandIn:
         self.lock, self.released = threading.Lock(), threading.Event()
         self.asked = self.flying = self.most = 0
         handler = type("Handler", (_Handler,), {"serving": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self._server.daemon_threads = True
+        self._server = _Quiet(("127.0.0.1", port), handler)
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -90,6 +89,13 @@ class StandIn:
                 }
             )
         return {"object": "text_completion", "choices": [{"text": "x", "prompt_logprobs": parts}]}
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that hung up is no news."""
 
 
 class _No(Exception):
