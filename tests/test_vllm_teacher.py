@@ -22,7 +22,7 @@ VOCABULARY = 101
 
 class StandIn:
     """Does what vLLM's documentation says of its sampling parameters, one request a step, the last
-    one first."""
+    one first. Log-probabilities reach its front end in two parts, as tensors."""
 
     def __init__(self, model: Any, *, v2: bool = True, room: int = 512) -> None:
         self.model = model
@@ -31,9 +31,14 @@ class StandIn:
         self.waiting: list[tuple[str, list[int], Any]] = []
         self.aborted: list[str] = []
         self.moves: list[str] = []
+        self.output_processor = SimpleNamespace(request_states={})
 
-    def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
+    def add_request(self, request_id: str, prompt: Any, params: Any) -> str:
         self.waiting.append((request_id, prompt["prompt_token_ids"], params))
+        processor = SimpleNamespace(_update_prompt_logprobs=lambda _: pytest.fail("unpacked"))
+        state = SimpleNamespace(logprobs_processor=processor)
+        self.output_processor.request_states[f"{request_id}-inside"] = state
+        return f"{request_id}-inside"
 
     def abort_request(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -49,15 +54,14 @@ class StandIn:
         request_id, ids, params = self.waiting.pop()
         assert (params.max_tokens, params.flat_logprobs, params.detokenize) == (1, True, False)
         logprobs_TV = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        k, flat = params.prompt_logprobs, SimpleNamespace(token_ids=[], logprobs=[])
-        flat.start_indices, flat.end_indices = [0], [0]
-        for token, logprobs_V in zip(ids[1:], logprobs_TV, strict=False):
-            flat.start_indices.append(len(flat.token_ids))
-            top = logprobs_V.topk(k)
-            flat.token_ids += [token, *top.indices.tolist()]
-            flat.logprobs += [float(logprobs_V[token]), *top.values.tolist()]
-            flat.end_indices.append(len(flat.token_ids))
-        answer = SimpleNamespace(request_id=request_id, finished=True, prompt_logprobs=flat)
+        after_TV, ids_T1 = logprobs_TV[:-1], torch.tensor(ids[1:])[:, None]
+        top = after_TV.topk(params.prompt_logprobs)
+        ids_TC = torch.cat([ids_T1, top.indices], 1).int()
+        logprobs_TC = torch.cat([after_TV.gather(1, ids_T1), top.values], 1)
+        state = self.output_processor.request_states[f"{request_id}-inside"]
+        for part in (slice(0, 3), slice(3, None)):
+            state.logprobs_processor._update_prompt_logprobs((ids_TC[part], logprobs_TC[part]))
+        answer = SimpleNamespace(request_id=request_id, finished=True)
         rows = getattr(params, "prompt_logprob_token_ids", None)
         if rows is not None:
             start = params.prompt_logprob_start
@@ -112,6 +116,18 @@ def test_what_the_engine_does_not_say_is_refused_with_the_cure(
     with pytest.raises(ValueError, match=r"teachers\.one: a row with an expert's branches"):
         teacher.score([branched], k=4)
     with pytest.raises(ConfigError, match=r"has 12 tokens, .* 11: .*vllm\.max_model_len to 13 or"):
+        teacher.score(rows, k=4)
+
+
+def test_a_vllm_that_has_changed_is_refused(
+    rows: list[Row], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = StandIn(make_model())
+    monkeypatch.setattr(engine, "output_processor", SimpleNamespace())
+    monkeypatch.setattr(engine, "add_request", lambda *_: "inside")
+    monkeypatch.setattr("tutelage.distill.vllm.teacher.installed", lambda: "0.99")
+    teacher = VllmTeacher("one", engine, vocabulary=VOCABULARY)
+    with pytest.raises(ConfigError, match=r"vllm 0\.99 keeps log-prob.* elsewhere"):
         teacher.score(rows, k=4)
 
 

@@ -1,5 +1,8 @@
 """A teacher in a vLLM engine of this process: prompts go in as ids, numbers come out as arrays.
 
+They are taken where vLLM's front end would unpack them into Python lists, one number after the
+other (`keep_arrays`): that took 20 us a token, as long as a GPU needs for a token of 7B parameters.
+
 It says of each token its top K and the token's own log-probability (`prompt_logprobs`), and, on a
 CUDA device, what it gives to ids that the student chose (`prompt_logprob_token_ids`, which vLLM's
 V2 model runner alone computes). Padding rows of the embedding are cut off before the softmax, as in
@@ -27,7 +30,7 @@ from tutelage.distill.config import ConfigError, TeacherConfig, VllmConfig
 from tutelage.distill.models import load_settings, resolve
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
-from tutelage.distill.vllm.start import start
+from tutelage.distill.vllm.start import RELEASE, installed, start
 from tutelage.scheduler.episodes import Row
 
 LEAST_TOKENS = 256
@@ -66,7 +69,7 @@ class VllmTeacher:
         """
         self._check(rows, asked=asked is not None, full=full)
         scores: list[TeacherScores | None] = [None] * len(rows)
-        waiting = {}
+        waiting: dict[str, tuple[int, list[Any]]] = {}
         try:
             for i, row in enumerate(rows):
                 prompt = {
@@ -74,15 +77,17 @@ class VllmTeacher:
                     "prompt_token_ids": row.ids_T[: read_length(row)].tolist(),
                 }
                 self._asked += 1
-                waiting[str(self._asked)] = i
+                name = str(self._asked)
                 wanted = _wanted(row, k, None if asked is None else asked[i].numpy())
-                self._engine.add_request(str(self._asked), prompt, wanted)
+                parts: list[Any] = []
+                waiting[name] = i, parts
+                keep_arrays(self._engine, self._engine.add_request(name, prompt, wanted), parts)
             while waiting:
                 for output in self._engine.step():
-                    if output.finished:  # packed at once: vLLM's lists take 100 bytes a candidate
-                        i = waiting.pop(output.request_id)
+                    if output.finished:
+                        i, parts = waiting.pop(output.request_id)
                         own = None if asked is None else asked[i]
-                        scores[i] = self._packed(output, rows[i], k, own)
+                        scores[i] = self._packed(output, parts, rows[i], k, own)
         except BaseException:
             self._engine.abort_request([*waiting])
             raise
@@ -119,13 +124,17 @@ class VllmTeacher:
                 " rollout.context)"
             )
 
-    def _packed(self, output: Any, row: Row, k: int, ids_NJ: torch.Tensor | None) -> TeacherScores:
-        flat = output.prompt_logprobs
+    def _packed(
+        self, output: Any, parts: list[Any], row: Row, k: int, ids_NJ: torch.Tensor | None
+    ) -> TeacherScores:
+        ids_TC, logprobs_TC = (torch.cat([part[n] for part in parts]).cpu() for n in (0, 1))
+        # of every token but the first: itself, then the top K
+        ends_T = np.arange(len(ids_TC) + 1, dtype=np.int64) * ids_TC.shape[1]
         scores = Candidates(
-            ids_C=np.asarray(flat.token_ids, dtype=np.int32),
-            logprobs_C=np.asarray(flat.logprobs, dtype=np.float32),
-            starts_T=np.asarray(flat.start_indices, dtype=np.int64),
-            ends_T=np.asarray(flat.end_indices, dtype=np.int64),
+            ids_C=ids_TC.flatten().numpy().astype(np.int32),
+            logprobs_C=logprobs_TC.flatten().numpy(),
+            starts_T=np.concatenate([ends_T[:1], ends_T[:-1]]),
+            ends_T=ends_T,
         ).scores(row, k=k, vocabulary=self.vocabulary)
         if ids_NJ is None:
             return scores
@@ -162,6 +171,24 @@ def load_vllm_teacher(name: str, config: TeacherConfig, *, vocabulary: int) -> V
     if settings.vocab_size > vocabulary:
         engine.apply_model(partial(cut_padding, vocabulary=vocabulary))
     return VllmTeacher(name, engine, vocabulary=vocabulary)
+
+
+def keep_arrays(engine: Any, request: str, parts: list[Any]) -> None:
+    """Let the request's (ids, log-probabilities, ...) be put into `parts`, as tensors. request:
+    vLLM's own name of it.
+
+    Raises:
+        ConfigError: this vLLM has no such place.
+    """
+    try:
+        processor = engine.output_processor.request_states[request].logprobs_processor
+        assert callable(processor._update_prompt_logprobs)
+    except AttributeError as error:
+        raise ConfigError(
+            f"vllm {installed()} keeps log-probabilities elsewhere ({error}): install vllm"
+            f" {RELEASE}"
+        ) from None
+    processor._update_prompt_logprobs = parts.append
 
 
 def batched_tokens(rows: int) -> int:
