@@ -9,7 +9,7 @@ from typing import Any
 
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.identity import digest_of, digest_of_server
+from tutelage.distill.identity import digest_of, digest_of_served
 from tutelage.distill.learner import Course, Learner
 from tutelage.distill.models import load_model, load_student, load_tokenizer, student_tokenizer
 from tutelage.distill.server_teacher import ServerTeacher, check_server
@@ -152,7 +152,7 @@ def _guides(
 
 def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherService:
     if config.engine == "server":
-        digest = digest_of_server(str(config.url), config.model)
+        digest = digest_of_served(config.model)
     else:  # other engines' scores are no others, but hold no entropy: a cache keeps them apart
         engine = "" if config.engine == "transformers" else config.engine
         digest = digest_of(config.model, dtype=config.dtype + engine)

@@ -45,8 +45,8 @@ with 32 hidden units is 0.006, at 2,048 ids a share of 8e-4; larger models are f
 class Identity:
     """A teacher's files and its exam.
 
-    digest: of weights, configuration and dtype; of a server, its url and its model's name: its
-    weights are known by the exam alone. logprobs, entropies: of the exam's tokens, in nats.
+    digest: of weights, configuration and dtype; of a server, its model's name: its weights are
+    known by the exam alone. logprobs, entropies: of the exam's tokens, in nats.
     """
 
     name: str
@@ -124,9 +124,9 @@ def digest_of(reference: str, *, dtype: str = "") -> str:
     return total.hexdigest()
 
 
-def digest_of_server(url: str, model: str) -> str:
-    """SHA-256 of where a server is and what it serves."""
-    return hashlib.sha256(f"server {url} {model}".encode()).hexdigest()
+def digest_of_served(model: str) -> str:
+    """SHA-256 of the name under which a server serves; it may move to another url."""
+    return hashlib.sha256(f"server {model}".encode()).hexdigest()
 
 
 def exam_rows(vocabulary: int) -> list[Row]:

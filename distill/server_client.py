@@ -75,9 +75,10 @@ class ServerClient:
         self._stopping = threading.Event()
         self._live: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # one answer is unpacked at a time: it may take 100 MB
         self.retries = 0
 
-    def ask(self, path: str, body: Any = None, *, read: Callable[[bytes], T]) -> T:
+    def ask(self, path: str, body: Any = None, *, read: Callable[[bytearray], T]) -> T:
         """What `read` makes of the answer. body: posted as JSON; None: GET.
 
         Raises:
@@ -94,7 +95,9 @@ class ServerClient:
             if self._stopping.is_set():
                 raise ServerError(f"{self.subject}: {self.url}: another request failed")
             try:
-                return read(self._exchange(path, data))
+                answer = self._exchange(path, data)
+                with self._reading:
+                    return read(answer)
             except (OSError, http.client.HTTPException, Garbage, _Trouble) as error:
                 fault: Exception = error
         seconds = time.monotonic() - begun
@@ -120,7 +123,7 @@ class ServerClient:
                 pool.shutdown()
                 self._stopping.clear()
 
-    def _exchange(self, path: str, data: bytes | None) -> bytes:
+    def _exchange(self, path: str, data: bytes | None) -> bytearray:
         """One request and its whole answer."""
         where = urlsplit(self.url)
         https = where.scheme == "https"
@@ -133,9 +136,9 @@ class ServerClient:
             method = "GET" if data is None else "POST"
             connection.request(method, where.path + path, data, self._headers)
             response = connection.getresponse()
-            parts = []
+            body = bytearray()  # grows in place: an answer may have 40 MB
             while part := response.read1(1 << 20):
-                parts.append(part)
+                body += part
                 if time.monotonic() > deadline:  # a socket's timeout is of each piece
                     raise TimeoutError(f"its answer was not whole after {self._timeout:g} s")
             if response.length:
@@ -144,7 +147,7 @@ class ServerClient:
             with self._lock:
                 self._live.discard(connection)
             connection.close()
-        return _accepted(response.status, b"".join(parts))
+        return _accepted(response.status, body)
 
     def _hang_up(self) -> None:
         """End every request in flight."""
@@ -164,7 +167,7 @@ class ServerClient:
         return f"is it running there? Start it, or correct {self.subject}.url" + again
 
 
-def read_json(body: bytes) -> Any:
+def read_json(body: bytearray) -> Any:
     """Raises Garbage for what is no JSON."""
     try:
         return json.loads(body)
@@ -172,7 +175,7 @@ def read_json(body: bytes) -> Any:
         raise Garbage(f"its answer is no JSON ({error})") from None
 
 
-def _accepted(status: int, body: bytes) -> bytes:
+def _accepted(status: int, body: bytearray) -> bytearray:
     if 200 <= status < 300:
         return body
     text = _message(body)
@@ -181,7 +184,7 @@ def _accepted(status: int, body: bytes) -> bytes:
     raise Refused(status, text)
 
 
-def _message(body: bytes) -> str:
+def _message(body: bytearray) -> str:
     """What an error's body says, in one line."""
     try:
         found = json.loads(body)

@@ -129,7 +129,7 @@ class ServerTeacher:
             "add_special_tokens": False,
         }
 
-        def read(answer: bytes) -> TeacherScores:
+        def read(answer: bytearray) -> TeacherScores:
             try:
                 candidates = read_candidates(answer, tokens=end)
                 return candidates.scores(row, k=k, vocabulary=self.vocabulary)
@@ -224,7 +224,7 @@ def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
     teacher.check(tokenizer, k=config.support_of(name))
 
 
-def read_candidates(answer: bytes, *, tokens: int) -> Candidates:
+def read_candidates(answer: bytes | bytearray, *, tokens: int) -> Candidates:
     """A completion's `prompt_logprobs`. The JSON is packed as it is read, each token's candidates
     at once: a Python object a candidate would take some 200 bytes.
 

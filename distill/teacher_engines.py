@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -25,6 +26,20 @@ ENGINES_WITH = {
     "concurrency": ("server",),
 }
 """A teacher's keys that not every engine has."""
+
+
+FREE_TO_CHANGE = ("url", "weights", "api_key_env", "timeout", "attempts", "concurrency", "vllm")
+"""Keys that may differ when a run goes on: who teaches is the exam's to say."""
+
+
+def as_it_teaches(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration, as plain data, without its teachers' keys that are free to change."""
+    return dict(config) | {
+        "teachers": {
+            name: {key: value for key, value in section.items() if key not in FREE_TO_CHANGE}
+            for name, section in config.get("teachers", {}).items()
+        }
+    }
 
 
 def check_keys(teacher: TeacherConfig) -> None:

@@ -48,6 +48,7 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.teacher_engines import as_it_teaches
 from tutelage.distill.teachers import Answer
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.episodes import Dropped, Episode
@@ -422,7 +423,8 @@ def _refuse_other_config(folder: Path, config: RunConfig) -> None:
     made = path.is_file() and checkpoints.newest(folder / "checkpoints") is not None
     if not made or config.accept_changes:
         return
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump(mode="json")
+    old = as_it_teaches(yaml.safe_load(path.read_text(encoding="utf-8")))
+    new = as_it_teaches(config.model_dump(mode="json"))
     for key in new:
         if key not in FREE_TO_CHANGE and old.get(key) != new[key]:
             raise ConfigError(

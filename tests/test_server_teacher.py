@@ -431,8 +431,8 @@ class TestRuns:
         assert [path.name for path in saved.iterdir()] == ["000002"]
         with pytest.raises(ServerError, match=r"is it running there\?"):
             _train(config)
-        served("one", port=server.port)
-        _train(config)
+        moved = served("one")  # to another machine, where it is slower
+        _train(configure("killed", _settings(moved, timeout=99.0, concurrency=2)))
         assert _kept(Path(config.run)) == _kept(whole)
 
     def test_a_server_that_comes_back_as_another_teacher_stops_the_run(
