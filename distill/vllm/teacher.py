@@ -152,7 +152,7 @@ def load_vllm_teacher(name: str, config: TeacherConfig, *, vocabulary: int) -> V
     """
     options = config.vllm or VllmConfig()
     settings = load_settings(config.model).get_text_config()
-    more: dict[str, Any] = {"max_logprobs": vocabulary}
+    more: dict[str, Any] = {"max_logprobs": vocabulary, "enable_chunked_prefill": True}
     if options.max_model_len is None:
         # A row may fill the context, and vLLM wants room for the token that it speaks, which it
         # never reads: no position beyond the model's is used.
