@@ -27,9 +27,10 @@ import torch
 
 from tutelage.distill.candidates import BadCandidates, Candidates, check_linear, read_length
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
+from tutelage.distill.identity import scored_row
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.server_client import Garbage, Refused, ServerClient, read_json
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import Row
 
 PROBED = 64
 """Ids of the vocabulary whose texts are compared, evenly over it; and all that were added to it."""
@@ -105,18 +106,7 @@ class ServerTeacher:
         probe = _probe(tokenizer)
         self._check_model()
         self._check_vocabulary(tokenizer, probe)
-        ids_T = np.asarray(probe, dtype=np.int32)
-        turns_T = np.zeros_like(ids_T)
-        turns_T[0] = NOT_CHOSEN
-        self._score(
-            Row(
-                ids_T=ids_T,
-                turns_T=turns_T,
-                logprobs_T=np.full(len(ids_T), np.nan, dtype=np.float32),
-                branches_T=np.zeros_like(ids_T),
-            ),
-            k,
-        )
+        self._score(scored_row(probe), k)
 
     def _score(self, row: Row, k: int) -> TeacherScores:
         end = read_length(row)

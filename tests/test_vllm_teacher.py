@@ -131,6 +131,15 @@ def test_a_vllm_that_has_changed_is_refused(
         teacher.score(rows, k=4)
 
 
+def test_numbers_that_are_none_are_refused(rows: list[Row], make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    teacher = VllmTeacher("one", StandIn(model), vocabulary=VOCABULARY)
+    with pytest.raises(ValueError, match=r"teachers\.one: vLLM's answer is no score: token .* nan"):
+        teacher.score(rows, k=4)
+
+
 def test_a_failure_leaves_no_request_behind(
     rows: list[Row], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
