@@ -26,8 +26,8 @@ from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
 
 
-def make_model(vocabulary: int, context: int, hidden: int, layers: int) -> str:
-    """A folder with a random Qwen2."""
+def make_model(folder: str, vocabulary: int, context: int, hidden: int, layers: int) -> None:
+    """A random Qwen2 in `folder`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.for_model(
@@ -41,9 +41,7 @@ def make_model(vocabulary: int, context: int, hidden: int, layers: int) -> str:
         max_position_embeddings=context,
         tie_word_embeddings=True,
     )
-    folder = tempfile.mkdtemp(prefix="vllm-scoring-")
     AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
-    return folder
 
 
 def make_rows(count: int, length: int, vocabulary: int) -> list[Row]:
@@ -99,9 +97,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = make_model(options.vocabulary, options.length, options.hidden, options.layers)
-    config = TeacherConfig(model=folder, engine="vllm", vllm=VllmConfig())
-    teacher: VllmTeacher = load_vllm_teacher("one", config, vocabulary=options.vocabulary)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = options.vocabulary, options.length, options.hidden, options.layers
+        make_model(folder, *sizes)
+        config = TeacherConfig(model=folder, engine="vllm", vllm=VllmConfig())
+        teacher: VllmTeacher = load_vllm_teacher("one", config, vocabulary=options.vocabulary)
     engine = teacher._engine
     rows = make_rows(options.rows, options.length, options.vocabulary)
     tokens = options.rows * options.length

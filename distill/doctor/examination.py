@@ -228,6 +228,7 @@ def _teacher(
     if settings.engine != "transformers":
         said = {task: found.rows for task, found in tasks.items()}
         yield from examine_engine(config, name, tokenizer, known, said)
+        _free()
 
 
 def examine_teacher(
