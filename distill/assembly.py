@@ -13,7 +13,7 @@ import torch
 
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.identity import digest_of
+from tutelage.distill.identity import digest_of, digest_of_served
 from tutelage.distill.learner import Course, Learner
 from tutelage.distill.models import (
     device_of,
@@ -23,11 +23,13 @@ from tutelage.distill.models import (
     student_settings,
     student_tokenizer,
 )
-from tutelage.distill.teachers import TeacherService, TransformersTeacher
+from tutelage.distill.server_teacher import ServerTeacher, check_server
+from tutelage.distill.teachers import Teacher, TeacherService, TransformersTeacher
 from tutelage.distill.vllm import sync
 from tutelage.distill.vllm.engine import WANTED
 from tutelage.distill.vllm.engine import make_engine as make_vllm_engine
 from tutelage.distill.vllm.start import require_vllm
+from tutelage.distill.vllm.teacher import load_vllm_teacher
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
@@ -72,6 +74,19 @@ def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
                 f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
                 f" {vocabulary} ids: lower objective.k"
             )
+
+
+def check_teachers(config: RunConfig, tokenizer: Any) -> None:
+    """Whether servers are there and can teach, and vLLM is installed, before a model loads.
+
+    Raises:
+        ConfigError: which teacher, and the cure. ServerError: a server that does not answer.
+    """
+    for name, teacher in config.teachers.items():
+        if teacher.engine == "server":
+            check_server(config, name, tokenizer)
+        elif teacher.engine == "vllm" and config.cluster is None:
+            require_vllm(f"teachers.{name}.engine")
 
 
 def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
@@ -234,13 +249,26 @@ def _guides(
 
 
 def _make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherService:
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
+    if config.engine == "server":
+        digest = digest_of_served(config.model)
+    else:  # other engines' scores are no others, but hold no entropy: a cache keeps them apart
+        engine = "" if config.engine == "transformers" else config.engine
+        digest = digest_of(config.model, dtype=config.dtype + engine)
     return TeacherService(
         name,
-        teacher,
-        digest=digest_of(config.model, dtype=config.dtype),
+        load_teacher(name, config, vocabulary),
+        digest=digest,
         dtype=config.dtype,
         cache=None if config.cache is None else Path(config.cache).expanduser(),
         sleeps=config.sleeps,
     )
+
+
+def load_teacher(name: str, config: TeacherConfig, vocabulary: int) -> Teacher:
+    """A teacher in its engine."""
+    if config.engine == "server":
+        return ServerTeacher(name, config, vocabulary=vocabulary)
+    if config.engine == "vllm":
+        return load_vllm_teacher(name, config, vocabulary=vocabulary)
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tutelage.distill.objectives import build
+from tutelage.distill.objectives import Objective, build
+from tutelage.distill.teacher_engines import check_keys, check_sleep, lacking
 from tutelage.envs.names import unknown
 from tutelage.scheduler.contexts import ContextSettings
 from tutelage.scheduler.episodes import SamplingLaw
@@ -53,12 +54,40 @@ class StudentConfig(_Section):
 
 
 class TeacherConfig(_Section):
-    model: str
-    engine: Literal["transformers"] = "transformers"
+    """Every engine has some of the keys below; what belongs to another one is refused."""
+
+    model: str  # a folder or hub id; of a server: the name under which it serves
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    # of a server, which has its own: how far the exam may be off (bfloat16 unless said)
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     cache: str | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
     sleeps: bool = False  # between answers it leaves the device to others: slower, less memory
+    vllm: VllmConfig | None = None  # engine: vllm; none: its defaults
+    # engine: server, such as `vllm serve`
+    url: str | None = None
+    weights: str | None = None  # a folder or hub id of the same model here, to compare it with
+    api_key_env: str | None = None  # the environment variable that holds the key
+    timeout: Annotated[float, Field(gt=0)] = 300.0  # seconds of one answer
+    attempts: Positive = 8  # at one answer; the pauses between 8 of them last 91 s: a restart
+    concurrency: Positive = 8  # rows in flight
+
+    @model_validator(mode="before")
+    @classmethod
+    def _server_dtype(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("engine") == "server":
+            return {"dtype": "bfloat16"} | data
+        return data
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> TeacherConfig:
+        check_keys(self)
+        return self
+
+    @property
+    def files(self) -> str | None:
+        """Where its weights and its tokenizer are to be had; None: the server alone has them."""
+        return self.weights if self.engine == "server" else self.model
 
 
 class ObjectiveConfig(_Section):
@@ -260,6 +289,9 @@ class ClusterConfig(_Section):
         return self
 
 
+TeacherConfig.model_rebuild()  # VllmConfig stands below it
+
+
 class RunConfig(_Section):
     """A whole run."""
 
@@ -307,6 +339,7 @@ class RunConfig(_Section):
                         if self.teachers
                         else f"tasks.{name}.teacher is {teacher!r}, but teachers is empty"
                     )
+                self._check_engine(name, teacher, objective)
             if objective.needs_teacher and not task.teachers:
                 raise ValueError(
                     f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
@@ -324,17 +357,36 @@ class RunConfig(_Section):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
         return self
 
-    def _check_guide(self, name: str, task: TaskConfig) -> None:
-        if len(task.teachers) != 1:
+    def _check_engine(self, task: str, name: str, objective: Objective) -> None:
+        """Raises ValueError for what the task's teacher `name` cannot do in its engine."""
+        teacher, key = self.teachers[name], f"teachers.{name}.engine"
+        if teacher.sleeps and teacher.engine == "vllm" and self.cluster is None:
+            check_sleep(f"teachers.{name}.sleeps")
+        if lack := lacking(teacher, objective, here=self.cluster is None):
             raise ValueError(
-                f"tasks.{name}.guidance.by: with several teachers it is not said which one guides:"
+                f"tasks.{task}: objective {objective.name!r} needs {lack}: set {key} to"
+                " transformers, or choose local_support on the teacher's support"
+            )
+
+    def _check_guide(self, task: str, section: TaskConfig) -> None:
+        """Raises ValueError where the task's teacher cannot play its prefixes."""
+        if len(section.teachers) != 1:
+            raise ValueError(
+                f"tasks.{task}.guidance.by: with several teachers it is not said which one guides:"
                 " give the task one teacher, or set guidance.by=expert"
             )
-        (teacher,) = task.teachers
-        if self.teachers[teacher].sleeps:
+        (name,) = section.teachers
+        teacher = self.teachers[name]
+        if teacher.engine != "transformers":
             raise ValueError(
-                f"teachers.{teacher}.sleeps: it also plays for tasks.{name}.guidance, and would do"
-                " so asleep: set one of sleeps=false and guidance.by=expert"
+                f"tasks.{task}.guidance: the teacher would play its prefixes, and in engine:"
+                f" {teacher.engine} it only scores: set teachers.{name}.engine to transformers, or"
+                " guidance.by to expert"
+            )
+        if teacher.sleeps:
+            raise ValueError(
+                f"teachers.{name}.sleeps: it also plays for tasks.{task}.guidance, and would do so"
+                " asleep: set one of sleeps=false and guidance.by=expert"
             )
 
     def policy(self) -> Policy:
@@ -350,6 +402,11 @@ class RunConfig(_Section):
         if own is None:
             return self.objective
         return _validated(ObjectiveConfig, own, f"tasks.{task}.objective")
+
+    def support_of(self, teacher: str) -> int:
+        """How many of its own ids a token a teacher's tasks want at most; at least 1."""
+        tasks = [task for task, section in self.tasks.items() if section.teacher == teacher]
+        return max(1, *(build_objective(self.objective_of(task)).k for task in tasks))
 
     def rollout_of(self, task: str) -> RolloutConfig:
         """The run's rollout section with the task's keys in place."""
@@ -376,7 +433,7 @@ class RunConfig(_Section):
         )
 
 
-def build_objective(config: ObjectiveConfig) -> Any:
+def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a section names."""
     return build(config.name, **config.options)
 

@@ -45,7 +45,8 @@ with 32 hidden units is 0.006, at 2,048 ids a share of 8e-4; larger models are f
 class Identity:
     """A teacher's files and its exam.
 
-    digest: of weights, configuration and dtype. logprobs, entropies: of the exam's tokens, in nats.
+    digest: of weights, configuration and dtype; of a server, its model's name: its weights are
+    known by the exam alone. logprobs, entropies: of the exam's tokens, in nats.
     """
 
     name: str
@@ -123,18 +124,25 @@ def digest_of(reference: str, *, dtype: str = "") -> str:
     return total.hexdigest()
 
 
+def digest_of_served(model: str) -> str:
+    """SHA-256 of the name under which a server serves; it may move to another url."""
+    return hashlib.sha256(f"server {model}".encode()).hexdigest()
+
+
 def exam_rows(vocabulary: int) -> list[Row]:
     """Fixed rows of ids of the vocabulary, all but the first token chosen."""
     rng = np.random.default_rng(20)
-    return [_row(rng.integers(vocabulary, size=TOKENS)) for _ in range(ROWS)]
+    return [scored_row(rng.integers(vocabulary, size=TOKENS)) for _ in range(ROWS)]
 
 
-def _row(ids: npt.NDArray[np.int64]) -> Row:
-    turns_T = np.zeros(len(ids), dtype=np.int32)
+def scored_row(ids: npt.ArrayLike) -> Row:
+    """A row of these ids, all but the first chosen."""
+    ids_T = np.asarray(ids, dtype=np.int32)
+    turns_T = np.zeros_like(ids_T)
     turns_T[0] = NOT_CHOSEN
     return Row(
-        ids_T=np.asarray(ids, dtype=np.int32),
+        ids_T=ids_T,
         turns_T=turns_T,
-        logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
-        branches_T=np.zeros(len(ids), dtype=np.int32),
+        logprobs_T=np.full(len(ids_T), np.nan, dtype=np.float32),
+        branches_T=np.zeros_like(ids_T),
     )

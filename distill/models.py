@@ -145,7 +145,8 @@ def _checked(model: Any, reference: str) -> Any:
 
 
 def check_vocabularies(config: RunConfig) -> int:
-    """The number of ids that student and teachers share. Reads no weights.
+    """The number of ids that student and teachers share. Reads no weights. A server without files
+    here is asked elsewhere (assembly.check_teachers).
 
     Raises:
         ConfigError: a teacher whose tokenizer gives any token another id.
@@ -156,7 +157,9 @@ def check_vocabularies(config: RunConfig) -> int:
     if config.student.model is not None:
         _check_room(config.student.model, size, "student.model")
     for name, teacher in config.teachers.items():
-        other = load_tokenizer(teacher.model)
+        if (files := teacher.files) is None:
+            continue
+        other = load_tokenizer(files)
         theirs = other.get_vocab()
         if theirs != vocabulary:
             token = min(
@@ -165,16 +168,16 @@ def check_vocabularies(config: RunConfig) -> int:
             raise ConfigError(
                 f"teachers.{name}: its vocabulary differs from the student's: token {token!r} is id"
                 f" {vocabulary.get(token)} for the student and {theirs.get(token)} for"
-                f" {teacher.model!r}; choose a teacher with the student's tokenizer"
+                f" {files!r}; choose a teacher with the student's tokenizer"
             )
         if other.eos_token_id != tokenizer.eos_token_id:
             raise ConfigError(
                 f"teachers.{name}: it ends with {other.eos_token!r}, the student with"
                 f" {tokenizer.eos_token!r}: on that token the teacher misleads; set eos_token in"
-                f" {teacher.model!r}, or mask it with objective.mask_tokens and give the"
+                f" {files!r}, or mask it with objective.mask_tokens and give the"
                 " teacher a tokenizer with the student's EOS"
             )
-        _check_room(teacher.model, size, f"teachers.{name}.model")
+        _check_room(files, size, f"teachers.{name}.model")
     return size
 
 

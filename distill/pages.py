@@ -105,8 +105,12 @@ def _placement(plan: Plan) -> Table:
     else:
         rows.append(["rollouts", "(a copy each)", "", *own, f"Ray x {cluster.workers}"])
     for name, teacher in config.teachers.items():
-        device, where = device_name(teacher.device), "here" if cluster is None else "Ray"
-        rows.append([name, *_model(plan.teachers[name]), teacher.dtype, device, where])
+        model, where = _model(plan.teachers[name]), "here" if cluster is None else "Ray"
+        if teacher.engine == "server":
+            rows.append([name, *model, "", "", str(teacher.url)])
+            continue
+        where += ", vLLM" * (teacher.engine == "vllm")
+        rows.append([name, *model, teacher.dtype, device_name(teacher.device), where])
     for name, task in config.tasks.items():
         rows.append([name, task.env, "", "", "cpu", _environments(config, name)])
     headings = ["what", "model or environment", "size", "dtype", "device", "where"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tutelage.distill.config import ConfigError, RunConfig, build_objective
+from tutelage.distill.config import ConfigError, RunConfig, VllmConfig, build_objective
 from tutelage.distill.footprint import (
     BYTES,
     Footprint,
@@ -103,7 +103,9 @@ def make_plan(config: RunConfig) -> Plan:
         ConfigError: what is on this machine does not fit together (vocabularies, k, config.json).
     """
     student = student_footprint(config.student)
-    teachers = {name: footprint(teacher.model) for name, teacher in config.teachers.items()}
+    teachers = {
+        name: footprint(teacher.files or teacher.model) for name, teacher in config.teachers.items()
+    }
     vocabulary = _vocabulary(config, student)
     steps = _steps(config)
     tasks = tuple(_forecast(config, name, steps[name], vocabulary) for name in config.tasks)
@@ -128,9 +130,15 @@ def _vocabulary(config: RunConfig, student: Footprint) -> int | None:
     own = _tokenizer_here(config)
     if own is None:
         return None if student.shape is None else student.shape.rows
-    folders = {name: at_hand(teacher.model) for name, teacher in config.teachers.items()}
+    folders = {
+        name: at_hand(teacher.files)
+        for name, teacher in config.teachers.items()
+        if teacher.files is not None
+    }
     here = {
-        name: config.teachers[name].model_copy(update={"model": str(folder)})
+        name: config.teachers[name].model_copy(
+            update={"model": str(folder), "weights": str(folder)}
+        )
         for name, folder in folders.items()
         if folder is not None and (folder / "tokenizer_config.json").is_file()
     }
@@ -400,7 +408,8 @@ def _teacher_needs(
     tasks: Sequence[TaskForecast],
 ) -> list[Need]:
     found = []
-    for name, teacher in config.teachers.items():
+    here = {name: one for name, one in config.teachers.items() if one.engine != "server"}
+    for name, teacher in here.items():
         weights = teachers[name].weights(teacher.dtype)
         device = device_name(teacher.device)
         found.append(
@@ -412,12 +421,12 @@ def _teacher_needs(
                 knob="dtype",
             )
         )
+        if teacher.engine == "vllm":
+            found.append(_vllm_need(name, teacher.vllm or VllmConfig(), device, weights))
     # A block of tokens' logits, float32: as they are, as log-probabilities, as probabilities.
     tokens = max((task.tokens for task in tasks if task.teacher), default=0)
     block = CHUNK if vocabulary is None else min(CHUNK, vocabulary * tokens)
-    for device in dict.fromkeys(
-        device_name(teacher.device) for teacher in config.teachers.values()
-    ):
+    for device in dict.fromkeys(device_name(teacher.device) for teacher in here.values()):
         found.append(
             Need(
                 device=device,
@@ -457,6 +466,23 @@ def _guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need
     return found
 
 
+def _vllm_need(name: str, options: VllmConfig, device: str, weights: int | None) -> Need:
+    """What a vLLM engine sets aside for keys and values: a size, or the rest of its share."""
+    size, room = options.kv_cache_gib, memory_here(device)
+    if size is None and device == "cpu":
+        size = 1.0
+    kept = None if size is None else int(size * (1 << 30))
+    if kept is None and room is not None and weights is not None:
+        kept = max(0, int(room * options.gpu_memory_utilization) - weights)
+    return Need(
+        device=device,
+        what=f"teacher {name}: vLLM's cache",
+        least=kept,
+        most=kept,
+        knob="vllm.kv_cache_gib" if size is not None else "vllm.gpu_memory_utilization",
+    )
+
+
 def _process_needs(config: RunConfig) -> Need:
     """Environments' own processes, which load no torch, come on top."""
     count = config.learner.processes
@@ -479,7 +505,8 @@ def device_name(name: str) -> str:
 def notes(plan: Plan) -> list[str]:
     """What a reader must know beside the numbers."""
     config, found = plan.config, []
-    models = (plan.student, *plan.teachers.values())
+    asked = (name for name, teacher in config.teachers.items() if teacher.files is not None)
+    models = (plan.student, *(plan.teachers[name] for name in asked))
     away = {
         "sized by their published config.json": [m.reference for m in models if m.published],
         "known by name alone": [m.reference for m in models if m.shape is None],

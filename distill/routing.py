@@ -97,6 +97,7 @@ class Routing:
         costs = {}
         if answers:  # a run that goes on may find what was scored before it stopped
             costs["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
+            costs["perf/teacher_retries"] = float(sum(answer.retries for answer in answers))
             costs["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
         return Taught(lessons=lessons, ledger=ledger, costs=costs)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,35 @@ from tutelage.distill.transport import CompactScores
 from tutelage.scheduler.episodes import Row
 
 
+class Teacher(Protocol):
+    """What scores rows, in whatever engine. model: its weights, where they are at hand. remote:
+    they are somebody else's, and may become others between two answers. retries: how often it had
+    to be asked again, so far."""
+
+    vocabulary: int
+    model: Any
+    remote: bool
+
+    @property
+    def retries(self) -> int: ...
+
+    def score(
+        self,
+        rows: Sequence[Row],
+        *,
+        k: int,
+        asked: Sequence[torch.Tensor] | None = None,
+        full: bool = False,
+    ) -> list[TeacherScores]:
+        """See TransformersTeacher.score."""
+
+    def sleep(self) -> None:
+        """Leave the device."""
+
+    def wake(self) -> None:
+        """Come back to it."""
+
+
 class TransformersTeacher:
     """A frozen transformers model, to the bit that it computes.
 
@@ -30,8 +59,11 @@ class TransformersTeacher:
         max_tokens: tokens, padding included, in one forward.
     """
 
+    remote, retries = False, 0
+
     def __init__(self, model: Any, *, vocabulary: int, max_tokens: int = 32_768) -> None:
         self.model, self.vocabulary, self._max_tokens = model, vocabulary, max_tokens
+        self._device = model.device
 
     @torch.no_grad()  # not inference_mode: its tensors could not meet the student's in a loss
     def score(
@@ -73,19 +105,31 @@ class TransformersTeacher:
                 start += count
         return [scores[i] for i in range(len(rows))]
 
+    def sleep(self) -> None:
+        """Leave the device."""
+        self.model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Come back to it."""
+        self.model.to(self._device)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a teacher says of some rows, and what it took.
 
-    scores: one of each row, in order. identity: of the teacher as it was last loaded or woken.
-    hits: rows whose scores were on the disk. seconds: of the network's work.
+    scores: one of each row, in order. identity: of the teacher as it was last loaded or woken; of a
+    remote one, after these scores. hits: rows whose scores were on the disk. seconds: of the
+    network's work. retries: how often it had to be asked again.
     """
 
     scores: tuple[CompactScores, ...]
     identity: Identity
     hits: int
     seconds: float
+    retries: int = 0
 
 
 class TeacherService:
@@ -104,7 +148,7 @@ class TeacherService:
     def __init__(
         self,
         name: str,
-        teacher: TransformersTeacher,
+        teacher: Teacher,
         *,
         digest: str,
         dtype: str = "float32",
@@ -114,7 +158,6 @@ class TeacherService:
         self.name, self.teacher, self._sleeps = name, teacher, sleeps
         self.model = teacher.model
         self._digest, self._dtype = digest, dtype
-        self._device = teacher.model.device
         self._cache = None if cache is None else ScoreCache(cache, teacher=digest)
         self._identity = self._exam()
         self._identity.check_weights(teacher.vocabulary)
@@ -147,12 +190,14 @@ class TeacherService:
                     vocabulary=self.teacher.vocabulary,
                     count=int(row.chosen_T.sum()),
                 )
-        new = missing(found)
+        new, retries = missing(found), self.teacher.retries
         begun = time.perf_counter()
         if new:
             given = None if asked is None else [torch.from_numpy(asked[i].copy()) for i in new]
             self.wake()
             fresh = self.teacher.score([rows[i] for i in new], k=k, asked=given, full=full)
+            if self.teacher.remote:
+                self._identity = self._exam()
             if self._sleeps:
                 self.sleep()
             for i, scores in zip(new, fresh, strict=True):
@@ -164,14 +209,13 @@ class TeacherService:
             identity=self._identity,
             hits=len(rows) - len(new),
             seconds=time.perf_counter() - begun if new else 0.0,
+            retries=self.teacher.retries - retries,
         )
 
     def sleep(self) -> None:
         """Leave the device."""
-        self.teacher.model.to("cpu")
+        self.teacher.sleep()
         self._asleep = True
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Come back to the device, if asleep, and pass the exam again.
@@ -181,17 +225,20 @@ class TeacherService:
         """
         if not self._asleep:
             return
-        self.teacher.model.to(self._device)
+        self.teacher.wake()
         woken = self._exam()
         woken.check_same(self._identity)
         self._asleep = False
 
     def _exam(self) -> Identity:
         scores = TeacherScores.join(self.teacher.score(exam_rows(self.teacher.vocabulary), k=1))
+        # A top K tells no entropy. -log of the largest probability is one too, Renyi's of order
+        # infinity: never above it, and ln V of a uniform distribution alone.
+        entropy_N = -scores.logprobs_NK[:, 0] if scores.entropy_N is None else scores.entropy_N
         return Identity(
             name=self.name,
             digest=self._digest,
             dtype=self._dtype,
             logprobs=tuple(scores.sampled_N.tolist()),
-            entropies=tuple(scores.entropy().tolist()),
+            entropies=tuple(entropy_N.tolist()),
         )

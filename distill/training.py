@@ -27,6 +27,7 @@ from tutelage.distill.assembly import (
     EVALUATION,
     check_rollout_engine,
     check_supports,
+    check_teachers,
     learner_threads,
     make_learner,
     make_placement,
@@ -47,6 +48,7 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.routing import Routing
+from tutelage.distill.teacher_engines import as_it_teaches
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.ahead import Ahead
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
@@ -70,6 +72,7 @@ class Run:
         self.vocabulary = check_vocabularies(config)
         prepare_process(learner_threads(config))
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
+        check_teachers(config, self.tokenizer)
         self._courses = {
             name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
             for name, task in config.tasks.items()
@@ -385,7 +388,8 @@ def _refuse_other_config(folder: Path, config: RunConfig) -> None:
     made = path.is_file() and checkpoints.newest(folder / "checkpoints") is not None
     if not made or config.accept_changes:
         return
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), config.model_dump(mode="json")
+    old = as_it_teaches(yaml.safe_load(path.read_text(encoding="utf-8")))
+    new = as_it_teaches(config.model_dump(mode="json"))
     for key in new:
         if key not in FREE_TO_CHANGE and old.get(key) != new[key]:
             raise ConfigError(

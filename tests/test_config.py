@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tutelage.distill.config import ConfigError, RunConfig, load_config
+from tutelage.distill.objectives import DenseStudent, TeacherScores, build
 
 Load = Callable[..., RunConfig]
 
@@ -180,6 +184,108 @@ class TestTeachers:
     def test_a_teacher_that_teaches_nothing(self, load: Load) -> None:
         message = _refused(load, "teachers.idle={model: builtin:start}")
         assert message.startswith("teachers.idle teaches no task")
+
+
+SERVER = "teachers.calculator={engine: server, url: 'http://host:8000/v1', model: m}"
+VLLM = "teachers.calculator={engine: vllm, model: builtin:arithmetic}"
+
+
+class TestEngines:
+    """Which engine takes which key, and what each can say of which objective."""
+
+    def test_a_server_needs_no_model_here(self, load: Load) -> None:
+        teacher = load(SERVER).teachers["calculator"]
+        assert (teacher.files, teacher.dtype) == (None, "bfloat16")
+        assert load(SERVER, "teachers.calculator.weights=w").teachers["calculator"].files == "w"
+        assert load(VLLM).teachers["calculator"].files == "builtin:arithmetic"
+
+    @pytest.mark.parametrize(
+        ("overrides", "named"),
+        [
+            (
+                ["teachers.calculator.url=http://x"],
+                "url is for engine: server, and .* transformers",
+            ),
+            ([VLLM, "teachers.calculator.url=http://x"], "url is for engine: server, and .* vllm"),
+            ([VLLM, "teachers.calculator.device=cpu"], "device is for engine: transformers, and"),
+            (["teachers.calculator.vllm={}"], "vllm is for engine: vllm, and .* transformers"),
+            ([SERVER, "teachers.calculator.cache=x"], "cache is for engine: transformers or vllm"),
+            ([SERVER, "teachers.calculator.sleeps=true"], "sleeps is for engine: transformers or"),
+            ([SERVER, "teachers.calculator.url=null"], "server needs url, such as http.* None"),
+            ([SERVER, "teachers.calculator.url=host:80"], "server needs url, .* 'host:80'"),
+            ([SERVER, "teachers.calculator.timeout=0"], r"calculator\.timeout"),
+            ([VLLM, "teachers.calculator.vllm={dtype: bfloat16}"], "is its own dtype"),
+            ([VLLM, "teachers.calculator.vllm={max_len: 3}"], r"vllm\.max_len.*max_model_len"),
+            (["teachers.calculator.engine=vlm"], r"calculator\.engine"),
+            ([VLLM, "teachers.calculator.sleeps=true"], "sleep frees a CUDA device, and this mach"),
+            (
+                [SERVER, "tasks.math.guidance={by: teacher}", "objective={name: trust_region}"],
+                r"math\.guidance: the teacher would play.*engine: server it only scores",
+            ),
+        ],
+    )
+    def test_a_key_of_another_engine_is_refused(
+        self, load: Load, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str], named: str
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert re.search(named, _refused(load, *overrides))
+
+    LACKS: Sequence[tuple[str, str]] = (
+        ("{name: full_vocabulary}", "teacher's whole distribution, and engine: {} answers with"),
+        ("{name: entropy_aware}", "teacher's entropy over the whole vocabulary, and engine: {} "),
+        ("{name: local_support, support: student}", "teacher at the student's own ids, "),
+        ("{name: local_support, support: student+sampled}", "teacher at the student's own ids, "),
+    )
+
+    @pytest.mark.parametrize("engine", [SERVER, VLLM])
+    @pytest.mark.parametrize(("objective", "needs"), LACKS)
+    def test_what_a_top_k_does_not_tell_is_refused_with_reason_and_cure(
+        self, load: Load, monkeypatch: pytest.MonkeyPatch, engine: str, objective: str, needs: str
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        message = _refused(load, engine, f"tasks.math.objective={objective}")
+        name = "vllm" if engine is VLLM else "server"
+        assert "tasks.math: objective" in message and needs.format(name) in message
+        assert "set teachers.calculator.engine to transformers" in message
+
+    def test_students_ids_are_scored_by_vllm_on_cuda(
+        self, load: Load, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And on a cluster the actor's devices count, not this machine's."""
+        objective = "tasks.math.objective={name: local_support, support: student}"
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        load(VLLM, objective, "cluster={}")
+        assert "on CUDA alone" in _refused(load, VLLM, objective)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        load(VLLM, objective)
+        assert "tasks.math: objective" in _refused(load, SERVER, objective)
+
+    def test_refused_is_what_a_top_k_is_too_little_for_and_nothing_else(
+        self, load: Load, variant: tuple[str, dict[str, Any]]
+    ) -> None:
+        """Every objective, computed with what a server sends."""
+        name, options = variant
+        logits = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0))
+        ids = torch.arange(5)
+        scores = TeacherScores.from_logits(logits[0], ids, k=8, keep_full=False)
+        student = DenseStudent(logits[1])
+        behaviour = student.logprobs_at(ids[:, None])[:, 0]
+        sent = replace(scores, entropy_N=None)
+        own = yaml.safe_dump({"name": name, **options}, default_flow_style=True).strip()
+        try:
+            build(name, **options)(student, sent, ids, behaviour, generator=torch.Generator())
+        except ValueError as error:
+            assert "engine: transformers" in str(error)
+            assert "calculator.engine" in _refused(load, SERVER, f"tasks.math.objective={own}")
+        else:
+            load(SERVER, f"tasks.math.objective={own}")
+
+    def test_it_reads_back_as_itself(self, load: Load) -> None:
+        """Also the keys that other engines have, at their defaults."""
+        for engine in (SERVER, VLLM):
+            config = load(engine)
+            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            assert load(text=text) == config
 
 
 class TestValues:

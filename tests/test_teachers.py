@@ -144,7 +144,7 @@ class TestSleeping:
         teacher = serve(sleeps=True)
         move = teacher.model.to
         teacher.model.to = lambda device: moves.append(str(device)) or move(device)
-        teacher._device = torch.device("cpu", 0)
+        teacher.teacher._device = torch.device("cpu", 0)
         teacher.score(rows, k=4)
         assert moves == ["cpu:0", "cpu"]
 

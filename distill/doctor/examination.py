@@ -13,9 +13,11 @@ from tutelage.distill.assembly import make_engine
 from tutelage.distill.config import ConfigError, RunConfig, build_objective
 from tutelage.distill.doctor import models as numbers
 from tutelage.distill.doctor import tokenizers as texts
+from tutelage.distill.doctor.engines import Known, examine_engine
 from tutelage.distill.doctor.environments import check_environment, check_grader
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.identity import exam_rows
 from tutelage.distill.models import (
     load_model,
     load_student,
@@ -54,7 +56,8 @@ def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding
     yield from findings
     if tokenizer is None:  # what else is missing?
         for name, teacher in config.teachers.items():
-            yield from _tokenizer(f"teachers.{name}", teacher.model)[1]
+            if teacher.files is not None:
+                yield from _tokenizer(f"teachers.{name}", teacher.files)[1]
         return
     yield from _texts(config, tokenizer)
     say("student")
@@ -218,36 +221,47 @@ def _teacher(
     config: RunConfig, name: str, tokenizer: Any, played: dict[str, Played]
 ) -> Iterator[Finding]:
     subject, settings = f"teachers.{name}", config.teachers[name]
-    own, findings = _tokenizer(subject, settings.model)
-    yield from findings
-    if own is None:
-        return
-    comparisons = [
-        texts.check_vocabulary(subject, tokenizer, own),
-        texts.check_eos(subject, tokenizer, own),
-        texts.check_same_template(subject, tokenizer, own),
-    ]
-    yield from comparisons
-    try:
-        model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
-    except ConfigError as error:
-        yield _absent(subject, "weights", error)
-        return
-    rows = model.get_output_embeddings().weight.shape[0]
-    yield texts.check_padding(subject, rows, len(tokenizer))
-    if rows < len(tokenizer) or comparisons[0].level == "fault":
-        return  # its scores would be of other texts
-    teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=len(tokenizer))
     tasks = {
         task: played[task]
         for task, section in config.tasks.items()
         if name in section.teachers and task in played
     }
-    opening = next((p.opening for p in tasks.values()), None)
-    prompt = opening or Chat(tokenizer).opening("What is two and two?")
-    yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
-    del model, teacher
-    _free()
+    known: Known | None = None
+    if settings.files is not None:
+        own, findings = _tokenizer(subject, settings.files)
+        yield from findings
+        if own is None:
+            return
+        comparisons = [
+            texts.check_vocabulary(subject, tokenizer, own),
+            texts.check_eos(subject, tokenizer, own),
+            texts.check_same_template(subject, tokenizer, own),
+        ]
+        yield from comparisons
+        try:
+            model = load_model(settings.files, dtype=settings.dtype, device=settings.device)
+        except ConfigError as error:
+            yield _absent(subject, "weights", error)
+            return
+        rows = model.get_output_embeddings().weight.shape[0]
+        yield texts.check_padding(subject, rows, len(tokenizer))
+        if rows < len(tokenizer) or comparisons[0].level == "fault":
+            return  # its scores would be of other texts
+        teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=len(tokenizer))
+        opening = next((p.opening for p in tasks.values()), None)
+        prompt = opening or Chat(tokenizer).opening("What is two and two?")
+        yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
+        if settings.engine != "transformers":
+            own_rows = [row for found in tasks.values() for row in found.rows]
+            own_rows = own_rows or exam_rows(len(tokenizer))
+            scores = teacher.score(own_rows, k=config.support_of(name))
+            known = Known(reference=settings.files, rows=tuple(own_rows), scores=tuple(scores))
+        del model, teacher
+        _free()
+    if settings.engine != "transformers":
+        said = {task: found.rows for task, found in tasks.items()}
+        yield from examine_engine(config, name, tokenizer, known, said)
+        _free()
 
 
 def examine_teacher(

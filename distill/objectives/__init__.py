@@ -101,6 +101,11 @@ class Objective:
         return bool(getattr(self.rule, "needs_full", False))
 
     @property
+    def needs_entropy(self) -> bool:
+        """Whether it needs the teacher's entropy, which a top K does not tell."""
+        return bool(getattr(self.rule, "needs_entropy", False))
+
+    @property
     def takes_given(self) -> bool:
         """Whether tokens that the student did not sample may be among the others."""
         return bool(getattr(self.rule, "takes_given", False))

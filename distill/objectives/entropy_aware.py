@@ -24,6 +24,7 @@ class EntropyAware:
 
     name = "entropy_aware"
     needs_teacher = True
+    needs_entropy = True
 
     def __init__(
         self, k: int = 16, tau: float = 0.8, clip: float = 0.2, dual_clip: float | None = None

@@ -1,0 +1,107 @@
+"""Teachers in other engines than our own: are they there, and do they say what their weights say.
+
+The weights here are scored first and leave their device; then the engine starts, or the server is
+asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tutelage.distill.assembly import check_teachers, load_teacher
+from tutelage.distill.config import RunConfig
+from tutelage.distill.doctor.findings import Check, Finding
+from tutelage.distill.doctor.models import Score, check_teacher_on_student
+from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives.tokens import IMPOSSIBLE
+from tutelage.scheduler.episodes import Row
+
+WITHIN = {"float32": 2e-3, "bfloat16": 0.1}
+"""Nats, in the mean, by which two engines may differ on the same weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the weights here say. reference: where they are."""
+
+    reference: str
+    rows: tuple[Row, ...]
+    scores: tuple[TeacherScores, ...]
+
+
+def examine_engine(
+    config: RunConfig,
+    name: str,
+    tokenizer: object,
+    known: Known | None,
+    played: Mapping[str, Sequence[Row]],
+) -> Iterator[Finding]:
+    """Findings on teacher `name` in its engine. known: None where its weights are not here.
+    played: the student's rows of the tasks that it teaches."""
+    subject, settings = f"teachers.{name}", config.teachers[name]
+    check = Check(subject, f"engine: {settings.engine}")
+    within = WITHIN[settings.dtype]
+    own = config.model_copy(update={"teachers": {name: settings}})
+    try:
+        check_teachers(own, tokenizer)
+        teacher = load_teacher(name, settings, len(tokenizer))  # type: ignore[arg-type]
+        if known is not None:
+            yield check_parity(subject, teacher.score, known, within=within)
+        elif settings.engine == "server":
+            yield check.note(
+                "its weights are not here: nothing tells whether it scores what they say",
+                f"set {subject}.weights to a folder or hub id of the same model, to compare once",
+            )
+        if rows := [row for own_rows in played.values() for row in own_rows]:
+            yield check_steadiness(subject, teacher.score, rows, within=within)
+        if known is None:
+            for task, own_rows in played.items():
+                theirs = teacher.score(own_rows, k=1)
+                yield check_teacher_on_student(subject, task, theirs, own_rows)
+    except (ValueError, RuntimeError, OSError) as error:
+        yield check.fault(" ".join(str(error).split()), "see the message")
+
+
+def check_parity(subject: str, score: Score, known: Known, *, within: float) -> Finding:
+    """Whether the engine's log-probabilities are those of the same weights in a plain forward."""
+    check, k = Check(subject, "parity"), known.scores[0].ids_NK.shape[1]
+    theirs = score(known.rows, k=k)
+    pairs = list(zip(theirs, known.scores, strict=True))
+    gap_N = torch.cat([_gap(one.sampled_N, other.sampled_N) for one, other in pairs])
+    top_NK = torch.cat([_gap(one.logprobs_NK, other.logprobs_NK) for one, other in pairs])
+    same_N = torch.cat(
+        [(a.ids_NK.sort(-1)[0] == b.ids_NK.sort(-1)[0]).all(-1) for a, b in pairs]
+    ).float()
+    off = max(float(gap_N.mean()), float(top_NK.mean()))
+    text = (
+        f"apart by {off:.0e} nats in the mean and {float(gap_N.max()):.0e} at most on"
+        f" {len(gap_N)} tokens; the same top {k} on {float(same_N.mean()):.0%} of them"
+    )
+    if not off <= within:
+        return check.fault(
+            f"mismatch: {text}, where {within:g} may be: it is not {known.reference!r} that it"
+            " scores with, or not as it is",
+            "give the engine these weights, without quantisation, in this dtype, with"
+            " logprobs-mode raw_logprobs, and an embedding without padding rows",
+        )
+    return check.ok(f"as {known.reference!r} in this system's own engine: {text}")
+
+
+def check_steadiness(subject: str, score: Score, rows: Sequence[Row], *, within: float) -> Finding:
+    """Whether the same rows get the same scores twice, but for the rounding of other batches."""
+    check = Check(subject, "the same twice")
+    pairs = zip(score(rows, k=1), score(rows, k=1), strict=True)
+    off = float(torch.cat([_gap(a.sampled_N, b.sampled_N) for a, b in pairs]).mean())
+    if not off <= within:
+        return check.fault(
+            f"the same rows scored twice are {off:.2g} nats apart in the mean",
+            "replicas behind one url must serve the same weights",
+        )
+    return check.ok(f"within {off:.0e} nats in the mean")
+
+
+def _gap(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (one.clamp(min=IMPOSSIBLE) - other.clamp(min=IMPOSSIBLE)).abs()
