@@ -472,9 +472,9 @@ class TestBeforeAnythingLoads:
         options: dict[str, Any],
         said: str,
     ) -> None:
-        from tutelage.distill import training
+        from tutelage.distill import assembly
 
-        monkeypatch.setattr(training, "load_student", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr(assembly, "load_student", lambda *_, **__: pytest.fail("loaded"))
         with pytest.raises(ConfigError, match=said):
             Run(configure("run", _settings(served("one", **options))))
 

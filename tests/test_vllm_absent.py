@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill import training
+from tutelage.distill import assembly
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.doctor.examination import examine
 from tutelage.distill.training import Run
@@ -39,7 +39,7 @@ def test_it_is_said_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.Mon
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(training, "load_student", never)
+    monkeypatch.setattr(assembly, "load_student", never)
     monkeypatch.setattr(training, "load_tokenizer", never)
     said = r"rollout\.engine=vllm: vllm is not installed: .*pip install 'tutelage\[vllm\]'"
     with pytest.raises(ConfigError, match=said):
