@@ -220,6 +220,9 @@ class OptimizerConfig(_Section):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine: share of lr left at the end
     micro_tokens: Positive | None = None  # tokens, padding included, of one forward and backward;
     # none: 2,048 on the CPU, where what does not fit the cache costs twice, else 16,384
+    # keep the inputs of layers alone and compute the rest again in the backward: a third more work,
+    # for memory that long rows would not fit without
+    recompute: bool = False
     minibatch: Positive | None = None  # rows of one optimizer step (the paper: 64); none: all
     # a task's mean loss: over all its tokens (the papers' formula), or over rows of their means
     aggregate: Literal["token", "sequence"] = "token"

@@ -36,12 +36,13 @@ class Shape:
     context: int  # positions
     hidden_matrices: int
 
-    @property
-    def activations(self) -> int:
+    def activations(self, *, recompute: bool) -> int:
         """Numbers that one token's forward keeps for the backward, without the head: what sdpa
         attention and a gated feed-forward save, 10 D + 4 I a layer (5 % off at most for Qwen2 and
-        Llama; a quarter more where keys and queries are normed)."""
-        return self.layers * (10 * self.hidden + 4 * self.inner)
+        Llama; a quarter more where keys and queries are normed). With recomputing, one layer's,
+        every layer's input, and the last norm's two."""
+        layer = 10 * self.hidden + 4 * self.inner
+        return layer + (self.layers + 2) * self.hidden if recompute else self.layers * layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from tutelage.distill import diagnostics
 from tutelage.distill.batches import Batch, pack
 from tutelage.distill.config import OptimizerConfig
 from tutelage.distill.diagnostics import Meter
+from tutelage.distill.models import recomputing
 from tutelage.distill.objectives import (
     DenseStudent,
     Objective,
@@ -97,6 +98,7 @@ class Learner:
         self.whole = True  # False: an update failed after some of its optimizer steps
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
         self.optimizer = Optimizer(model, config)
+        self._layers = recomputing(model) if config.recompute else []
 
     @property
     def copy(self) -> Any:
@@ -188,7 +190,13 @@ class Learner:
     ) -> tuple[dict[str, Meter], float]:
         """An optimizer step for each part; every task's meter, and the mean of the norms."""
         meters = {task: Meter() for task in courses}
-        norms = [self._descend(part, courses, meters, progress, diagnose) for part in parts]
+        for layer in self._layers:
+            layer.training = True
+        try:
+            norms = [self._descend(part, courses, meters, progress, diagnose) for part in parts]
+        finally:
+            for layer in self._layers:
+                layer.training = False
         return meters, sum(norms) / len(norms)
 
     def _descend(

@@ -109,6 +109,25 @@ def load_student(config: StudentConfig, *, seed: int) -> Any:
     return _checked(model.to(device_of(config.device)).eval(), "student.init")
 
 
+def recomputing(model: Any) -> list[Any]:
+    """Let the model's layers compute what is inside them again in the backward, instead of keeping
+    it. Returns them: each does so while its own `training` is set. The modules inside it stay in
+    evaluation mode, without dropout.
+
+    Raises:
+        ConfigError: it has no layers that can.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"optimizer.recompute: {type(model).__name__} has no layers that can: set it to false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return layers
+
+
 def student_settings(config: StudentConfig) -> Any:
     """The student's model configuration, without weights."""
     if config.model is not None:

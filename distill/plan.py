@@ -264,7 +264,8 @@ def _learner_needs(
     micro = config.optimizer.micro_tokens or (2048 if device.startswith("cpu") else 16_384)
     longest = max(micro, student.shape.context) if student.shape else None  # a row goes whole
     least = min(micro, max(task.tokens for task in tasks))
-    kept = None if student.shape is None else student.shape.activations * width
+    shape, again = student.shape, config.optimizer.recompute
+    kept = None if shape is None else shape.activations(recompute=again) * width
     found.append(
         Need(
             device=device,

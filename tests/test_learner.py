@@ -166,6 +166,30 @@ def test_the_two_means_differ_on_these_rows(
     assert abs(by_token - by_row) > 0.01 * by_token
 
 
+def test_recomputing_changes_no_bit_and_runs_each_layer_again(
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+) -> None:
+    """And the model is as it was for rollouts: layers in evaluation mode, with their cache."""
+    found, passes = [], []
+    for recompute in (False, True):
+        model, calls = make_model(seed=1), 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        learner = _learner(model, recompute=recompute)
+        model.base_model.layers[1].mlp.register_forward_pre_hook(count)
+        lessons = _lessons(rows, teacher)
+        metrics = _update(learner, lessons, build("local_support", k=8), weight=1.0, seed=0)
+        found.append((metrics, model.state_dict()))
+        passes.append(calls)
+        assert not any(module.training for module in model.modules())
+    (metrics, weights), (again, other) = found
+    assert metrics == again and passes[1] == 2 * passes[0]
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+
+
 def test_micro_batches_do_not_change_the_update(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:

@@ -15,6 +15,7 @@ from tutelage.distill import cli, footprint, models
 from tutelage.distill import plan as planning
 from tutelage.distill.config import ConfigError, RunConfig, load_config, parse_config
 from tutelage.distill.gpus import suggestion
+from tutelage.distill.models import recomputing
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.optimizers import Optimizer
 from tutelage.distill.pages import count, show_plan, size
@@ -149,8 +150,14 @@ def test_the_count_is_that_of_the_loaded_model(
     assert found.shape.hidden_matrices == by_muon
 
 
-def test_activations_are_what_autograd_keeps(make_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_keeps(
+    make_model: Callable[..., Any], recompute: bool
+) -> None:
+    """With recomputing, what one layer keeps comes on top: it is there in the backward alone."""
     model = make_model(layers=4)
+    for layer in recomputing(model) if recompute else []:
+        layer.training = True
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -165,7 +172,9 @@ def test_activations_are_what_autograd_keeps(make_model: Callable[..., Any]) -> 
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     shape = footprint._measured("", model.config).shape
     assert shape is not None
-    assert measured == pytest.approx(4 * tokens * shape.activations, rel=0.1)
+    kept_layer = 10 * shape.hidden + 4 * shape.inner if recompute else 0
+    expected = shape.activations(recompute=recompute) - kept_layer
+    assert measured == pytest.approx(4 * tokens * expected, rel=0.1)
 
 
 AWAY: dict[str, Any] = {
@@ -249,6 +258,8 @@ def test_the_joint_paper_in_numbers() -> None:
     assert _need(plan, "student: weights").least == 4 * weights
     assert _need(plan, "optimizer").least == 8 * weights
     assert _need(plan, "teacher agent").least == _need(plan, "mathematician").least == 2 * weights
+    a_row = 30 * 3584 + 10 * 3584 + 4 * 18_944  # inputs of layers and norm, one layer's inside
+    assert _need(plan, "activations").least == 4 * 16_384 * a_row
     a_token = 28 * 2 * 512 * 4  # layers, key and value, 4 heads of 128, float32
     assert _need(plan, "keys and values, 32 sessions").least == 32 * 16_384 * a_token
     (suggested,) = [note for note in planning.notes(plan) if note.startswith("cuda:1: at least")]

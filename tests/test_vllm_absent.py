@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill import assembly
+from tutelage.distill import assembly, training
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.doctor.examination import examine
 from tutelage.distill.training import Run
