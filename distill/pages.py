@@ -100,10 +100,13 @@ def _placement(plan: Plan) -> Table:
     config, cluster = plan.config, plan.config.cluster
     own = [config.student.dtype, device_name(config.student.device)]
     rows = [["learner", *_model(plan.student), *own, "here"]]
-    if cluster is None:
-        rows.append(["rollouts", "(the learner's)", "", "", own[1], "here"])
+    vllm = ", vLLM" * (config.rollout.engine == "vllm")
+    if cluster is not None:
+        rows.append(["rollouts", "(a copy each)", "", *own, f"Ray x {cluster.workers}{vllm}"])
+    elif vllm:
+        rows.append(["rollouts", "(a copy)", "", *own, f"here{vllm}"])
     else:
-        rows.append(["rollouts", "(a copy each)", "", *own, f"Ray x {cluster.workers}"])
+        rows.append(["rollouts", "(the learner's)", "", "", own[1], "here"])
     for name, teacher in config.teachers.items():
         model, where = _model(plan.teachers[name]), "here" if cluster is None else "Ray"
         if teacher.engine == "server":

@@ -357,19 +357,23 @@ def _rollout_needs(config: RunConfig, student: Footprint) -> list[Need]:
     values: of their replies alone, or of whole contexts."""
     device, width = device_name(config.student.device), BYTES[config.student.dtype]
     workers = config.cluster.workers if config.cluster else 1
+    vllm = config.rollout.engine == "vllm"
+    dtype = (config.vllm.dtype if vllm else None) or config.student.dtype
     found = []
-    if config.cluster is not None:
-        weights = student.weights(config.student.dtype)
+    if config.cluster is not None or vllm:
+        weights = student.weights(dtype)
         copies = None if weights is None else weights * workers
         found.append(
             Need(
                 device=device,
-                what=f"rollout workers: {workers} x weights",
+                what=f"rollout workers: {workers} x weights" if config.cluster else "vLLM: weights",
                 least=copies,
                 most=copies,
-                knob="cluster.workers",
+                knob="cluster.workers" if config.cluster else "vllm.dtype",
             )
         )
+        if vllm:
+            return [*found, _vllm_need("rollouts", config.vllm, device, weights, workers)]
     sizes = [_sessions(config, name, workers) for name in config.tasks]
     each = None if student.shape is None else student.shape.cache * width
     context = student.shape.context if student.shape else 0
@@ -423,7 +427,8 @@ def _teacher_needs(
             )
         )
         if teacher.engine == "vllm":
-            found.append(_vllm_need(name, teacher.vllm or VllmConfig(), device, weights))
+            options = teacher.vllm or VllmConfig()
+            found.append(_vllm_need(f"teacher {name}", options, device, weights))
     # A block of tokens' logits, float32: as they are, as log-probabilities, as probabilities.
     tokens = max((task.tokens for task in tasks if task.teacher), default=0)
     block = CHUNK if vocabulary is None else min(CHUNK, vocabulary * tokens)
@@ -467,17 +472,20 @@ def _guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need
     return found
 
 
-def _vllm_need(name: str, options: VllmConfig, device: str, weights: int | None) -> Need:
-    """What a vLLM engine sets aside for keys and values: a size, or the rest of its share."""
+def _vllm_need(
+    name: str, options: VllmConfig, device: str, weights: int | None, engines: int = 1
+) -> Need:
+    """What vLLM's engines set aside for keys and values: a size, or the rest of their share."""
     size, room = options.kv_cache_gib, memory_here(device)
     if size is None and device == "cpu":
         size = 1.0
     kept = None if size is None else int(size * (1 << 30))
     if kept is None and room is not None and weights is not None:
-        kept = max(0, int(room * options.gpu_memory_utilization) - weights)
+        kept = max(0, int(room * options.gpu_memory_utilization) - weights // engines)
+    kept = None if kept is None else kept * engines
     return Need(
         device=device,
-        what=f"teacher {name}: vLLM's cache",
+        what=f"{name}: vLLM's cache",
         least=kept,
         most=kept,
         knob="vllm.kv_cache_gib" if size is not None else "vllm.gpu_memory_utilization",

@@ -241,6 +241,19 @@ def test_published_architectures_have_their_published_sizes(
     assert found.published and not found.here
 
 
+def test_rollouts_with_vllm_have_a_copy_of_the_weights_and_a_cache_of_a_set_size() -> None:
+    config = load_config(DEMO, ["rollout.engine=vllm", "student.device=cpu", "vllm.kv_cache_gib=2"])
+    plan = make_plan(config)
+    assert _need(plan, "vLLM: weights").least == _need(plan, "student: weights").least
+    cache = _need(plan, "rollouts: vLLM's cache")
+    assert (cache.least, cache.most, cache.knob) == (2 << 30, 2 << 30, "vllm.kv_cache_gib")
+    assert not any("keys and values" in need.what for need in plan.needs)
+    page = " ".join(_page(config, width=200).split())
+    assert "rollouts (a copy) float32 cpu here, vLLM" in page
+    two = load_config(DEMO, ["rollout.engine=vllm", "student.device=cpu", "cluster={workers: 2}"])
+    assert _need(make_plan(two), "rollouts: vLLM's cache").least == 2 << 30  # 1 GiB each
+
+
 PAPERS = CONFIGS / "papers"
 
 
