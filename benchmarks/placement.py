@@ -159,7 +159,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     from tutelage.distill.config import load_config
     from tutelage.distill.identity import Identity
     from tutelage.distill.transport import CompactScores
-    from tutelage.scheduler.cluster import RayCluster
+    from tutelage.scheduler.cluster import RayCluster, _Job
     from tutelage.scheduler.timetable import Timetable
 
     cluster, staleness = MODES[mode]
@@ -188,7 +188,8 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
         placed: Any = run.placement
 
         def ask(member: Any) -> dict[str, float]:
-            found: dict[str, float] = placed._ray.get(member.actor.call.remote("timings", clear))
+            found: dict[str, float]
+            (found,) = placed._run([_Job(member, "timings", (clear,))])
             return found
 
         return {

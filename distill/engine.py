@@ -175,6 +175,10 @@ class TransformersEngine:
         self._in_flight.discard(session)
         self._queue = [request for request in self._queue if request.session != session]
 
+    def close(self) -> None:
+        """Drop keys and values."""
+        self._cache, self._sessions = SlotCache(), {}
+
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         running = [row for row in self._batch if not row.done]

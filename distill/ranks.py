@@ -6,7 +6,6 @@ A message is a length-prefixed pickle on a socket pair. Every wait has a deadlin
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
 import select
@@ -17,6 +16,8 @@ import subprocess
 import sys
 import threading
 from typing import Any
+
+from tutelage.envs.worker import die_with_parent
 
 HEADER = struct.Struct("!Q")  # the length of the pickle that follows, in bytes
 GRACE = 5.0
@@ -109,10 +110,10 @@ class Rank:
         self.line.close()
 
 
-def serve(call: str, descriptor: int, die_with_parent: bool) -> None:
+def serve(call: str, descriptor: int, in_main: bool) -> None:
     """A child's life: it ends when its parent does, whatever it is in the midst of."""
-    if die_with_parent and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if in_main:
+        die_with_parent()
     connection = socket.socket(fileno=descriptor)
     threading.Thread(target=_watch, args=(connection,), daemon=True).start()
     module, _, function = call.partition(":")

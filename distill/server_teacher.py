@@ -97,6 +97,9 @@ class ServerTeacher:
     def wake(self) -> None:
         """See `sleep`."""
 
+    def close(self) -> None:
+        """See `sleep`."""
+
     def check(self, tokenizer: Any, *, k: int) -> None:
         """Whether the server is there, with this model, the student's vocabulary and K
         log-probabilities.

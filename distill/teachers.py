@@ -49,6 +49,9 @@ class Teacher(Protocol):
     def wake(self) -> None:
         """Come back to it."""
 
+    def close(self) -> None:
+        """Let go of what the engine holds beside the weights."""
+
 
 class TransformersTeacher:
     """A frozen transformers model, to the bit that it computes.
@@ -114,6 +117,9 @@ class TransformersTeacher:
     def wake(self) -> None:
         """Come back to it."""
         self.model.to(self._device)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +235,10 @@ class TeacherService:
         woken = self._exam()
         woken.check_same(self._identity)
         self._asleep = False
+
+    def close(self) -> None:
+        """Its work is done."""
+        self.teacher.close()
 
     def _exam(self) -> Identity:
         scores = TeacherScores.join(self.teacher.score(exam_rows(self.teacher.vocabulary), k=1))

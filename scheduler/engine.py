@@ -82,6 +82,9 @@ class Engine(Protocol):
     def release(self, session: int) -> None:
         """Forget a session and its cache."""
 
+    def close(self) -> None:
+        """Let go of what the engine holds beside the model."""
+
     @property
     def pending(self) -> int:
         """Requests not yet completed."""

@@ -17,6 +17,7 @@ from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.doctor.models import Score, check_teacher_on_student
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
+from tutelage.distill.teachers import Teacher
 from tutelage.scheduler.episodes import Row
 
 WITHIN = {"float32": 2e-3, "bfloat16": 0.1}
@@ -45,6 +46,7 @@ def examine_engine(
     check = Check(subject, f"engine: {settings.engine}")
     within = WITHIN[settings.dtype]
     own = config.model_copy(update={"teachers": {name: settings}})
+    teacher: Teacher | None = None
     try:
         check_teachers(own, tokenizer)
         teacher = load_teacher(name, settings, len(tokenizer))  # type: ignore[arg-type]
@@ -63,6 +65,9 @@ def examine_engine(
                 yield check_teacher_on_student(subject, task, theirs, own_rows)
     except (ValueError, RuntimeError, OSError) as error:
         yield check.fault(" ".join(str(error).split()), "see the message")
+    finally:
+        if teacher is not None:
+            teacher.close()
 
 
 def check_parity(subject: str, score: Score, known: Known, *, within: float) -> Finding:

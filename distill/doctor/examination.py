@@ -26,7 +26,6 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.teachers import TransformersTeacher
-from tutelage.distill.vllm.engine import VllmEngine
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
@@ -174,8 +173,7 @@ def _vllm(config: RunConfig, model: Any, tokenizer: Any) -> Iterator[Finding]:
             within=within,
             check="vllm and learner",
         )
-    if isinstance(engine, VllmEngine):
-        engine.close()
+    engine.close()
 
 
 def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Played | Finding:

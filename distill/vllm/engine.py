@@ -195,7 +195,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """Let go of what the engine holds."""
-        stop(self._engine)
+        if self._engine is not None:
+            stop(self._engine)
         self._engine = None
 
     def _guarded(self, doing: str) -> _Guard:

@@ -30,7 +30,7 @@ from tutelage.distill.config import ConfigError, TeacherConfig, VllmConfig
 from tutelage.distill.models import load_settings, resolve
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
-from tutelage.distill.vllm.start import RELEASE, installed, start
+from tutelage.distill.vllm.start import RELEASE, installed, start, stop
 from tutelage.scheduler.episodes import Row
 
 LEAST_TOKENS = 256
@@ -100,6 +100,12 @@ class VllmTeacher:
     def wake(self) -> None:
         """Come back to it."""
         self._engine.wake_up()
+
+    def close(self) -> None:
+        """Let go of what the engine holds."""
+        if self._engine is not None:
+            stop(self._engine)
+        self._engine = None
 
     def _check(self, rows: Sequence[Row], *, asked: bool, full: bool) -> None:
         cure = f"set teachers.{self.name}.engine to transformers"
