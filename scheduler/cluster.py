@@ -94,6 +94,9 @@ class InProcess:
 START_SECONDS = 3600.0
 """An actor may take this long to load its model."""
 
+LOOK = 10.0
+"""Seconds of waiting after which it is looked whether any node is left."""
+
 
 class RayCluster:
     """Rollout workers and teachers as Ray actors; the learner stays here.
@@ -331,9 +334,22 @@ class RayCluster:
             member.fill()
 
     def _get(self, reference: Any, timeout: float) -> Any:
-        """A result; an error that the actor's own code raised is raised as itself."""
+        """A result; an error that the actor's own code raised is raised as itself.
+
+        Raises:
+            RuntimeError: no node is left to wait for.
+        """
+        deadline = time.monotonic() + timeout
         try:
-            return self._ray.get(reference, timeout=timeout)
+            while (left := deadline - time.monotonic()) > LOOK:
+                with contextlib.suppress(self._ray.exceptions.GetTimeoutError):
+                    return self._ray.get(reference, timeout=LOOK)
+                if not any(node["Alive"] for node in self._ray.nodes()):
+                    raise RuntimeError(
+                        "cluster: Ray has no node left (its raylet died): run the same command"
+                        " again, which goes on from the last checkpoint"
+                    )
+            return self._ray.get(reference, timeout=max(0.0, left))
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause.with_traceback(None) from None

@@ -191,6 +191,22 @@ def test_actors_are_not_replaced_for_ever(make: Make, tmp_path: Path) -> None:
         _score(cluster, [1], k=1)
 
 
+def test_nobody_waits_for_a_cluster_without_nodes(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the raylet is killed: an actor then neither answers nor dies."""
+    import ray
+
+    monkeypatch.setattr("tutelage.scheduler.cluster.LOOK", 0.5)
+    cluster = make(workers=1)
+    nodes = ray.nodes()
+    (tmp_path / "score.hang").touch()
+    monkeypatch.setattr(ray, "nodes", lambda: [node | {"Alive": False} for node in nodes])
+    with pytest.raises(RuntimeError, match="Ray has no node left"):
+        _score(cluster, [1], k=1)
+    monkeypatch.undo()
+
+
 def test_an_error_of_the_actors_own_code_rises_as_itself_and_is_not_tried_again(
     make: Make, tmp_path: Path
 ) -> None:

@@ -168,6 +168,8 @@ def test_a_run_with_the_student_as_its_own_teacher(
     """Through rollouts, transport and learner: what is left is the rounding to float16."""
     from tutelage.distill import assembly
 
+    closed: list[str] = []
+    monkeypatch.setattr(start, "close", lambda: closed.append(start.name))  # others need it yet
     monkeypatch.setattr(assembly, "load_vllm_teacher", lambda *_, **__: start)
     data = {
         "run": str(tmp_path / "run"),
@@ -192,6 +194,7 @@ def test_a_run_with_the_student_as_its_own_teacher(
     with Run(parse_config(data, "test")) as run:
         run.watch.step = lambda step, task, metrics: found.append(metrics)  # type: ignore
         run.train()
+    assert closed == [start.name]
     for line in found:
         assert line["loss/mean"] == pytest.approx(0, abs=1e-6)
         assert line["gap/mean"] == pytest.approx(0, abs=1e-5)
