@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,22 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert config.run.startswith("runs/")  # the one folder that git does not see
+
+
+def test_the_joint_papers_command_with_vllm_is_a_configuration() -> None:
+    """The overrides that its head tells to give, as they stand there."""
+    path = CONFIGS / "papers" / "revisiting_joint.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if "tutelage train" in line)
+    told = " ".join(
+        line.lstrip("# ").rstrip("\\")
+        for line in itertools.takewhile(lambda line: line.startswith("#     "), lines[first:])
+    )
+    overrides = shlex.split(told)[4:]
+    assert len(overrides) == 8
+    config = load_config(path, overrides)
+    assert {config.rollout.engine, *(t.engine for t in config.teachers.values())} == {"vllm"}
+    assert config.cluster is not None and config.cluster.worker_resources == {"GPU": 1}
 
 
 def test_the_joint_paper_is_its_table_of_settings() -> None:
