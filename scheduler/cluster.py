@@ -154,7 +154,7 @@ class RayCluster:
             # that starve. Heard where Ray is started, not where it is joined.
             os.environ.setdefault("RAY_worker_niceness", "0")
             with _unpacked(wheel) as modules:
-                ray.init(
+                self._connect(
                     address=address,
                     include_dashboard=False,
                     log_to_driver=True,
@@ -180,6 +180,22 @@ class RayCluster:
         self._teachers = dict(zip(make_teachers, members[workers:], strict=True))
         for one in members:  # they load side by side
             self._await_start(one)
+
+    def _connect(self, *, address: str, **options: Any) -> None:
+        """Raises RuntimeError where Ray does not answer."""
+        for attempt in range(1, self._attempts + 1):
+            try:
+                self._ray.init(address=address, **options)
+                return
+            except ConnectionError as error:  # Ray gives the server of a ray:// client 30 s
+                self._ray.shutdown()
+                _forget_client()
+                if attempt == self._attempts:
+                    raise RuntimeError(
+                        f"cluster.address: {address} did not answer in {attempt} tries"
+                        f" ({str(error).strip().splitlines()[-1]}): is Ray running there (ray"
+                        " status), and for ray:// its client server?"
+                    ) from error
 
     def sync(self, version: int) -> None:
         if self._loaded[1] == version:
@@ -353,6 +369,13 @@ class RayCluster:
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause.with_traceback(None) from None
+
+
+def _forget_client() -> None:
+    """After a `ray://` that failed Ray takes the next cluster for a client's, too."""
+    from ray._private.client_mode_hook import _explicitly_disable_client_mode
+
+    _explicitly_disable_client_mode()
 
 
 @contextlib.contextmanager

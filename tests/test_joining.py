@@ -111,6 +111,26 @@ def test_a_running_cluster_is_joined_and_its_lost_actors_replaced(
         cluster.close()
 
 
+def test_an_address_that_fails_at_first_is_tried_again_and_then_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray ends its own client's server when that takes more than 30 s to start."""
+    import ray
+
+    tries: list[str] = []
+
+    def fail(address: str, **_: Any) -> None:
+        tries.append(address)
+        raise ConnectionAbortedError("Starting Ray client server failed")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(
+        RuntimeError, match=r"ray://there:1 did not answer in 3 tries \(Starting Ray client"
+    ):
+        _join("ray://there:1", _maker())
+    assert tries == ["ray://there:1"] * 3
+
+
 def test_what_a_node_lacks_is_named_with_the_node(addresses: dict[str, str]) -> None:
     """The error rises as a mistake of the user's, after one try."""
     from tutelage.distill.config import TeacherConfig
