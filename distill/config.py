@@ -53,6 +53,21 @@ class StudentConfig(_Section):
         return self
 
 
+class VllmConfig(_Section):
+    """How a vLLM engine is started; its own names for what it has names for."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None  # none: the model's own in this run
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  # of the GPU, weights and
+    # cache together: the learner, or a teacher, has the other half
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None  # none: what the line above leaves;
+    # on the CPU 1, which holds 260,000 tokens of the tiny models
+    max_model_len: Positive | None = None  # none: the model's context
+    max_num_batched_tokens: Positive | None = None  # of one forward; none: as vLLM finds best
+    tensor_parallel_size: Positive = 1  # GPUs that share the model
+    # none: CUDA graphs on a GPU; none on the CPU, where compiling takes longer than it gains
+    enforce_eager: bool | None = None
+
+
 class TeacherConfig(_Section):
     """Every engine has some of the keys below; what belongs to another one is refused."""
 
@@ -140,21 +155,6 @@ class RolloutConfig(_Section):
     )
     attempts: Positive = 3  # of an episode whose environment died or hung
     lost: Share = 0.5  # a step that loses a greater share of its episodes stops the run, saved
-
-
-class VllmConfig(_Section):
-    """How a vLLM engine is started; its own names for what it has names for."""
-
-    dtype: Literal["float32", "bfloat16"] | None = None  # none: the model's own in this run
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  # of the GPU, weights and
-    # cache together: the learner, or a teacher, has the other half
-    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None  # none: what the line above leaves;
-    # on the CPU 1, which holds 260,000 tokens of the tiny models
-    max_model_len: Positive | None = None  # none: the model's context
-    max_num_batched_tokens: Positive | None = None  # of one forward; none: as vLLM finds best
-    tensor_parallel_size: Positive = 1  # GPUs that share the model
-    # none: CUDA graphs on a GPU; none on the CPU, where compiling takes longer than it gains
-    enforce_eager: bool | None = None
 
 
 class GuidanceConfig(_Section):
@@ -290,9 +290,6 @@ class ClusterConfig(_Section):
                 " teacher_resources, such as {CPU: 1}"
             )
         return self
-
-
-TeacherConfig.model_rebuild()  # VllmConfig stands below it
 
 
 class RunConfig(_Section):

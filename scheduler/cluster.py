@@ -322,10 +322,14 @@ class RayCluster:
         member = lost.job.member
         if member.actor is not lost.actor:
             return  # several jobs were queued with the actor that died
+        self._refill(member)
+        self._await_start(member)
+
+    def _refill(self, member: _Member) -> None:
+        """Another actor for one that is lost; it begins to load."""
         self.restarts += 1
         self._ray.kill(member.actor)
         member.fill()
-        self._await_start(member)
 
     def _await_start(self, member: _Member) -> None:
         """Until its actor is ready; one that is lost as it starts is replaced, too.
@@ -345,9 +349,7 @@ class RayCluster:
                         f"{member.name}: {attempt} actors were lost as they started, the last with"
                         f" {type(error).__name__}: {str(error).strip().splitlines()[0]}"
                     ) from error
-            self.restarts += 1
-            self._ray.kill(member.actor)
-            member.fill()
+            self._refill(member)
 
     def _get(self, reference: Any, timeout: float) -> Any:
         """A result; an error that the actor's own code raised is raised as itself.
