@@ -5,10 +5,14 @@
 
 The built-in household student plays household episodes through RolloutWorker. Beside it stand, of
 vLLM, the same requests all at hand at once: same prompts to read, same tokens to sample, the same
-number in flight, no turn to wait for; and of both engines one long batch on prompts of the
-episodes' mean length, which only samples. All count sampled tokens a second, in turns in one
-process, so that what else the machine does strikes all; of each ratio also the one by this
-process's CPU time, which does not count what others took, nor waiting.
+number in flight, no turn to wait for; and of both engines one long batch, which only samples, with
+the rollouts' mean context. All count sampled tokens a second, in turns in one process, so that what
+else the machine does strikes all; of each ratio also the one by this process's CPU time, which does
+not count what others took, nor waiting.
+
+The shorter the replies, the more of the work is reading what the environment said, which a long
+batch has not: the student's own have 5.6 tokens. `--reply N` has it say N tokens a turn, whatever
+they mean.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
 
 STUDENT = "builtin:household"
 LAW = SamplingLaw(temperature=1.0, top_p=0.9)
+LONG = 200
 GAMES = {"split": "train", "difficulty": {"preset": "tiny", "rooms": ["kitchen", "bed"]}}
 
 
@@ -64,10 +69,13 @@ class Stopwatch:
 
 
 class Watched:
-    """An engine that keeps what it was asked and how long its steps took."""
+    """An engine that keeps what it was asked and how long its steps took.
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    long: no reply ends before its limit.
+    """
+
+    def __init__(self, engine: Any, *, long: bool) -> None:
+        self.engine, self._long = engine, long
         self.forget()
 
     def forget(self) -> None:
@@ -85,12 +93,14 @@ class Watched:
         return found
 
     def submit(self, request: Request) -> None:
+        if self._long:
+            request = replace(request, stop_ids=frozenset())
         self.requests.append(request)
         self.engine.submit(request)
 
 
 def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tuple[Speed, str, int]:
-    """(the speed, what else there is to say of it, a prompt's mean length)."""
+    """(the speed, what else there is to say of it, the mean context of a sampled token)."""
     orders = [Order(task="household", number=i, seed=first + i, index=None) for i in range(count)]
     engine.forget()
     watch = Stopwatch()
@@ -104,28 +114,49 @@ def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tupl
         f" {sampled / engine.steps:.0f} sampled a step,"
         f" {100 * engine.seconds / speed.seconds:.0f} % of the time in steps"
     )
-    return speed, text, int(np.mean([len(request.ids) for request in engine.requests]))
+    before = [np.flatnonzero(row.chosen_T) for row in rows]
+    return speed, text, int(np.concatenate(before).mean())
 
 
-def run(engine: Any, requests: Sequence[Request]) -> Speed:
+def at_once(engine: Any, requests: Sequence[Request]) -> Speed:
     """All of them at hand at once."""
-    watch, sampled = Stopwatch(), 0
+    watch = Stopwatch()
     for session, request in enumerate(requests):
         engine.submit(replace(request, session=1_000_000 + session))
+    return watch.speed(_drain(engine))
+
+
+def steady(engine: Any, requests: Sequence[Request]) -> Speed:
+    """One batch, whose prompts have been read before."""
+    for request in requests:
+        engine.submit(replace(request, max_new_tokens=1))
+    first: dict[int, list[int]] = {}
+    while engine.pending:
+        first |= {one.session: one.ids for one in engine.step()}
+    watch = Stopwatch()
+    for request in requests:
+        engine.submit(replace(request, ids=[*request.ids, *first[request.session]]))
+    return watch.speed(_drain(engine))
+
+
+def _drain(engine: Any) -> int:
+    """Step until nothing is left; how many tokens were sampled."""
+    sampled = 0
     while engine.pending:
         for one in engine.step():
             sampled += len(one.ids)
             engine.release(one.session)
-    return watch.speed(sampled)
+    return sampled
 
 
 def long_batch(live: int, context: int, vocabulary: int) -> list[Request]:
+    """context: the mean of its sampled tokens."""
     rng = np.random.default_rng(0)
     return [
         Request(
-            session=0,
-            ids=rng.integers(10, vocabulary, size=context).tolist(),
-            max_new_tokens=200,
+            session=2_000_000 + seed,
+            ids=rng.integers(10, vocabulary, size=context - LONG // 2).tolist(),
+            max_new_tokens=LONG,
             stop_ids=frozenset(),
             law=LAW,
             seed=seed,
@@ -144,6 +175,8 @@ def main() -> None:
     options.add_argument("--episodes", type=int, default=256, help="of one measurement")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--processes", type=int, default=1, help="of the environment")
+    options.add_argument("--reply", type=int, help="tokens; default: the student's own, up to 12")
+    options.add_argument("--turns", type=int, default=18, help="at most")
     options.add_argument("--engines", default="vllm,transformers")
     chosen = options.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -164,13 +197,13 @@ def main() -> None:
             inner.load(None, 0)
         else:
             inner = TransformersEngine(model, vocabulary=size)
-        engine = Watched(inner)
+        engine = Watched(inner, long=chosen.reply is not None)
         how = TaskRollout(
             env="tutelage/Household-v0",
             env_args=GAMES,
             law=LAW,
-            max_turns=18,
-            max_new_tokens=12,
+            max_turns=chosen.turns,
+            max_new_tokens=chosen.reply or 12,
             max_live=chosen.live,
             processes=chosen.processes,
         )
@@ -183,12 +216,12 @@ def main() -> None:
                 print(f"{kind}: rollouts {played.rate:.0f}/s ({text})")
                 if kind == "vllm":
                     inner.load(None, round_ + 1)
-                    whole = run(inner, engine.requests)
+                    whole = at_once(inner, engine.requests)
                     ratios = percent(played.over(whole))
                     print(f"    the same requests at once {whole.rate:.0f}/s: {ratios}")
-                steady = run(inner, long_batch(chosen.live, context, size))
-                ratios = percent(played.over(steady))
-                print(f"    one long batch {steady.rate:.0f}/s: {ratios}", flush=True)
+                batch = steady(inner, long_batch(chosen.live, context, size))
+                ratios = percent(played.over(batch))
+                print(f"    one long batch {batch.rate:.0f}/s: {ratios}", flush=True)
         finally:
             worker.close()
 
