@@ -12,7 +12,6 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,3 @@ class ScoreCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.npz"
-
-
-def missing(found: Sequence[CompactScores | None]) -> list[int]:
-    """Where nothing was found."""
-    return [i for i, scores in enumerate(found) if scores is None]

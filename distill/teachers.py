@@ -16,7 +16,7 @@ from tutelage.distill.batches import pack
 from tutelage.distill.identity import Identity, exam_rows
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
-from tutelage.distill.score_cache import ScoreCache, missing
+from tutelage.distill.score_cache import ScoreCache
 from tutelage.distill.transport import CompactScores
 from tutelage.scheduler.episodes import Row
 
@@ -196,7 +196,8 @@ class TeacherService:
                     vocabulary=self.teacher.vocabulary,
                     count=int(row.chosen_T.sum()),
                 )
-        new, retries = missing(found), self.teacher.retries
+        new = [i for i, scores in enumerate(found) if scores is None]
+        retries = self.teacher.retries
         begun = time.perf_counter()
         if new:
             given = None if asked is None else [torch.from_numpy(asked[i].copy()) for i in new]

@@ -11,7 +11,6 @@ for step, tasks in timetable:                # a function of (seed, step, histor
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from tutelage.distill.assembly import (
     task_rollouts,
 )
 from tutelage.distill.config import ConfigError, LearnerConfig, RunConfig, build_objective
-from tutelage.distill.identity import Identity
+from tutelage.distill.identity import Identity, digest_of
 from tutelage.distill.journal import Journal
 from tutelage.distill.learner import Course
 from tutelage.distill.masks import special_ids
@@ -44,7 +43,6 @@ from tutelage.distill.models import (
     check_vocabularies,
     load_tokenizer,
     prepare_process,
-    resolve,
     student_tokenizer,
 )
 from tutelage.distill.routing import Routing
@@ -323,24 +321,13 @@ def evaluate_model(
     alone = {"teachers": {}, "learner": LearnerConfig()}
     with Run(config.model_copy(update=alone), watch=watch) as run:
         scores = run.evaluate(config.evaluation.modes)
+    name = config.student.model
     return {
-        "model": model or config.student.model or "student.init",
-        "weights": _digest(model or config.student.model),
+        "model": name or "student.init",
+        "weights": None if name is None else digest_of(name),
         "scores": scores,
         "versions": _versions(),
     }
-
-
-def _digest(model: str | None) -> str | None:
-    """SHA-256 of the weights' files, where they are on this machine."""
-    if model is None:
-        return None
-    total = hashlib.sha256()
-    files = sorted(Path(resolve(model)).glob("*.safetensors"))
-    for path in files:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest() if files else None
 
 
 def _versions() -> dict[str, str]:
