@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pool_calls import act, everything, reset
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 
 FAULTY = "pool_envs:Faulty-v0"
@@ -28,37 +29,18 @@ def pool(request: pytest.FixtureRequest) -> Iterator[EnvironmentPool]:
         yield made
 
 
-def _all(pool: EnvironmentPool) -> dict[int, Observed | Failed]:
-    answers: dict[int, Observed | Failed] = {}
-    while pool.outstanding:
-        for answer in pool.receive():
-            assert answer.episode not in answers
-            answers[answer.episode] = answer
-    return answers
-
-
-def _reset(pool: EnvironmentPool, *episodes: int) -> dict[int, Observed | Failed]:
-    pool.send([Reset(episode=e, seed=100 + e, options={"index": e}) for e in episodes])
-    return _all(pool)
-
-
-def _act(pool: EnvironmentPool, **actions: str) -> dict[int, Observed | Failed]:
-    pool.send([Act(episode=int(name[1:]), action=action) for name, action in actions.items()])
-    return _all(pool)
-
-
 def _alive(pid: int) -> bool:
     """A zombie is not gone: it counts."""
     return Path(f"/proc/{pid}").exists()
 
 
 def test_every_episode_gets_its_own_answers(pool: EnvironmentPool) -> None:
-    first = _reset(pool, *range(6))
+    first = reset(pool, *range(6))
     assert [first[e].observation for e in range(6)] == [
         f"seed {100 + e} index {e}" for e in range(6)
     ]
     for step in (1, 2, 3):
-        answers = _act(pool, **{f"e{e}": f"look {e}" for e in range(6)})
+        answers = act(pool, **{f"e{e}": f"look {e}" for e in range(6)})
         assert [answers[e].observation for e in range(6)] == [
             f"step {step}: look {e}" for e in range(6)
         ]
@@ -68,26 +50,26 @@ def test_every_episode_gets_its_own_answers(pool: EnvironmentPool) -> None:
 
 def test_the_load_is_spread_and_each_process_has_one_thread() -> None:
     with EnvironmentPool(FAULTY, {}, processes=2) as pool:
-        answers = _reset(pool, *range(6))
+        answers = reset(pool, *range(6))
         pids = [answer.info["pid"] for answer in answers.values()]
         assert sorted(map(pids.count, set(pids))) == [3, 3]
         assert os.getpid() not in pids
-        assert _act(pool, e0="look")[0].info["threads"] == "1"
+        assert act(pool, e0="look")[0].info["threads"] == "1"
 
 
 def test_success_is_always_a_bool_and_only_plain_values_travel(pool: EnvironmentPool) -> None:
-    _reset(pool, 1, 2, 3)
-    ended = _act(pool, e1="look")[1], _act(pool, e1="end")[1]
+    reset(pool, 1, 2, 3)
+    ended = act(pool, e1="look")[1], act(pool, e1="end")[1]
     assert [answer.info["success"] for answer in ended] == [
         False,
         True,
     ]  # derived: reward at the end
-    info = _act(pool, e2="objects")[2].info
+    info = act(pool, e2="objects")[2].info
     assert info["commands"] == ["go", "take"]
     assert (info["score"], info["array"], info["flag"]) == (0.5, [0, 1, 2], True)
     assert info["nested"] == {"deep": (1,)}
     assert "env" not in info
-    answer = _act(pool, e3="numpy")[3]
+    answer = act(pool, e3="numpy")[3]
     assert isinstance(answer, Observed)
     assert (type(answer.reward), answer.terminated, answer.info["success"]) == (float, True, True)
 
@@ -104,8 +86,8 @@ def test_success_is_always_a_bool_and_only_plain_values_travel(pool: Environment
 def test_a_fault_of_an_environment_ends_its_own_episode_only(
     pool: EnvironmentPool, action: str, reason: str, detail: str
 ) -> None:
-    _reset(pool, 0, 1, 2)
-    answers = _act(pool, e0="look", e1=action, e2="look")
+    reset(pool, 0, 1, 2)
+    answers = act(pool, e0="look", e1=action, e2="look")
     failed = answers[1]
     assert isinstance(failed, Failed)
     assert failed.reason == reason
@@ -115,96 +97,96 @@ def test_a_fault_of_an_environment_ends_its_own_episode_only(
     assert pool.restarts == 0
     with pytest.raises(ValueError, match="not live"):
         pool.send([Act(episode=1, action="look")])
-    assert _reset(pool, 1)[1].observation == "seed 101 index 1"
+    assert reset(pool, 1)[1].observation == "seed 101 index 1"
 
 
 def test_an_ended_episodes_instance_is_used_again_and_a_faulty_one_is_not(
     pool: EnvironmentPool,
 ) -> None:
-    made = _reset(pool, 0)[0].info["made"]
-    _act(pool, e0="end")
-    assert _reset(pool, 1)[1].info["made"] == made
-    _act(pool, e1="raise")
-    assert _reset(pool, 2)[2].info["made"] != made
+    made = reset(pool, 0)[0].info["made"]
+    act(pool, e0="end")
+    assert reset(pool, 1)[1].info["made"] == made
+    act(pool, e1="raise")
+    assert reset(pool, 2)[2].info["made"] != made
 
 
 def test_a_died_process_loses_its_episodes_and_the_pool_goes_on() -> None:
     with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
-        first = _reset(pool, 0, 1, 2, 3)
+        first = reset(pool, 0, 1, 2, 3)
         victim = first[0].info["pid"]
         lost = {e for e, answer in first.items() if answer.info["pid"] == victim}
-        answers = _act(pool, e0="die 3")  # the other lost one has nothing outstanding
+        answers = act(pool, e0="die 3")  # the other lost one has nothing outstanding
         assert set(answers) == lost
         assert all(isinstance(a, Failed) and a.reason == "died" for a in answers.values())
         assert "exit code 3" in answers[0].detail
         assert pool.restarts == 1
-        again = _reset(pool, *lost)
+        again = reset(pool, *lost)
         assert [again[e].observation for e in sorted(lost)] == [
             f"seed {100 + e} index {e}" for e in sorted(lost)
         ]
         assert not _alive(victim)
-        assert all(isinstance(a, Observed) for a in _act(pool, e0="look", e1="look").values())
+        assert all(isinstance(a, Observed) for a in act(pool, e0="look", e1="look").values())
 
 
 def test_a_process_killed_between_batches_is_noticed() -> None:
     with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
-        _reset(pool, 0)
+        reset(pool, 0)
         os.kill(pool.pids()[0], 9)
         time.sleep(0.2)
-        failed = _act(pool, e0="look")[0]
+        failed = act(pool, e0="look")[0]
         assert isinstance(failed, Failed)
         assert (failed.reason, failed.detail) == ("died", "signal SIGKILL")
-        assert isinstance(_reset(pool, 0)[0], Observed)
+        assert isinstance(reset(pool, 0)[0], Observed)
 
 
 def test_a_hung_process_is_replaced_within_the_timeout() -> None:
     with EnvironmentPool(FAULTY, {}, processes=2, timeout=1.5) as pool:
-        _reset(pool, 0, 1)
+        reset(pool, 0, 1)
         began = time.monotonic()
-        answers = _act(pool, e0="hang", e1="look")
+        answers = act(pool, e0="hang", e1="look")
         assert 1.4 < time.monotonic() - began < 4
         failed = answers[0]
         assert isinstance(failed, Failed)
         assert failed.reason == "timeout"
         assert isinstance(answers[1], Observed)
-        assert isinstance(_reset(pool, 0)[0], Observed)
+        assert isinstance(reset(pool, 0)[0], Observed)
 
 
 def test_many_slow_answers_are_not_silence() -> None:
     """Eight steps of 0.3 s take longer than the timeout of one; none of them hangs."""
     with EnvironmentPool(FAULTY, {}, processes=1, timeout=1.5) as pool:
-        _reset(pool, *range(8))
-        answers = _act(pool, **{f"e{e}": "sleep 0.3" for e in range(8)})
+        reset(pool, *range(8))
+        answers = act(pool, **{f"e{e}": "sleep 0.3" for e in range(8)})
         assert all(isinstance(answer, Observed) for answer in answers.values())
         assert pool.restarts == 0
 
 
 def test_an_answer_to_an_abandoned_episode_is_not_taken_for_a_new_ones() -> None:
     with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
-        _reset(pool, 0)
+        reset(pool, 0)
         pool.send([Act(episode=0, action="sleep 0.2")])
         pool.abandon([0])
         assert pool.outstanding == 0
-        assert _reset(pool, 0)[0].observation == "seed 100 index 0"
-        assert _act(pool, e0="look")[0].observation == "step 1: look"
+        assert reset(pool, 0)[0].observation == "seed 100 index 0"
+        assert act(pool, e0="look")[0].observation == "step 1: look"
 
 
 def test_receive_without_block_returns_at_once() -> None:
     with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
-        _reset(pool, 0)
+        reset(pool, 0)
         pool.send([Act(episode=0, action="sleep 0.5")])
         began = time.monotonic()
         assert pool.receive(block=False) == []
         assert time.monotonic() - began < 0.2
         assert pool.outstanding == 1
-        assert isinstance(_all(pool)[0], Observed)
+        assert isinstance(everything(pool)[0], Observed)
 
 
 def test_large_messages_in_both_directions_do_not_block() -> None:
     with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
-        _reset(pool, *range(10))
+        reset(pool, *range(10))
         for _ in range(2):
-            answers = _act(pool, **{f"e{e}": "x" * 1_000_000 for e in range(10)})
+            answers = act(pool, **{f"e{e}": "x" * 1_000_000 for e in range(10)})
             assert all(len(answer.observation) > 1_000_000 for answer in answers.values())
 
 
@@ -230,8 +212,8 @@ def test_a_wrong_id_or_argument_is_one_error_at_construction(
 
 def test_close_leaves_no_process_not_even_an_environments_own() -> None:
     pool = EnvironmentPool(FAULTY, {}, processes=2, timeout=20)
-    _reset(pool, 0, 1)
-    children = [answer.info["child"] for answer in _act(pool, e0="child", e1="child").values()]
+    reset(pool, 0, 1)
+    children = [answer.info["child"] for answer in act(pool, e0="child", e1="child").values()]
     pids = pool.pids()
     assert all(map(_alive, pids + children))
     pool.close()
@@ -288,7 +270,7 @@ def test_a_pool_made_in_a_thread_outlives_it() -> None:
     thread.join()
     time.sleep(0.2)
     with made[0] as pool:
-        assert isinstance(_reset(pool, 0)[0], Observed)
+        assert isinstance(reset(pool, 0)[0], Observed)
         assert pool.restarts == 0
 
 

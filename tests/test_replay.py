@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pool_calls import act, everything, reset
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 from tutelage.envs.replay import ReplayingPool
 
@@ -27,25 +28,6 @@ def pool() -> Iterator[EnvironmentPool]:
         yield made
 
 
-def _all(pool: ReplayingPool) -> dict[int, Observed | Failed]:
-    answers: dict[int, Observed | Failed] = {}
-    while pool.outstanding:
-        for answer in pool.receive():
-            assert answer.episode not in answers
-            answers[answer.episode] = answer
-    return answers
-
-
-def _reset(pool: ReplayingPool, *episodes: int) -> dict[int, Observed | Failed]:
-    pool.send([Reset(episode=e, seed=100 + e, options={"index": e}) for e in episodes])
-    return _all(pool)
-
-
-def _act(pool: ReplayingPool, **actions: str) -> dict[int, Observed | Failed]:
-    pool.send([Act(episode=int(name[1:]), action=action) for name, action in actions.items()])
-    return _all(pool)
-
-
 def _said(answers: dict[int, Observed | Failed]) -> dict[int, str]:
     return {
         episode: answer.observation if isinstance(answer, Observed) else answer.reason
@@ -57,12 +39,12 @@ def _said(answers: dict[int, Observed | Failed]) -> dict[int, str]:
 def test_a_lost_process_is_seen_nowhere(pool: EnvironmentPool, fault: int) -> None:
     """The environment counts its steps: a lost state would begin at one again."""
     sturdy = ReplayingPool(pool, attempts=3)
-    _reset(sturdy, 0, 1)
-    _act(sturdy, e0="a", e1="b")
-    _act(sturdy, e0="c")
+    reset(sturdy, 0, 1)
+    act(sturdy, e0="a", e1="b")
+    act(sturdy, e0="c")
     os.kill(pool.pids()[0], fault)
-    assert _said(_act(sturdy, e0="d")) == {0: "step 3: d"}  # the other owes nothing
-    assert _said(_act(sturdy, e0="e", e1="f")) == {0: "step 4: e", 1: "step 2: f"}
+    assert _said(act(sturdy, e0="d")) == {0: "step 3: d"}  # the other owes nothing
+    assert _said(act(sturdy, e0="e", e1="f")) == {0: "step 4: e", 1: "step 2: f"}
     assert [sturdy.attempt(0), sturdy.attempt(1)] == [2, 1]
     assert pool.restarts == 1
 
@@ -72,23 +54,23 @@ def test_any_number_of_kills_at_any_moment_changes_no_answer() -> None:
     rng = random.Random(3)
     with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
         sturdy = ReplayingPool(pool, attempts=20)
-        _reset(sturdy, *range(6))
+        reset(sturdy, *range(6))
         for step in range(1, 9):
             if rng.random() < 0.4:
                 os.kill(rng.choice(pool.pids()), signal.SIGKILL)
             sturdy.send([Act(episode=e, action=f"sleep 0.0{e}") for e in range(6)])
             if rng.random() < 0.4:
                 os.kill(rng.choice(pool.pids()), signal.SIGKILL)
-            assert _said(_all(sturdy)) == {e: f"step {step}: sleep 0.0{e}" for e in range(6)}
+            assert _said(everything(sturdy)) == {e: f"step {step}: sleep 0.0{e}" for e in range(6)}
         assert pool.restarts >= 3
 
 
 def test_who_kills_a_process_is_lost_alone(pool: EnvironmentPool) -> None:
     """Whose fault it was shows in the last attempt: nothing else is on the way then."""
     sturdy = ReplayingPool(pool, attempts=3)
-    _reset(sturdy, *range(5))
-    _act(sturdy, **{f"e{e}": "look" for e in range(5)})
-    answers = _act(sturdy, e0="look", e1="die 3", e2="look", e3="die 4", e4="look")
+    reset(sturdy, *range(5))
+    act(sturdy, **{f"e{e}": "look" for e in range(5)})
+    answers = act(sturdy, e0="look", e1="die 3", e2="look", e3="die 4", e4="look")
     assert _said(answers) == {
         0: "step 2: look", 1: "died", 2: "step 2: look", 3: "died", 4: "step 2: look"
     }  # fmt: skip
@@ -96,7 +78,7 @@ def test_who_kills_a_process_is_lost_alone(pool: EnvironmentPool) -> None:
         failed = answers[episode]
         assert isinstance(failed, Failed) and failed.attempts == 3
         assert failed.detail == f"exit code {code}"
-    assert _said(_act(sturdy, e0="a", e2="b", e4="c")) == {
+    assert _said(act(sturdy, e0="a", e2="b", e4="c")) == {
         0: "step 3: a", 2: "step 3: b", 4: "step 3: c"
     }  # fmt: skip
     assert pool.restarts == 4  # twice together, and once for each
@@ -106,8 +88,8 @@ def test_an_environment_that_raises_is_led_there_again_in_a_fresh_instance(
     pool: EnvironmentPool,
 ) -> None:
     sturdy = ReplayingPool(pool, attempts=3)
-    _reset(sturdy, 0, 1)
-    answers = _act(sturdy, e0="raise", e1="nan")
+    reset(sturdy, 0, 1)
+    answers = act(sturdy, e0="raise", e1="nan")
     assert _said(answers) == {0: "raised", 1: "garbage"}
     assert {a.attempts for a in answers.values() if isinstance(a, Failed)} == {3}
     assert pool.restarts == 0
@@ -118,26 +100,26 @@ def test_an_environment_that_does_not_repeat_itself_has_to_begin_anew(
 ) -> None:
     """`clock` answers with the time of day: an action that follows from it cannot be kept."""
     sturdy = ReplayingPool(pool, attempts=3)
-    _reset(sturdy, 0, 1)
-    _act(sturdy, e0="clock", e1="look")
+    reset(sturdy, 0, 1)
+    act(sturdy, e0="clock", e1="look")
     os.kill(pool.pids()[0], signal.SIGKILL)
-    answers = _act(sturdy, e0="look", e1="look")
+    answers = act(sturdy, e0="look", e1="look")
     assert _said(answers) == {0: "differs", 1: "step 2: look"}
     failed = answers[0]
     assert isinstance(failed, Failed) and failed.attempts == 2
     assert sturdy.outstanding == 0
     pool_again = sturdy  # the same episode, begun anew with the attempts that it has had
     pool_again.send([Reset(episode=0, seed=100, options={"index": 0}, attempt=failed.attempts)])
-    assert _said(_all(pool_again)) == {0: "seed 100 index 0"}
+    assert _said(everything(pool_again)) == {0: "seed 100 index 0"}
     assert sturdy.attempt(0) == 2
 
 
 def test_what_was_abandoned_is_not_led_anywhere(pool: EnvironmentPool) -> None:
     sturdy = ReplayingPool(pool, attempts=3)
-    _reset(sturdy, 0, 1)
+    reset(sturdy, 0, 1)
     sturdy.send([Act(episode=0, action="sleep 0.2"), Act(episode=1, action="look")])
     sturdy.abandon([0])
     assert sturdy.outstanding == 1
     os.kill(pool.pids()[0], signal.SIGKILL)
-    assert _said(_all(sturdy)) == {1: "step 1: look"}
+    assert _said(everything(sturdy)) == {1: "step 1: look"}
     assert pool.outstanding == 0

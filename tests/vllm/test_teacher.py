@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.vllm.students import CONTEXT, VOCABULARY, make_student
 from tutelage.distill.config import TeacherConfig, VllmConfig, parse_config
 from tutelage.distill.doctor.models import self_distilled
 from tutelage.distill.models import load_model, load_tokenizer
@@ -23,7 +24,6 @@ from tutelage.distill.training import Run
 from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
 
-VOCABULARY, PADDING, CONTEXT = 101, 11, 256
 WITHIN = 3e-5
 """Nats. Measured: 1.8e-5."""
 
@@ -31,26 +31,8 @@ WITHIN = 3e-5
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model whose padding rows would win every draw, if they took part."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=VOCABULARY + PADDING,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(settings)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[VOCABULARY:] *= 30.0
     path = tmp_path_factory.mktemp("padded")
-    model.save_pretrained(path)
+    make_student(seed=3).save_pretrained(path)
     return str(path)
 
 
