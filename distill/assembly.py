@@ -25,6 +25,7 @@ from tutelage.distill.models import (
 )
 from tutelage.distill.server_teacher import ServerTeacher, check_server
 from tutelage.distill.teachers import Teacher, TeacherService, TransformersTeacher
+from tutelage.distill.transport import array_of
 from tutelage.distill.vllm import sync
 from tutelage.distill.vllm.engine import WANTED
 from tutelage.distill.vllm.engine import make_engine as make_vllm_engine
@@ -176,8 +177,10 @@ def make_placement(
 def _weights(config: RunConfig, model: Any, vocabulary: int) -> dict[str, npt.NDArray[Any]]:
     """What workers in other processes load."""
     if config.rollout.engine == "vllm":
-        return sync.packed(sync.weights_of(model, vocabulary), sync.probe_of(model, vocabulary))
-    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+        dtype = config.vllm.dtype or config.student.dtype
+        weights = sync.weights_of(model, vocabulary)
+        return sync.packed(weights, sync.probe_of(model, vocabulary), dtype=dtype)
+    return {name: array_of(tensor) for name, tensor in model.state_dict().items()}
 
 
 def check_rollout_engine(config: RunConfig) -> None:

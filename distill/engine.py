@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.distill.transport import weight_of
 from tutelage.scheduler.engine import Completion, Request
 
 CHUNK = 256
@@ -140,7 +141,7 @@ class TransformersEngine:
                     f"weights for version {version} lack {missing[0]!r} and {len(missing) - 1} more"
                 )
             for name, tensor in own.items():
-                tensor.copy_(torch.from_numpy(weights[name]))
+                tensor.copy_(weight_of(weights[name]))
         self._sessions.clear()
         self._free = list(range(self._cache.slots))
         self._batch.clear()

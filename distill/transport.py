@@ -1,4 +1,4 @@
-"""Teacher scores as they travel and are kept: 6 bytes an id instead of 12.
+"""Teacher scores as they travel and are kept, 6 bytes an id instead of 12; weights as they travel.
 
 A token with K ids takes 6 K bytes (ids int32, log-probabilities float16) and 6 more: the sampled
 token's log-probability, which policy gradients subtract from the student's, stays float32; the
@@ -113,3 +113,15 @@ def _wide(array: npt.NDArray[np.generic]) -> torch.Tensor:
     """int64 or float32, in memory of its own: what comes through Ray must not be written to."""
     kind = np.int64 if array.dtype.kind == "i" else np.float32
     return torch.from_numpy(array.astype(kind))
+
+
+def array_of(weight: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A weight as an array: numpy knows no bfloat16, so its bits travel, as uint16."""
+    weight = weight.detach().cpu()
+    return (weight.view(torch.uint16) if weight.dtype is torch.bfloat16 else weight).numpy()
+
+
+def weight_of(array: npt.NDArray[np.generic]) -> torch.Tensor:
+    """The weight that `array_of` made an array of; it lies where the array lies."""
+    weight = torch.from_numpy(array)
+    return weight.view(torch.bfloat16) if weight.dtype is torch.uint16 else weight

@@ -407,8 +407,9 @@ def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
 
 
 @pytest.mark.slow
-def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
-    """Worker and teacher are killed by SIGKILL after the first step: the same run, to the byte."""
+def test_killed_ray_actors_cost_a_run_nothing(configure: Configure, models: dict[str, str]) -> None:
+    """Worker and teacher are killed by SIGKILL after the first step: the same run, to the byte. The
+    student is in bfloat16, which numpy does not know."""
 
     class Killer(Watcher):
         run: Run
@@ -425,10 +426,11 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure) -> None:
                     )  # Ray's default would let them starve beside any other work
                     os.kill(process, signal.SIGKILL)
 
-    here = _train(configure({"math": MATH}, "here", steps=3))
-    there = configure(
-        {"math": MATH}, "there", steps=3, cluster={"address": "local", "workers": 1, "threads": 1}
-    )
+    student = {"model": models["student"], "dtype": "bfloat16", "threads": 1, "device": "cpu"}
+    sections = {"steps": 3, "student": student}
+    here = _train(configure({"math": MATH}, "here", **sections))
+    cluster = {"address": "local", "workers": 1, "threads": 1}
+    there = configure({"math": MATH}, "there", cluster=cluster, **sections)
     killer = Killer()
     with Run(there, watch=killer) as run:
         killer.run = run

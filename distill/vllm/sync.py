@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tutelage.distill.transport import array_of, weight_of
+
 PROBE_TOKENS = 64
 IDS, LOGPROBS = "probe/ids", "probe/logprobs"
 """Where a probe travels beside the weights: no parameter's name holds a slash."""
@@ -65,13 +67,14 @@ def probe_of(model: Any, vocabulary: int) -> Probe:
     return Probe(ids_T=ids_T, logprobs_T=own_T.cpu().numpy())
 
 
-def packed(weights: Mapping[str, torch.Tensor], probe: Probe) -> dict[str, npt.NDArray[Any]]:
-    """As arrays in one mapping, for another process; numpy knows no bfloat16."""
+def packed(
+    weights: Mapping[str, torch.Tensor], probe: Probe, *, dtype: str
+) -> dict[str, npt.NDArray[Any]]:
+    """As arrays in one mapping, for an engine in another process; dtype: the engine's, so that no
+    bit travels which it would drop."""
     arrays: dict[str, npt.NDArray[Any]] = {IDS: probe.ids_T, LOGPROBS: probe.logprobs_T}
-    for name, weight in weights.items():
-        exact = weight.float() if weight.dtype is torch.bfloat16 else weight
-        arrays[name] = exact.cpu().numpy()
-    return arrays
+    narrow = getattr(torch, dtype)
+    return arrays | {name: array_of(weight.to(narrow)) for name, weight in weights.items()}
 
 
 def unpacked(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, torch.Tensor], Probe]:
@@ -86,9 +89,7 @@ def unpacked(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, torch.Te
             " makes of them"
         )
     weights = {
-        name: torch.from_numpy(array)
-        for name, array in arrays.items()
-        if name not in (IDS, LOGPROBS)
+        name: weight_of(array) for name, array in arrays.items() if name not in (IDS, LOGPROBS)
     }
     return weights, Probe(ids_T=arrays[IDS], logprobs_T=arrays[LOGPROBS])
 

@@ -126,7 +126,8 @@ def test_in_bfloat16_a_sync_that_does_nothing_is_caught_before_it_is_far_off(
 def test_another_process_gets_weights_and_probe_in_one(pair: Any) -> None:
     student, engine = pair
     shake(student, seed=20)
-    arrays = sync.packed(sync.weights_of(student, VOCABULARY), sync.probe_of(student, VOCABULARY))
+    weights, probe = sync.weights_of(student, VOCABULARY), sync.probe_of(student, VOCABULARY)
+    arrays = sync.packed(weights, probe, dtype="float32")
     source, engine._source = engine._source, None
     with pytest.raises(ValueError, match="version 70: this engine shares no memory"):
         engine.load(None, 70)
@@ -152,11 +153,17 @@ def test_a_tied_embedding_is_sent_once_and_without_padding() -> None:
     assert set(sent) == {name for name, _ in student.named_parameters()}
 
 
-def test_bfloat16_weights_travel_exactly() -> None:
-    student = make_student().bfloat16()
-    weights = sync.weights_of(student, VOCABULARY)
-    arrived, _ = sync.unpacked(sync.packed(weights, sync.probe_of(student, VOCABULARY)))
-    assert all(torch.equal(arrived[name], weight.float()) for name, weight in weights.items())
+def test_weights_travel_in_the_dtype_of_their_engine() -> None:
+    """Two bytes a number for one in bfloat16, and the bits that it would have made of them."""
+    student = make_student()
+    weights, probe = sync.weights_of(student, VOCABULARY), sync.probe_of(student, VOCABULARY)
+    for dtype in (torch.float32, torch.bfloat16):
+        sent = sync.packed(weights, probe, dtype=str(dtype).removeprefix("torch."))
+        arrived, _ = sync.unpacked(sent)
+        assert set(arrived) == set(weights)
+        for name, weight in weights.items():
+            assert sent[name].nbytes == weight.numel() * dtype.itemsize
+            assert torch.equal(arrived[name], weight.to(dtype))
 
 
 def test_nothing_is_said_by_an_engine_without_weights(play: Any) -> None:
