@@ -56,9 +56,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _complain(error: BaseException) -> None:
-    """One line on stderr; the traceback on request."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"tutelage: {text}", file=sys.stderr)
+    """One line on stderr, and one for each note; the traceback on request."""
+    for said in (str(error) or type(error).__name__, *getattr(error, "__notes__", ())):
+        print(f"tutelage: {' '.join(said.split())}", file=sys.stderr)
     if not isinstance(error, ValueError | FileNotFoundError):
         print("tutelage: TUTELAGE_TRACEBACK=1 shows where", file=sys.stderr)
 

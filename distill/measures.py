@@ -4,41 +4,69 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from tutelage.distill.learner import Lesson
 from tutelage.scheduler.episodes import Dropped, Episode
+
+CURES = {
+    "rollout": "lower rollout.max_live (episodes in flight) or rollout.max_turns; with vllm,"
+    " vllm.gpu_memory_utilization or vllm.max_num_batched_tokens",
+    "score": "give the teacher dtype: bfloat16, another device, or sleeps: true; with vllm, lower"
+    " its vllm.gpu_memory_utilization or vllm.max_num_batched_tokens",
+    "update": "set optimizer.recompute: true, lower optimizer.micro_tokens, or share the student"
+    " among learner.processes; `tutelage plan` tells what each part takes",
+}
+"""Of a part of a step that ran out of memory."""
 
 
 class Clock:
     """Seconds of each part of a step."""
 
     def __init__(self) -> None:
-        self._last = self._begun = time.perf_counter()
-        self._laps: dict[str, float] = {}
+        self._begun = time.perf_counter()
+        self._parts: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is done inside.
+
+        Raises:
+            RuntimeError: it ran out of memory; with the cure.
+        """
+        begun = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+                said = f"the {name} ran out of memory: {str(error) or type(error).__name__}"
+                raise RuntimeError(f"{said}; {CURES.get(name, CURES['rollout'])}") from error
+            raise
+        self._parts[name] = time.perf_counter() - begun
 
     def metrics(
         self, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
     ) -> dict[str, float]:
         """What may differ between two runs of one configuration: time/, perf/ and memory/."""
         tokens = sum(len(lesson.row.ids_T) for lesson in lessons)
+        peak = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        if torch.cuda.is_available():
+            peak["memory/peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
         chosen = sum(episode.num_chosen for episode in episodes)
         return {
-            **{f"time/{name}": round(seconds, 4) for name, seconds in self._laps.items()},
+            **{f"time/{name}": round(seconds, 4) for name, seconds in self._parts.items()},
             "time/step": round(time.perf_counter() - self._begun, 4),
-            "perf/rollout_tokens_per_s": round(chosen / max(self._laps["rollout"], 1e-9), 1),
-            "perf/score_tokens_per_s": round(tokens / max(self._laps["score"], 1e-9), 1),
-            "perf/update_tokens_per_s": round(tokens / max(self._laps["update"], 1e-9), 1),
+            "perf/rollout_tokens_per_s": round(chosen / max(self._parts["rollout"], 1e-9), 1),
+            "perf/score_tokens_per_s": round(tokens / max(self._parts["score"], 1e-9), 1),
+            "perf/update_tokens_per_s": round(tokens / max(self._parts["update"], 1e-9), 1),
             # here, since faults of the machine are no part of what is learned
             "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
-            "memory/peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            **{name: round(amount, 1) for name, amount in peak.items()},
         }
 
 

@@ -199,25 +199,25 @@ class Run:
     def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
         """One update on one or several tasks; its line of metrics."""
         clock, timetable, version = Clock(), self.timetable, self.learner.version
-        self.placement.sync(version)
-        clock.lap("sync")
-        outcomes = self.ahead.next()
-        clock.lap("rollout")
-        taught = self.routing.teach(outcomes)
-        clock.lap("score")
+        with clock.part("sync"):
+            self.placement.sync(version)
+        with clock.part("rollout"):
+            outcomes = self.ahead.next()
+        with clock.part("score"):
+            taught = self.routing.teach(outcomes)
         turn = timetable.turn(tasks[0])
-        update = self.learner.update(
-            taught.lessons,
-            self._courses,
-            seed=self.config.seed * 1_000_003 + turn,
-            progress=timetable.progress(tasks[0]),
-            diagnose=turn % self.config.journal.diagnostics_every == 0,
-        )
-        clock.lap("update")
+        with clock.part("update"):
+            update = self.learner.update(
+                taught.lessons,
+                self._courses,
+                seed=self.config.seed * 1_000_003 + turn,
+                progress=timetable.progress(tasks[0]),
+                diagnose=turn % self.config.journal.diagnostics_every == 0,
+            )
         everything = [outcome for own in outcomes.values() for outcome in own]
-        if step % self.config.journal.episodes_every == 0:
-            journal.write_episodes(step, everything, taught.lessons, version)
-        clock.lap("journal")
+        with clock.part("journal"):
+            if step % self.config.journal.episodes_every == 0:
+                journal.write_episodes(step, everything, taught.lessons, version)
         found = {
             task: outcome_metrics(outcomes[task], version) | update[task] | taught.ledger[task]
             for task in tasks

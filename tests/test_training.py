@@ -24,6 +24,7 @@ from tutelage.distill.config import ConfigError, RunConfig, parse_config
 from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
 from tutelage.envs.pool import EnvironmentPool
+from tutelage.scheduler.cluster import InProcess
 from tutelage.scheduler.episodes import Dropped, Row
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
@@ -491,6 +492,32 @@ def test_a_step_that_fails_between_two_minibatches_is_not_saved(
     _assert_same_run(_train(config("broken")), whole, 3)
 
 
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ((InProcess, "start"), r"the rollout ran out of memory: CUDA.*lower rollout.max_live"),
+        ((InProcess, "score"), r"the score ran out of memory: CUDA.*give the teacher dtype"),
+        ((Learner, "_descend"), r"the update ran out of memory: CUDA.*optimizer.recompute: true"),
+    ],
+    ids=["rollout", "score", "update"],
+)
+def test_memory_that_runs_out_names_the_cure_and_costs_no_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str], said: str
+) -> None:
+    plain, calls = getattr(*where), iter(range(9))
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return plain(*args, **kwargs)
+
+    config = configure({"math": MATH}, steps=3)
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(RuntimeError, match=said):
+        _train(config)
+    assert checkpoints.newest(Path(config.run) / "checkpoints").name == "000001"
+
+
 def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configure) -> None:
     class Slow(Watcher):
         def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
@@ -527,8 +554,6 @@ class TestLosses:
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Half may be lost, two thirds may not; what was learned before is there to go on from."""
-        from tutelage.scheduler.cluster import InProcess
-
         start = InProcess.start
         losses = iter([0, 3, 4])
 

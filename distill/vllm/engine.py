@@ -21,7 +21,7 @@ import torch
 
 from tutelage.distill.config import VllmConfig
 from tutelage.distill.vllm import sync
-from tutelage.distill.vllm.start import require_vllm, start, stop
+from tutelage.distill.vllm.start import EngineFailure, broken, require_vllm, start, stop
 from tutelage.scheduler.engine import Completion, Request
 
 WANTED = "rollout.engine=vllm"
@@ -31,10 +31,6 @@ PROBE_STEPS = 100
 
 Source = Callable[[], tuple[dict[str, torch.Tensor], sync.Probe]]
 """The learner's weights and its own scores of the probe, as they are now."""
-
-
-class EngineFailure(RuntimeError):
-    """The engine broke while it worked: what it holds is lost."""
 
 
 class VllmEngine:
@@ -216,12 +212,7 @@ class _Guard:
         if error is None or not isinstance(error, Exception) or isinstance(error, sync.SyncError):
             return
         engine = self._engine
-        said = (
-            f"vllm broke in {self._doing} with {engine.pending} requests in flight:"
-            f" {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        )
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            said += "; lower vllm.gpu_memory_utilization, or vllm.max_num_batched_tokens"
+        said = broken(f"{self._doing} with {engine.pending} requests in flight", error)
         if engine._alone:
             print(said, file=sys.stderr, flush=True)
             os._exit(1)

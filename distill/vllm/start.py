@@ -35,6 +35,19 @@ CURE = (
 GIB = 1 << 30
 
 
+class EngineFailure(RuntimeError):
+    """The engine broke while it worked: what it holds is lost."""
+
+
+def broken(doing: str, error: Exception) -> str:
+    """What an EngineFailure says of its cause; where memory ran out, with the cure."""
+    text = " ".join(str(error).split()) or "no message"
+    said = f"vllm broke in {doing}: {type(error).__name__}: {text}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        said += "; lower vllm.gpu_memory_utilization, or vllm.max_num_batched_tokens"
+    return said
+
+
 def require_vllm(wanted_by: str) -> None:
     """Refuse a run that cannot have vLLM, before any model loads; imports nothing.
 

@@ -17,6 +17,7 @@ Letters: N chosen tokens, K support size, J ids that the student asked for, V vo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from tutelage.distill.config import ConfigError, TeacherConfig, VllmConfig
 from tutelage.distill.models import load_settings, resolve
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
-from tutelage.distill.vllm.start import RELEASE, installed, start, stop
+from tutelage.distill.vllm.start import RELEASE, EngineFailure, broken, installed, start, stop
 from tutelage.scheduler.episodes import Row
 
 LEAST_TOKENS = 256
@@ -66,6 +67,7 @@ class VllmTeacher:
             ValueError: the whole distribution is asked for, the student's ids where vLLM does not
                 score them, or a row has branches.
             ConfigError: a row is longer than the engine's context.
+            EngineFailure: the engine broke.
         """
         self._check(rows, asked=asked is not None, full=full)
         scores: list[TeacherScores | None] = [None] * len(rows)
@@ -88,9 +90,14 @@ class VllmTeacher:
                         i, parts = waiting.pop(output.request_id)
                         own = None if asked is None else asked[i]
                         scores[i] = self._packed(output, parts, rows[i], k, own)
-        except BaseException:
-            self._engine.abort_request([*waiting])
-            raise
+        except BaseException as error:
+            with suppress(Exception):  # the first error tells more
+                self._engine.abort_request([*waiting])
+            if isinstance(error, ValueError) or not isinstance(error, Exception):
+                raise
+            raise EngineFailure(
+                f"teachers.{self.name}: {broken(f'scoring {len(rows)} rows', error)}"
+            ) from error
         return [one for one in scores if one is not None]
 
     def sleep(self) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, logprobs_of, said
 from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.vllm.engine import EngineFailure
+from tutelage.distill.vllm.start import EngineFailure
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
 

@@ -21,6 +21,7 @@ from tutelage.distill.models import load_model, load_tokenizer
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.teachers import TeacherService, TransformersTeacher
 from tutelage.distill.training import Run
+from tutelage.distill.vllm.start import EngineFailure
 from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
 
@@ -101,14 +102,23 @@ def test_student_supports_are_cuda_s(teacher: VllmTeacher, rows: list[Row]) -> N
         teacher.score(rows, k=4, asked=asked)
 
 
-def test_a_failure_leaves_the_engine_usable(
+def test_a_failure_is_named_and_leaves_the_engine_usable(
     teacher: VllmTeacher, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher, "_packed", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            teacher.score(rows, k=4)
-    assert len(teacher.score(rows[:2], k=4)) == 2
+    step, calls = teacher._engine.step, iter(range(99))
+
+    def full() -> Any:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return step()
+
+    wanted = teacher.score(rows, k=4)
+    monkeypatch.setattr(teacher._engine, "step", full)
+    said = f"teachers.one: vllm broke in scoring {len(rows)} rows: OutOf.*gpu_memory_utilization"
+    with pytest.raises(EngineFailure, match=said):
+        teacher.score(rows, k=4)
+    again = teacher.score(rows, k=4)
+    assert all(torch.equal(a.ids_NK, b.ids_NK) for a, b in zip(again, wanted, strict=True))
     assert not teacher._engine.has_unfinished_requests()
 
 
