@@ -11,7 +11,7 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,15 @@ from tutelage.scheduler.engine import Completion, Request
 CHUNK = 256
 """A slot's room grows by at least this many positions."""
 
+FORWARD = 64
+"""What a forward costs beside its tokens, in tokens: its operators are called, however small."""
+
 
 class SlotCache:
     """Keys and values of every session, per layer [slots, H, P, D]; to a model, its cache.
 
-    Before a forward set `positions_BQ` (where the tokens go) and `reach` (how many positions the
-    queries may look at).
+    Before a forward set `positions_BQ` (where the tokens go), `reach` (how many positions the
+    queries may look at) and `slots_B` (the rows' slots; None: the first B, which need no copy).
     """
 
     is_compileable = False
@@ -39,6 +42,7 @@ class SlotCache:
         self.values: list[torch.Tensor] = []
         self.slots, self.room = 0, 0
         self.positions_BQ: torch.Tensor | None = None
+        self.slots_B: torch.Tensor | None = None
         self.reach = 0
 
     def reserve(self, slots: int, room: int) -> None:
@@ -56,26 +60,33 @@ class SlotCache:
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
-    def swap(self, left: Sequence[int], right: Sequence[int]) -> None:
-        """Exchange slots pairwise."""
+    def swap(self, left: Sequence[int], right: Sequence[int], filled: int) -> None:
+        """Exchange the first `filled` positions of slots pairwise."""
         to, source = [*left, *right], [*right, *left]
         for tensor in (*self.keys, *self.values):
-            tensor[to] = tensor[source]
+            tensor[to, :, :filled] = tensor[source, :, :filled]
 
     def update(
         self, keys_BHQD: torch.Tensor, values_BHQD: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values; return all that the queries may look at."""
-        rows, heads, _queries, size = keys_BHQD.shape
+        _rows, heads, _queries, size = keys_BHQD.shape
         if layer == len(self.keys):  # the first forward tells heads, head size, dtype and device
             shape = (self.slots, heads, self.room, size)
             self.keys.append(keys_BHQD.new_zeros(shape))
             self.values.append(values_BHQD.new_zeros(shape))
-        assert self.positions_BQ is not None
-        index = self.positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
-        self.keys[layer][:rows].scatter_(2, index, keys_BHQD)
-        self.values[layer][:rows].scatter_(2, index, values_BHQD)
-        return self.keys[layer][:rows, :, : self.reach], self.values[layer][:rows, :, : self.reach]
+        keys, values = self.keys[layer], self.values[layer]
+        return self._stored(keys, keys_BHQD), self._stored(values, values_BHQD)
+
+    def _stored(self, kept: torch.Tensor, new_BHQD: torch.Tensor) -> torch.Tensor:
+        rows, heads, _queries, size = new_BHQD.shape
+        positions_BQ, slots_B = self.positions_BQ, self.slots_B
+        assert positions_BQ is not None
+        if slots_B is None:
+            index = positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
+            return kept[:rows].scatter_(2, index, new_BHQD)[:, :, : self.reach]
+        kept[slots_B[:, None], :, positions_BQ] = new_BHQD.transpose(1, 2)
+        return kept[slots_B, :, : self.reach]
 
     def get_seq_length(self, *_: Any) -> int:
         """Asked by models that build their own masks; ours comes with the call."""
@@ -196,12 +207,9 @@ class TransformersEngine:
         self._batch = fresh + running
         reach = max(len(row.request.ids) + row.request.max_new_tokens for row in fresh)
         self._cache.reserve(self._cache.slots, reach)
-        width = max(len(row.request.ids) - len(row.session.cached) for row in fresh)
-        part = max(1, self._prefill_tokens // width)
-        for start in range(0, len(fresh), part):
-            rows = fresh[start : start + part]
-            self._bring_to_front([row.session for row in rows])
-            self._feed(rows, [row.request.ids[len(row.session.cached) :] for row in rows])
+        chunks = [row.request.ids[len(row.session.cached) :] for row in fresh]
+        for part in _parts([len(chunk) for chunk in chunks], most=self._prefill_tokens):
+            self._feed([fresh[i] for i in part], [chunks[i] for i in part], anywhere=True)
         self._bring_to_front([row.session for row in self._batch])
 
     def _admit(self, request: Request) -> _Running:
@@ -217,9 +225,9 @@ class TransformersEngine:
         return _Running(request, session, draws)
 
     def _decode(self, running: list[_Running]) -> None:
-        # A finished row rides along, its output unread, until half the batch is done: moving slots
-        # costs more.
-        if 2 * len(running) <= len(self._batch):
+        # Finished rows ride along, their output unread, until they are a quarter of the batch:
+        # moving slots costs more.
+        if 4 * len(running) <= 3 * len(self._batch):
             self._batch = running
             self._bring_to_front([row.session for row in running])
         self._feed(self._batch, [row.ids[-1:] for row in self._batch])
@@ -232,7 +240,8 @@ class TransformersEngine:
         outside = [session for session in sessions if session.slot >= count]
         if not holes:
             return
-        self._cache.swap(holes, [session.slot for session in outside])
+        filled = max(len(session.cached) for session in self._sessions.values())
+        self._cache.swap(holes, [session.slot for session in outside], filled)
         owners = {session.slot: session for session in self._sessions.values()}
         for hole, session in zip(holes, outside, strict=True):
             if hole in owners:
@@ -241,8 +250,11 @@ class TransformersEngine:
                 self._free[self._free.index(hole)] = session.slot
             session.slot = hole
 
-    def _feed(self, rows: list[_Running], chunks: list[Sequence[int]]) -> None:
-        """One forward over rows in the first slots; each that still runs samples a token."""
+    def _feed(
+        self, rows: list[_Running], chunks: list[Sequence[int]], *, anywhere: bool = False
+    ) -> None:
+        """One forward over rows in the first slots, or anywhere; each that still runs samples a
+        token."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
         rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
         device = self.model.device
@@ -256,6 +268,8 @@ class TransformersEngine:
         self._cache.reserve(self._cache.slots, max(reach, int(positions.max()) + 1))
         positions_BQ = torch.from_numpy(positions).to(device)
         mask_B1QP = torch.arange(reach, device=device) <= positions_BQ[:, None, :, None]
+        slots = [row.session.slot for row in rows] if anywhere else None
+        self._cache.slots_B = None if slots is None else torch.tensor(slots, device=device)
         self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
         hidden_BQD = self.model.base_model(
             input_ids=torch.from_numpy(ids_BQ).to(device),
@@ -294,6 +308,23 @@ class TransformersEngine:
                     )
                 )
         return finished
+
+
+def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
+    """Which chunks of these lengths go through one forward, padded to the longest: a part is split
+    where that saves more than a forward costs, or it would have more than `most` tokens."""
+    waiting = [sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+    while waiting:
+        part = waiting.pop()
+        sizes = np.asarray([lengths[i] for i in part])
+        saved = (sizes[0] - sizes) * np.arange(len(part), 0, -1)
+        at = int(saved.argmax())
+        if saved[at] <= FORWARD:
+            at = max(1, most // int(sizes[0]))
+        if at < len(part):
+            waiting += [part[at:], part[:at]]
+        else:
+            yield part
 
 
 def _sample(logits_BV: torch.Tensor, rows: Sequence[_Running]) -> tuple[list[int], list[float]]:

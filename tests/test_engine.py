@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.engine import FORWARD, TransformersEngine, _parts
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
 
@@ -232,6 +234,24 @@ class TestBatches:
         found = _run(engine, requests)
         assert len({len(completion.ids) for completion in found.values()}) > 8
         self._assert_as_alone(model, requests, found)
+
+    @given(
+        lengths=st.lists(st.integers(1, 400), min_size=1, max_size=60), most=st.integers(1, 9999)
+    )
+    def test_chunks_are_grouped_by_length_where_padding_costs_more_than_a_forward(
+        self, lengths: list[int], most: int
+    ) -> None:
+        parts = list(_parts(lengths, most=most))
+        assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+        padded = [len(part) * max(lengths[i] for i in part) for part in parts]
+        assert all(n <= most or len(part) == 1 for part, n in zip(parts, padded, strict=True))
+        whole = len(lengths) * max(lengths)
+        if whole <= most:
+            assert sum(padded) + FORWARD * (len(parts) - 1) <= whole
+        if len(parts) == 1:  # no single cut would have paid
+            sizes = sorted(lengths, reverse=True)
+            cuts = range(1, len(sizes))
+            assert all((sizes[0] - sizes[i]) * (len(sizes) - i) <= FORWARD for i in cuts)
 
     def test_prefill_in_parts(self, model: Any) -> None:
         engine = TransformersEngine(model, vocabulary=VOCABULARY, prefill_tokens=64)
