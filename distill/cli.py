@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Few, large matrix products in one process: more OpenMP threads than cores only fight.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's start warns of memory binding
     try:
         sys.exit(options.command(options))
     except KeyboardInterrupt:

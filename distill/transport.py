@@ -13,6 +13,7 @@ Letters: N tokens, K support size, J ids that the student asked for, V vocabular
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -122,6 +123,9 @@ def array_of(weight: torch.Tensor) -> npt.NDArray[np.generic]:
 
 
 def weight_of(array: npt.NDArray[np.generic]) -> torch.Tensor:
-    """The weight that `array_of` made an array of; it lies where the array lies."""
-    weight = torch.from_numpy(array)
+    """The weight that `array_of` made an array of; it lies where the array lies, and is to be read
+    alone: Ray's store allows no more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        weight = torch.from_numpy(array)
     return weight.view(torch.bfloat16) if weight.dtype is torch.uint16 else weight
