@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from tutelage.distill import checkpoints
 from tutelage.distill.cli import main
 from tutelage.distill.config import RunConfig, parse_config
 from tutelage.distill.doctor.examination import examine
-from tutelage.distill.training import Run, Watcher
+from tutelage.distill.training import Run
 from tutelage.distill.vllm import sync
 from tutelage.scheduler.engine import Engine
 
@@ -86,23 +83,31 @@ def test_the_command_line_trains_with_it(tmp_path: Path) -> None:
     _assert_in_step(tmp_path, 3)
 
 
-def test_a_ray_worker_that_is_killed_is_replaced_and_plays_on(tmp_path: Path) -> None:
-    class Killer(Watcher):
-        run: Run
+def test_an_engine_killed_in_the_middle_of_a_batch_is_replaced_and_plays_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL of the Ray actor with requests in flight: the run goes on as one that was left alone,
+    up to what vLLM's batches move."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    scar = tmp_path / "scar"
 
-        def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
-            if step == 0:
-                import ray
+    def config(name: str, env_args: dict[str, str], **sections: Any) -> RunConfig:
+        task = HOUSEHOLD | {"env": "deadly_env:Deadly-v0", "env_args": env_args, "episodes": 8}
+        return _config(tmp_path / name, tasks={"household": task}, **sections)
 
-                (worker,) = self.run.placement._workers  # type: ignore[attr-defined]
-                os.kill(ray.get(worker.actor.ready.remote()), signal.SIGKILL)
-
-    killer = Killer()
-    with Run(_config(tmp_path, cluster=LOCAL, tasks={"math": MATH}), watch=killer) as run:
-        killer.run = run
+    with Run(config("whole", {})) as run:
+        run.train()
+    with Run(config("killed", {"scar": str(scar)}, cluster=LOCAL)) as run:
         run.train()
         assert run.placement.restarts == 1
-    _assert_in_step(tmp_path, 3)
+    assert int(scar.read_text()) > 0  # requests in flight
+    for name in ("whole", "killed"):
+        _assert_in_step(tmp_path / name, 3)
+    for one, other in zip(_metrics(tmp_path / "whole"), _metrics(tmp_path / "killed"), strict=True):
+        assert other["episodes/played"] == one["episodes/played"] == 8
+        assert other["tokens/trained"] == one["tokens/trained"]
+        assert other["loss/mean"] == pytest.approx(one["loss/mean"], rel=1e-3)
 
 
 def test_a_sync_that_does_nothing_stops_the_run_saved(
