@@ -1,4 +1,5 @@
-"""An environment that ends its own process in the middle of a batch, once: `deadly_env:Deadly-v0`."""
+"""An environment that ends its own process in the middle of a batch, once. Its id is
+`deadly_env:Deadly-v0`."""
 
 from __future__ import annotations
 
