@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -188,15 +189,24 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_outlives_its_servers_death(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL after the first step, and a new start: the run waits, and ends as if nothing had
-    happened."""
+    """SIGKILL with the second step's rows in flight, and a new start: the run waits, and ends as if
+    nothing had happened."""
     monkeypatch.setattr(server_client, "LONGEST_PAUSE", 2.0)
+    rows_sent: list[int] = []
 
     class Killer(Watcher):
         def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
             if step == 0:
-                served.kill()
-                served.start()
+                monkeypatch.setattr(http.client.HTTPConnection, "getresponse", deadly)
+
+    getresponse = http.client.HTTPConnection.getresponse
+
+    def deadly(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+        rows_sent.append(1)
+        if len(rows_sent) == 3:
+            served.kill()
+            served.start()
+        return getresponse(connection)
 
     for name, watch in (("whole", None), ("killed", Killer())):
         with Run(_config(served, tmp_path / name), watch=watch) as run:
