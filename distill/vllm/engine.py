@@ -87,6 +87,7 @@ class VllmEngine:
             tensors, probe = self._source()
         else:
             tensors, probe = sync.unpacked(weights)
+        probe = probe.first(self.max_context - 1)  # vLLM speaks one token itself
         with self._guarded("taking weights"):
             sync.push(self._engine, tensors)
             if not self._engine.reset_prefix_cache():

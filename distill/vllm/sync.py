@@ -43,6 +43,10 @@ class Probe:
     ids_T: npt.NDArray[np.int64]
     logprobs_T: npt.NDArray[np.float32]
 
+    def first(self, tokens: int) -> Probe:
+        """No more than so many of its tokens."""
+        return Probe(ids_T=self.ids_T[:tokens], logprobs_T=self.logprobs_T[: tokens - 1])
+
 
 def weights_of(model: Any, vocabulary: int) -> dict[str, torch.Tensor]:
     """The model's parameters by name, as they lie in memory; a tied embedding once, and no rows of

@@ -140,6 +140,19 @@ def test_another_process_gets_weights_and_probe_in_one(pair: Any) -> None:
         engine.load(arrays, 71)
 
 
+def test_an_engine_with_less_context_than_the_probe_is_probed_as_far_as_it_goes() -> None:
+    student = make_student()
+    engine = engine_of(student, VllmConfig(kv_cache_gib=0.05, max_model_len=20))
+    engine.load(None, 0)
+    assert engine.gap < 1e-5
+    shake(student, seed=3)
+    engine._source = lambda: (sync.weights_of(make_student(), VOCABULARY), probe)
+    probe = sync.probe_of(student, VOCABULARY)
+    with pytest.raises(sync.SyncError, match="on the probe of 19 tokens"):
+        engine.load(None, 1)
+    engine.close()
+
+
 def test_a_tied_embedding_is_sent_once_and_without_padding() -> None:
     for tied in (False, True):
         student = make_student(tied=tied)
