@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ class ServerClient:
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one answer is unpacked at a time: it may take 100 MB
         self.retries = 0
+        self._waiting = False  # since an attempt that failed, with no answer yet
 
     def ask(self, path: str, body: Any = None, *, read: Callable[[bytearray], T]) -> T:
         """What `read` makes of the answer. body: posted as JSON; None: GET.
@@ -97,9 +99,13 @@ class ServerClient:
             try:
                 answer = self._exchange(path, data)
                 with self._reading:
-                    return read(answer)
+                    found = read(answer)
+                self._waiting = False
+                return found
             except (OSError, http.client.HTTPException, Garbage, _Trouble) as error:
                 fault: Exception = error
+                if attempt + 1 < self._attempts:
+                    self._say_so(path, fault)
         seconds = time.monotonic() - begun
         raise ServerError(
             f"{self.subject}: {self.url}{path} gave no answer in {self._attempts} attempts and"
@@ -148,6 +154,19 @@ class ServerClient:
                 self._live.discard(connection)
             connection.close()
         return _accepted(response.status, body)
+
+    def _say_so(self, path: str, fault: Exception) -> None:
+        """Nobody should wonder what a run waits for: one line an outage."""
+        with self._lock:
+            told, self._waiting = self._waiting, True
+        if not told:
+            longest = sum(min(PAUSE * 2**n, LONGEST_PAUSE) for n in range(self._attempts - 1))
+            print(
+                f"tutelage: {self.subject}: {self.url}{path} gave no answer: {_described(fault)};"
+                f" asking again, {self._attempts - 1} times in {longest:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _hang_up(self) -> None:
         """End every request in flight."""

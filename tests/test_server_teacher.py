@@ -198,13 +198,21 @@ class TestFaults:
         assert re.search(said, text), text
         assert server.asked == 3
 
-    def test_a_server_that_is_not_there(self, serve: Serve, rows: list[Row]) -> None:
+    def test_a_server_that_is_not_there(
+        self, serve: Serve, rows: list[Row], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """The wait is told once, not once a row."""
         teacher = _teacher(server := serve())
         server.close()
         begun = time.monotonic()
         with pytest.raises(ServerError, match=rf"{server.url}.*refused: is it running there\?"):
             teacher.score(rows, k=4)
         assert time.monotonic() - begun < 5
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(
+            f"tutelage: teachers.one: {server.url}/v1/completions gave no answer"
+        )
+        assert line.endswith("asking again, 2 times in 0 s")
 
     def test_the_first_row_that_fails_ends_the_others(self, serve: Serve, rows: list[Row]) -> None:
         """Some hang, with half a minute to go; one is refused."""
