@@ -21,6 +21,7 @@ import torch
 
 from tutelage.distill.config import VllmConfig
 from tutelage.distill.vllm import sync
+from tutelage.distill.vllm.processes import death, end
 from tutelage.distill.vllm.start import require_vllm, start, stop
 from tutelage.scheduler.engine import Completion, Request
 
@@ -216,15 +217,19 @@ class _Guard:
         if error is None or not isinstance(error, Exception) or isinstance(error, sync.SyncError):
             return
         engine = self._engine
+        why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         said = (
             f"vllm broke in {self._doing} with {engine.pending} requests in flight:"
-            f" {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+            f" {death(engine._engine) or why}"
         )
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             said += "; lower vllm.gpu_memory_utilization, or vllm.max_num_batched_tokens"
         if engine._alone:
             print(said, file=sys.stderr, flush=True)
-            os._exit(1)
+            try:
+                end(engine._engine)
+            finally:
+                os._exit(1)
         raise EngineFailure(said) from error
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tutelage.distill.config import ConfigError, VllmConfig
+from tutelage.distill.vllm import processes
 
 RELEASE = "0.32"
 """The release that this was written for and is tested with. Another is used if it has what is
@@ -94,11 +95,6 @@ def start(
     with _undisturbed():
         engine_class, arguments_class, platform = _load()
         on_cpu = platform.is_cpu()
-        if on_cpu and options.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"vllm.tensor_parallel_size={options.tensor_parallel_size}: this vLLM is built for"
-                " the CPU, where a worker of its own would pack its weights: set 1"
-            )
         if on_cpu and syncs:
             keep_unpacked()
         cache = options.kv_cache_gib
@@ -128,8 +124,22 @@ def start(
             "use_tqdm_on_load": False,
             "logprobs_mode": "raw_logprobs",
         }
+        if options.tensor_parallel_size > 1:
+            from tutelage.distill.vllm import worker
+
+            arguments |= {
+                "distributed_executor_backend": "mp",  # inside Ray, vLLM might choose Ray
+                "worker_extension_cls": worker.EXTENSION,
+                "weight_transfer_config": {"backend": worker.RECEIVER} if syncs else None,
+            }
+            if on_cpu:  # the workers share the cores
+                cores = torch.get_num_threads() // options.tensor_parallel_size
+                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         try:
-            engine = engine_class.from_engine_args(arguments_class(**arguments | more))
+            with processes.none_left():
+                engine = engine_class.from_engine_args(arguments_class(**arguments | more))
+                if processes.has_workers(engine):
+                    processes.watch(engine)
         except (ValueError, RuntimeError, TypeError) as error:
             raise RuntimeError(_why(error, model)) from error
     engine.engine_core._finalizer.detach()  # see `stop`
@@ -144,6 +154,7 @@ def stop(engine: Any) -> None:
     """End an engine. vLLM, also where it is garbage-collected, would tear down what all engines of
     the process share: here the last one does."""
     _running.discard(engine)
+    processes.end(engine)
     if not _running:
         engine.engine_core.engine_core.shutdown()
     gc.unfreeze()  # a start hides all there was from the collector
@@ -167,6 +178,7 @@ def _set_environment() -> None:
         # a start says 40 lines, a failure all that was in flight; the error itself is raised
         ("VLLM_LOGGING_LEVEL", "CRITICAL"),
         ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),  # the learner has threads, and may have CUDA
         ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # the learner computes on the same cores
     ):
         os.environ.setdefault(name, value)
@@ -217,7 +229,8 @@ def _undisturbed() -> Iterator[None]:
     """A start seeds every global generator, forbids torch.set_num_threads and preloads libraries
     into every later child process: not here, where the learner lives."""
     python, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    threads, count = torch.set_num_threads, torch.get_num_threads()
+    told = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
     try:
         yield
     finally:
@@ -225,7 +238,10 @@ def _undisturbed() -> Iterator[None]:
         np.random.set_state(numbers)
         torch.set_rng_state(tensors)
         torch.set_num_threads = threads
-        if preload is None:
-            os.environ.pop("LD_PRELOAD", None)
-        else:
-            os.environ["LD_PRELOAD"] = preload
+        if torch.get_num_threads() != count:
+            threads(count)
+        for name, value in told.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
