@@ -8,10 +8,10 @@ them, so the caller's error comes at once.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,9 @@ from threading import Thread
 from typing import Any
 
 SHARED = Path("/dev/shm")
+
+PYTHONS = "psm_"
+"""So begin the names of Python's shared memory."""
 
 PATIENCE = 10.0
 """Seconds that a killed process has to be gone."""
@@ -34,9 +37,8 @@ def watch(engine: Any) -> None:
     """From here on, the death of one worker ends all of the engine's."""
     executor = _executor(engine)
     workers = [one.proc for one in executor.workers]
-    mapped = {name for names in engine.collective_rpc("shared_memory") for name in names}
     own = executor.rpc_broadcast_mq.buffer.shared_memory.name
-    executor.tutelage_memory = sorted(mapped - {own})
+    executor.tutelage_memory = {name for one in workers for name in memory_of(one.pid)} - {own}
     executor.tutelage_dead = None
 
     def look() -> None:
@@ -51,21 +53,36 @@ def watch(engine: Any) -> None:
 
 
 def end(engine: Any) -> None:
-    """Shut the workers down. Those that did not end by themselves left files in /dev/shm: they are
-    removed."""
+    """Shut the workers down, if there are any, and remove what killed ones left."""
     if not has_workers(engine):
         return
     executor = _executor(engine)
     executor.shutdown()
     for one in executor.workers:
         one.proc.join(PATIENCE)
+    remove(executor.tutelage_memory)
     for name in executor.tutelage_memory:
-        try:
+        if name.startswith(PYTHONS) and (SHARED / name).exists():
             (SHARED / name).unlink()
-        except FileNotFoundError:
-            continue
-        if name.startswith("psm_"):  # Python's: it would miss the file at its exit, and say so
             resource_tracker.unregister(f"/{name}", "shared_memory")
+
+
+def memory_of(pid: int | None) -> set[str]:
+    """The names of the files in /dev/shm that a process maps."""
+    lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
+    return {
+        line.split(f"{SHARED}/")[1]
+        for line in lines
+        if f"{SHARED}/" in line and not line.endswith("(deleted)")
+    }
+
+
+def remove(names: set[str]) -> None:
+    """Remove files in /dev/shm that nobody else will: those for vLLM's collectives. Python has a
+    process that removes what was made with it."""
+    for name in names:
+        if not name.startswith((PYTHONS, "sem.")):
+            (SHARED / name).unlink(missing_ok=True)
 
 
 def death(engine: Any) -> str | None:
@@ -83,17 +100,20 @@ def death(engine: Any) -> str | None:
     return f"its worker process {one.name} (pid {one.pid}) is dead: {how}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def none_left() -> Iterator[None]:
     """Where a start fails, the workers that it had started are ended."""
     before = set(multiprocessing.active_children())
     try:
         yield
     except BaseException:
-        for one in set(multiprocessing.active_children()) - before:
-            if one.name.startswith("VllmWorker"):
-                one.kill()
-                one.join(PATIENCE)
+        new = set(multiprocessing.active_children()) - before
+        workers = [one for one in new if one.name.startswith("VllmWorker")]
+        memory = {name for one in workers for name in memory_of(one.pid)}
+        for one in workers:
+            one.kill()
+            one.join(PATIENCE)
+        remove(memory)
         raise
 
 

@@ -2,8 +2,9 @@
 and what of this process it must not change.
 
 One process, because then the learner's tensors reach the engine by reference: no copy travels and
-no port opens. With tensor_parallel_size > 1 the workers are processes of their own, the scheduler
-stays here.
+no port opens. With tensor_parallel_size > 1 the workers are processes of their own on this machine,
+the scheduler stays here (`processes`, `worker`). They are spawned, so a script that starts such an
+engine does it under `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def start(
                 engine = engine_class.from_engine_args(arguments_class(**arguments | more))
                 if processes.has_workers(engine):
                     processes.watch(engine)
-        except (ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:  # a worker that fails makes vLLM raise no less
             raise RuntimeError(_why(error, model)) from error
     engine.engine_core._finalizer.detach()  # see `stop`
     _running.add(engine)
@@ -163,6 +164,8 @@ def stop(engine: Any) -> None:
 def _why(error: Exception, model: str) -> str:
     text = " ".join(str(error).split())
     said = f"vllm {installed()} does not start {model!r}: {type(error).__name__}: {text}"
+    if "WorkerProc" in text:
+        said += "; what its worker processes said stands above, on stderr"
     if "memory" in text.lower() or "kv cache" in text.lower():
         said += (
             "; options: vllm.gpu_memory_utilization (or vllm.kv_cache_gib) and vllm.max_model_len"

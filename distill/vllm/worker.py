@@ -13,8 +13,8 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -29,13 +29,7 @@ PARTING = 10.0
 
 
 class Extension:
-    """What the worker can be asked for beside vLLM's own."""
-
-    def shared_memory(self) -> list[str]:
-        """What it maps in /dev/shm: the names of files."""
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-        folder = f"{processes.SHARED}/"
-        return sorted({line.split(folder)[1] for line in lines if folder in line})
+    """What vLLM adds to its worker: nothing but this import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +106,7 @@ def _end_with_the_parent() -> None:
     def watch() -> None:
         parent.join()
         time.sleep(PARTING)
+        processes.remove(processes.memory_of(os.getpid()))
         os._exit(1)
 
     Thread(target=watch, daemon=True, name="ParentWatch").start()
@@ -121,14 +116,14 @@ class _Words(logging.Handler):
     """The parent learns that a start failed and not why: one line of it goes to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            said = " ".join(str(error).split()) or "no message"
-            print(
-                f"{multiprocessing.current_process().name}: {type(error).__name__}: {said}",
-                file=sys.stderr,
-                flush=True,
+        if record.exc_info and (error := record.exc_info[1]):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            said = " ".join(str(error).split()) or place.line
+            sys.stderr.write(  # in one piece: the others say the same
+                f"{multiprocessing.current_process().name}: {type(error).__name__} in {place.name}"
+                f" ({place.filename}:{place.lineno}): {said}\n"
             )
+            sys.stderr.flush()
 
 
 def _say_why_not() -> None:
