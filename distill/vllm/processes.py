@@ -1,9 +1,9 @@
-"""An engine's worker processes, where tensor_parallel_size is above 1: none outlives its engine, and
-one that dies takes it down at once.
+"""An engine's worker processes, where tensor_parallel_size is above 1: none outlives its engine,
+and one that dies takes it down at once.
 
-vLLM's own monitor asks the others to end and gives them nine seconds, in which the caller waits for
-an answer: a worker cannot hear it while it waits for the dead one inside a collective. `watch` kills
-them, so the caller's error comes at once.
+vLLM's own monitor asks the others to end and gives them nine seconds, while the caller waits for an
+answer: a worker does not hear it as long as it waits for the dead one inside a collective. `watch`
+kills them, so the caller's error comes at once.
 """
 
 from __future__ import annotations

@@ -166,6 +166,8 @@ def _why(error: Exception, model: str) -> str:
     said = f"vllm {installed()} does not start {model!r}: {type(error).__name__}: {text}"
     if "WorkerProc" in text:
         said += "; what its worker processes said stands above, on stderr"
+    if "tensor parallel size" in text:
+        said += "; option: vllm.tensor_parallel_size"
     if "memory" in text.lower() or "kv cache" in text.lower():
         said += (
             "; options: vllm.gpu_memory_utilization (or vllm.kv_cache_gib) and vllm.max_model_len"

@@ -30,6 +30,7 @@ from tutelage.distill.config import ConfigError, TeacherConfig, VllmConfig
 from tutelage.distill.models import load_settings, resolve
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
+from tutelage.distill.vllm.processes import death
 from tutelage.distill.vllm.start import RELEASE, installed, start, stop
 from tutelage.scheduler.episodes import Row
 
@@ -66,6 +67,7 @@ class VllmTeacher:
             ValueError: the whole distribution is asked for, the student's ids where vLLM does not
                 score them, or a row has branches.
             ConfigError: a row is longer than the engine's context.
+            RuntimeError: a worker process of the engine is dead.
         """
         self._check(rows, asked=asked is not None, full=full)
         scores: list[TeacherScores | None] = [None] * len(rows)
@@ -88,8 +90,12 @@ class VllmTeacher:
                         i, parts = waiting.pop(output.request_id)
                         own = None if asked is None else asked[i]
                         scores[i] = self._packed(output, parts, rows[i], k, own)
-        except BaseException:
+        except BaseException as error:
             self._engine.abort_request([*waiting])
+            if died := death(self._engine):
+                raise RuntimeError(
+                    f"teachers.{self.name}: vllm broke with {len(waiting)} rows in flight: {died}"
+                ) from error
             raise
         return [one for one in scores if one is not None]
 
@@ -215,7 +221,7 @@ def cut_padding(model: Any, *, vocabulary: int) -> None:
 
     def compute_logits(*args: Any, **kwargs: Any) -> Any:
         logits = plain(*args, **kwargs)
-        if logits is not None:  # only the first of several GPUs has them
+        if logits is not None:  # the first worker alone has them
             logits[..., vocabulary:] = -torch.inf
         return logits
 
