@@ -129,7 +129,11 @@ def in_memory(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
     file = os.memfd_create("tutelage-weights")
     try:
         os.truncate(file, end)
-        told = {"path": f"/proc/{os.getpid()}/fd/{file}", "size": end, "places": places}
+        told: dict[str, Any] = {
+            "path": f"/proc/{os.getpid()}/fd/{file}",
+            "size": end,
+            "places": places,
+        }
         for name, room in mapped(**told, shared=True):
             room.copy_(weights[name])
         yield told

@@ -55,7 +55,7 @@ def receiver() -> type:
         initialize_layerwise_reload,
     )
 
-    class Receiver(WeightTransferEngine):  # type: ignore[misc]
+    class Receiver(WeightTransferEngine):
         init_info_cls, update_info_cls = Nothing, Written
 
         def init_transfer_engine(self, init_info: Nothing) -> None:

@@ -190,7 +190,7 @@ def test_a_worker_that_is_killed_ends_the_engine(
     assert time.monotonic() - since < 5.0  # vLLM's own monitor takes nine
     for session in range(16):
         engine.release(session)
-    with pytest.raises(EngineFailure, match="in taking weights .*killed by SIGKILL"):
+    with pytest.raises(EngineFailure, match=r"in taking weights .*killed by SIGKILL"):
         engine.load(None, engine.version + 1)
     engine.close()
     assert _workers() == []
