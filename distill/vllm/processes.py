@@ -21,9 +21,6 @@ from typing import Any
 
 SHARED = Path("/dev/shm")
 
-PYTHONS = "psm_"
-"""So begin the names of Python's shared memory."""
-
 PATIENCE = 10.0
 """Seconds that a killed process has to be gone."""
 
@@ -34,11 +31,12 @@ def has_workers(engine: Any) -> bool:
 
 
 def watch(engine: Any) -> None:
-    """From here on, the death of one worker ends all of the engine's."""
+    """From here on, the death of one worker ends all of the engine's, and whatever ends them, they
+    leave nothing in /dev/shm: all that share it have it, so its names go at once."""
     executor = _executor(engine)
     workers = [one.proc for one in executor.workers]
-    own = executor.rpc_broadcast_mq.buffer.shared_memory.name
-    executor.tutelage_memory = {name for one in workers for name in memory_of(one.pid)} - {own}
+    executor.rpc_broadcast_mq.buffer.is_creator = False  # it would remove its name, too
+    remove({name for one in workers for name in memory_of(one.pid)})
     executor.tutelage_dead = None
 
     def look() -> None:
@@ -53,36 +51,30 @@ def watch(engine: Any) -> None:
 
 
 def end(engine: Any) -> None:
-    """Shut the workers down, if there are any, and remove what killed ones left."""
+    """Shut the workers down, if there are any."""
     if not has_workers(engine):
         return
     executor = _executor(engine)
     executor.shutdown()
     for one in executor.workers:
         one.proc.join(PATIENCE)
-    remove(executor.tutelage_memory)
-    for name in executor.tutelage_memory:
-        if name.startswith(PYTHONS) and (SHARED / name).exists():
-            (SHARED / name).unlink()
-            resource_tracker.unregister(f"/{name}", "shared_memory")
 
 
 def memory_of(pid: int | None) -> set[str]:
     """The names of the files in /dev/shm that a process maps."""
     lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
-    return {
-        line.split(f"{SHARED}/")[1]
-        for line in lines
-        if f"{SHARED}/" in line and not line.endswith("(deleted)")
-    }
+    found = {line.split(f"{SHARED}/")[1] for line in lines if f"{SHARED}/" in line}
+    return {name for name in found if not name.endswith("(deleted)")}
 
 
 def remove(names: set[str]) -> None:
-    """Remove files in /dev/shm that nobody else will: those for vLLM's collectives. Python has a
-    process that removes what was made with it."""
+    """Remove files in /dev/shm, but for semaphores, which have 32 bytes."""
     for name in names:
-        if not name.startswith((PYTHONS, "sem.")):
-            (SHARED / name).unlink(missing_ok=True)
+        if name.startswith("sem."):
+            continue
+        (SHARED / name).unlink(missing_ok=True)
+        if name.startswith("psm_"):  # Python's: it would miss the file at its exit, and say so
+            resource_tracker.unregister(f"/{name}", "shared_memory")
 
 
 def death(engine: Any) -> str | None:
@@ -113,7 +105,7 @@ def none_left() -> Iterator[None]:
         for one in workers:
             one.kill()
             one.join(PATIENCE)
-        remove(memory)
+        remove({name for name in memory if not name.startswith("psm_")})  # Python removes its own
         raise
 
 

@@ -14,11 +14,11 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 
-from tutelage.distill.vllm import processes
 from tutelage.distill.vllm.start import keep_unpacked
 from tutelage.distill.vllm.sync import mapped
 
@@ -92,6 +92,7 @@ def _prepare() -> None:
 
     _say_why_not()
     _end_with_the_parent()
+    _find_memory_gone()
     if current_platform.is_cpu():
         keep_unpacked()
     WeightTransferEngineFactory.register_engine(RECEIVER, receiver())
@@ -106,10 +107,22 @@ def _end_with_the_parent() -> None:
     def watch() -> None:
         parent.join()
         time.sleep(PARTING)
-        processes.remove(processes.memory_of(os.getpid()))
         os._exit(1)
 
     Thread(target=watch, daemon=True, name="ParentWatch").start()
+
+
+def _find_memory_gone() -> None:
+    """Let the worker end where `processes.watch` has removed what it would remove itself."""
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+
+    plain = ShmRingBuffer.__del__
+
+    def end(self: Any) -> None:
+        with suppress(FileNotFoundError):
+            plain(self)
+
+    ShmRingBuffer.__del__ = end
 
 
 class _Words(logging.Handler):
