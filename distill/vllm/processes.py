@@ -9,6 +9,7 @@ kills them, so the caller's error comes at once.
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from threading import Thread
 from typing import Any
 
 SHARED = Path("/dev/shm")
+
+PYTHONS = "psm_"
+"""So begin the names of Python's shared memory."""
 
 PATIENCE = 10.0
 """Seconds that a killed process has to be gone."""
@@ -61,19 +65,22 @@ def end(engine: Any) -> None:
 
 
 def memory_of(pid: int | None) -> set[str]:
-    """The names of the files in /dev/shm that a process maps."""
-    lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
-    found = {line.split(f"{SHARED}/")[1] for line in lines if f"{SHARED}/" in line}
-    return {name for name in found if not name.endswith("(deleted)")}
+    """The names of the files in /dev/shm that a process maps and that vLLM made there: Python's
+    shared memory, and the CPU's for collectives. Checkpoints may stand there, too."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+    except OSError:  # it is gone
+        return set()
+    return set(
+        re.findall(rf" {SHARED}/((?:{PYTHONS}|vllm_dist_)[^/\n]+)(?<! \(deleted\))$", maps, re.M)
+    )
 
 
 def remove(names: set[str]) -> None:
-    """Remove files in /dev/shm, but for semaphores, which have 32 bytes."""
+    """Remove files in /dev/shm."""
     for name in names:
-        if name.startswith("sem."):
-            continue
         (SHARED / name).unlink(missing_ok=True)
-        if name.startswith("psm_"):  # Python's: it would miss the file at its exit, and say so
+        if name.startswith(PYTHONS):  # it would miss the file at its exit, and say so
             resource_tracker.unregister(f"/{name}", "shared_memory")
 
 
@@ -105,7 +112,7 @@ def none_left() -> Iterator[None]:
         for one in workers:
             one.kill()
             one.join(PATIENCE)
-        remove({name for name in memory if not name.startswith("psm_")})  # Python removes its own
+        remove({name for name in memory if not name.startswith(PYTHONS)})  # Python removes its own
         raise
 
 
