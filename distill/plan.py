@@ -372,6 +372,18 @@ def _rollout_needs(config: RunConfig, student: Footprint) -> list[Need]:
                 knob="cluster.workers" if config.cluster else "vllm.dtype",
             )
         )
+        if vllm and config.vllm.tensor_parallel_size > 1:
+            sent = student.weights(config.student.dtype)
+            sent = None if sent is None else sent * workers
+            found.append(
+                Need(
+                    device="cpu",
+                    what="vLLM: weights on their way to its processes",
+                    least=sent,
+                    most=sent,
+                    knob="vllm.tensor_parallel_size",
+                )
+            )
         if vllm:
             return [*found, _vllm_need("rollouts", config.vllm, device, weights, workers)]
     sizes = [_sessions(config, name, workers) for name in config.tasks]
@@ -475,14 +487,16 @@ def _guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need
 def _vllm_need(
     name: str, options: VllmConfig, device: str, weights: int | None, engines: int = 1
 ) -> Need:
-    """What vLLM's engines set aside for keys and values: a size, or the rest of their share."""
+    """What vLLM's engines set aside for keys and values: a size, or the rest of their share. Each
+    of tensor_parallel_size workers does: on a GPU of its own, or all in the CPU's memory."""
     size, room = options.kv_cache_gib, memory_here(device)
     if size is None and device == "cpu":
         size = 1.0
     kept = None if size is None else int(size * (1 << 30))
     if kept is None and room is not None and weights is not None:
         kept = max(0, int(room * options.gpu_memory_utilization) - weights // engines)
-    kept = None if kept is None else kept * engines
+    if kept is not None:
+        kept *= engines * (options.tensor_parallel_size if device == "cpu" else 1)
     return Need(
         device=device,
         what=f"{name}: vLLM's cache",
@@ -497,6 +511,11 @@ def _process_needs(config: RunConfig) -> Need:
     count = config.learner.processes
     if config.cluster is not None:
         count += config.cluster.workers + len(config.teachers)
+    engines = [one.vllm for one in config.teachers.values() if one.engine == "vllm"]
+    if config.rollout.engine == "vllm":
+        engines += [config.vllm] * (config.cluster.workers if config.cluster else 1)
+    sizes = [one.tensor_parallel_size for one in engines if one is not None]
+    count += sum(size for size in sizes if size > 1)
     return Need(
         device="cpu",
         what=f"Python and libraries, {count} process{'es' * (count > 1)}",

@@ -254,6 +254,17 @@ def test_rollouts_with_vllm_have_a_copy_of_the_weights_and_a_cache_of_a_set_size
     assert _need(make_plan(two), "rollouts: vLLM's cache").least == 2 << 30  # 1 GiB each
 
 
+def test_processes_that_share_a_vllm_model_are_counted() -> None:
+    options = ["rollout.engine=vllm", "student.device=cpu", "vllm.kv_cache_gib=2"]
+    one = make_plan(load_config(DEMO, options))
+    two = make_plan(load_config(DEMO, [*options, "vllm.tensor_parallel_size=2"]))
+    assert _need(two, "rollouts: vLLM's cache").least == 4 << 30  # 2 GiB each
+    assert _need(two, "on their way").least == _need(two, "student: weights").least
+    assert not any("on their way" in need.what for need in one.needs)
+    each = _need(one, "Python and libraries").least
+    assert _need(two, "Python and libraries, 3 processes").least == 3 * each
+
+
 PAPERS = CONFIGS / "papers"
 
 

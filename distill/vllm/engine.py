@@ -21,6 +21,7 @@ import torch
 
 from tutelage.distill.config import VllmConfig
 from tutelage.distill.vllm import sync
+from tutelage.distill.vllm.processes import end
 from tutelage.distill.vllm.start import EngineFailure, broken, require_vllm, start, stop
 from tutelage.scheduler.engine import Completion, Request
 
@@ -213,10 +214,14 @@ class _Guard:
         if error is None or not isinstance(error, Exception) or isinstance(error, sync.SyncError):
             return
         engine = self._engine
-        said = broken(f"{self._doing} with {engine.pending} requests in flight", error)
+        doing = f"{self._doing} with {engine.pending} requests in flight"
+        said = broken(engine._engine, doing, error)
         if engine._alone:
             print(said, file=sys.stderr, flush=True)
-            os._exit(1)
+            try:
+                end(engine._engine)
+            finally:
+                os._exit(1)
         raise EngineFailure(said) from error
 
 

@@ -2,15 +2,18 @@
 and what of this process it must not change.
 
 One process, because then the learner's tensors reach the engine by reference: no copy travels and
-no port opens. With tensor_parallel_size > 1 the workers are processes of their own, the scheduler
-stays here.
+no port opens. With tensor_parallel_size > 1 the workers are processes of their own on this machine,
+the scheduler stays here (`processes`, `worker`). They are spawned, so a script that starts such an
+engine does it under `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 
 from tutelage.distill.config import ConfigError, VllmConfig
+from tutelage.distill.vllm import processes
 
 RELEASE = "0.32"
 """The release that this was written for and is tested with. Another is used if it has what is
@@ -39,13 +43,13 @@ class EngineFailure(RuntimeError):
     """The engine broke while it worked: what it holds is lost."""
 
 
-def broken(doing: str, error: Exception) -> str:
+def broken(engine: Any, doing: str, error: Exception) -> str:
     """What an EngineFailure says of its cause; where memory ran out, with the cure."""
     text = " ".join(str(error).split()) or "no message"
-    said = f"vllm broke in {doing}: {type(error).__name__}: {text}"
+    why = processes.death(engine) or f"{type(error).__name__}: {text}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        said += "; lower vllm.gpu_memory_utilization, or vllm.max_num_batched_tokens"
-    return said
+        why += "; lower vllm.gpu_memory_utilization, or vllm.max_num_batched_tokens"
+    return f"vllm broke in {doing}: {why}"
 
 
 def require_vllm(wanted_by: str) -> None:
@@ -107,11 +111,6 @@ def start(
     with _undisturbed():
         engine_class, arguments_class, platform = _load()
         on_cpu = platform.is_cpu()
-        if on_cpu and options.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"vllm.tensor_parallel_size={options.tensor_parallel_size}: this vLLM is built for"
-                " the CPU, where a worker of its own would pack its weights: set 1"
-            )
         if on_cpu and syncs:
             keep_unpacked()
         cache = options.kv_cache_gib
@@ -141,9 +140,23 @@ def start(
             "use_tqdm_on_load": False,
             "logprobs_mode": "raw_logprobs",
         }
+        if options.tensor_parallel_size > 1:
+            from tutelage.distill.vllm import worker
+
+            arguments |= {
+                "distributed_executor_backend": "mp",  # inside Ray, vLLM might choose Ray
+                "worker_extension_cls": worker.EXTENSION,
+                "weight_transfer_config": {"backend": worker.RECEIVER} if syncs else None,
+            }
+            if on_cpu:  # the workers share the cores
+                cores = torch.get_num_threads() // options.tensor_parallel_size
+                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         try:
-            engine = engine_class.from_engine_args(arguments_class(**arguments | more))
-        except (ValueError, RuntimeError, TypeError) as error:
+            with processes.none_left():
+                engine = engine_class.from_engine_args(arguments_class(**arguments | more))
+                if processes.has_workers(engine):
+                    processes.watch(engine)
+        except Exception as error:  # a worker that fails makes vLLM raise no less
             raise RuntimeError(_why(error, model)) from error
     engine.engine_core._finalizer.detach()  # see `stop`
     _running.add(engine)
@@ -157,6 +170,7 @@ def stop(engine: Any) -> None:
     """End an engine. vLLM, also where it is garbage-collected, would tear down what all engines of
     the process share: here the last one does."""
     _running.discard(engine)
+    processes.end(engine)
     if not _running:
         engine.engine_core.engine_core.shutdown()
     gc.unfreeze()  # a start hides all there was from the collector
@@ -165,6 +179,10 @@ def stop(engine: Any) -> None:
 def _why(error: Exception, model: str) -> str:
     text = " ".join(str(error).split())
     said = f"vllm {installed()} does not start {model!r}: {type(error).__name__}: {text}"
+    if "WorkerProc" in text:
+        said += "; what its worker processes said stands above, on stderr"
+    if "tensor parallel size" in text:
+        said += "; option: vllm.tensor_parallel_size"
     if "memory" in text.lower() or "kv cache" in text.lower():
         said += (
             "; options: vllm.gpu_memory_utilization (or vllm.kv_cache_gib) and vllm.max_model_len"
@@ -175,11 +193,13 @@ def _why(error: Exception, model: str) -> str:
 def _set_environment() -> None:
     """vLLM reads these when it is imported or started."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # the CPU has no Triton
     for name, value in (
         ("VLLM_NO_USAGE_STATS", "1"),  # it would report to its makers
         # a start says 40 lines, a failure all that was in flight; the error itself is raised
         ("VLLM_LOGGING_LEVEL", "CRITICAL"),
         ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),  # the learner has threads, and may have CUDA
         ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # the learner computes on the same cores
     ):
         os.environ.setdefault(name, value)
@@ -230,15 +250,21 @@ def _undisturbed() -> Iterator[None]:
     """A start seeds every global generator, forbids torch.set_num_threads and preloads libraries
     into every later child process: not here, where the learner lives."""
     python, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    threads, count = torch.set_num_threads, torch.get_num_threads()
+    told = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what vLLM itself calls
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numbers)
         torch.set_rng_state(tensors)
         torch.set_num_threads = threads
-        if preload is None:
-            os.environ.pop("LD_PRELOAD", None)
-        else:
-            os.environ["LD_PRELOAD"] = preload
+        if torch.get_num_threads() != count:
+            threads(count)
+        for name, value in told.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

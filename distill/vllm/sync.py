@@ -4,12 +4,15 @@ A reload that does nothing raises no error, and one that does part of its work l
 So after every sync the engine scores a probe, a fixed text, and must find what the learner itself
 found on it.
 
-Letters: T tokens of the probe.
+Letters: T tokens of the probe, B bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,9 @@ from tutelage.distill.transport import array_of, weight_of
 PROBE_TOKENS = 64
 IDS, LOGPROBS = "probe/ids", "probe/logprobs"
 """Where a probe travels beside the weights: no parameter's name holds a slash."""
+
+ALIGNED = 64
+"""Bytes: where a tensor in memory begins is a multiple."""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats, by the engine's dtype, that the mean over the probe may be off. In float32 on the CPU it is
@@ -102,13 +108,56 @@ def push(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """Replace the weights of a vLLM engine; nothing may be in flight.
 
     The worker in this process takes the tensors by reference and copies each into place, on
-    whichever device they are. Workers in processes of their own (tensor_parallel_size > 1) get them
-    through host memory.
+    whichever device they are. Workers in processes of their own (tensor_parallel_size > 1) map one
+    copy in this machine's memory, through vLLM's weight-transfer API.
     """
-    pairs = list(weights.items())
-    if engine.vllm_config.parallel_config.world_size > 1:
-        pairs = [(name, weight.cpu()) for name, weight in pairs]
-    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+    if engine.vllm_config.parallel_config.world_size == 1:
+        engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
+        return
+    with in_memory(weights) as told:
+        engine.collective_rpc("start_weight_update")
+        engine.collective_rpc("update_weights", kwargs={"update_info": told})
+        engine.collective_rpc("finish_weight_update")
+
+
+@contextmanager
+def in_memory(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    """One copy of the weights that this machine's processes can map; what `mapped` wants to know.
+
+    The file stands in memory and in no folder: it goes when the context is left, and with this
+    process, whatever ends it; and the size of /dev/shm does not bound it.
+    """
+    places, end = [], 0
+    for name, weight in weights.items():
+        places.append((name, str(weight.dtype).removeprefix("torch."), list(weight.shape), end))
+        end += -(-weight.nbytes // ALIGNED) * ALIGNED
+    file = os.memfd_create("tutelage-weights")
+    try:
+        os.truncate(file, end)
+        told: dict[str, Any] = {
+            "path": f"/proc/{os.getpid()}/fd/{file}",
+            "size": end,
+            "places": places,
+        }
+        for name, room in mapped(**told, shared=True):
+            room.copy_(weights[name])
+        yield told
+    finally:
+        os.close(file)
+
+
+def mapped(
+    path: str, size: int, places: Iterable[tuple[str, str, list[int], int]], *, shared: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a file: names, dtypes, shapes and first bytes of them are in `places`.
+
+    size: of the file, in bytes. shared: what is written into them goes into the file.
+    """
+    bytes_B = torch.from_file(path, shared=shared, size=size, dtype=torch.uint8)
+    for name, kind, shape, start in places:
+        dtype = getattr(torch, kind)
+        stop = start + math.prod(shape) * dtype.itemsize
+        yield name, bytes_B[start:stop].view(dtype).view(shape)
 
 
 def check_arrival(

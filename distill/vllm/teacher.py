@@ -96,7 +96,7 @@ class VllmTeacher:
             if isinstance(error, ValueError) or not isinstance(error, Exception):
                 raise
             raise EngineFailure(
-                f"teachers.{self.name}: {broken(f'scoring {len(rows)} rows', error)}"
+                f"teachers.{self.name}: {broken(self._engine, f'scoring {len(rows)} rows', error)}"
             ) from error
         return [one for one in scores if one is not None]
 
@@ -222,7 +222,7 @@ def cut_padding(model: Any, *, vocabulary: int) -> None:
 
     def compute_logits(*args: Any, **kwargs: Any) -> Any:
         logits = plain(*args, **kwargs)
-        if logits is not None:  # only the first of several GPUs has them
+        if logits is not None:  # the first worker alone has them
             logits[..., vocabulary:] = -torch.inf
         return logits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -186,7 +187,7 @@ def test_nothing_is_said_by_an_engine_without_weights(play: Any) -> None:
     engine.close()
 
 
-def test_a_start_leaves_the_process_as_it_was() -> None:
+def test_a_start_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -194,6 +195,12 @@ def test_a_start_leaves_the_process_as_it_was() -> None:
     assert torch.equal(torch.rand(3), wanted)
     torch.set_num_threads(1)  # vLLM forbids it
     assert "skip" not in torch.set_num_threads.__name__
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with starting._undisturbed():  # as for workers on a GPU
+        torch.set_num_threads(3)
+        os.environ["OMP_NUM_THREADS"] = "3"
+    assert torch.get_num_threads() == 1
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_an_engine_that_finds_no_memory_says_which_option_gives_it() -> None:
@@ -203,9 +210,11 @@ def test_an_engine_that_finds_no_memory_says_which_option_gives_it() -> None:
         engine_of(make_student(), VllmConfig(max_model_len=10_000))
 
 
-def test_the_cpu_has_one_worker() -> None:
-    with pytest.raises(ConfigError, match=r"vllm\.tensor_parallel_size=2: .*set 1"):
-        engine_of(make_student(), OPTIONS.model_copy(update={"tensor_parallel_size": 2}))
+def test_heads_that_the_workers_cannot_share_are_named() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"heads \(2\) must be divisible.*vllm\.tensor_parallel_"
+    ):
+        engine_of(make_student(), OPTIONS.model_copy(update={"tensor_parallel_size": 3}))
 
 
 def test_a_release_without_what_is_called_is_refused_by_name(
