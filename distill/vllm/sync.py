@@ -29,6 +29,9 @@ IDS, LOGPROBS = "probe/ids", "probe/logprobs"
 ALIGNED = 64
 """Bytes: where a tensor in memory begins is a multiple."""
 
+PATIENCE = 300.0
+"""Seconds that a worker process has for its part of a sync: vLLM's own limit of a step."""
+
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats, by the engine's dtype, that the mean over the probe may be off. In float32 on the CPU it is
 1e-6; in bfloat16 another order of summation shows in the second digit."""
@@ -110,14 +113,17 @@ def push(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
     The worker in this process takes the tensors by reference and copies each into place, on
     whichever device they are. Workers in processes of their own (tensor_parallel_size > 1) map one
     copy in this machine's memory, through vLLM's weight-transfer API.
+
+    Raises:
+        TimeoutError: one of them does not answer.
     """
     if engine.vllm_config.parallel_config.world_size == 1:
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
         return
     with in_memory(weights) as told:
-        engine.collective_rpc("start_weight_update")
-        engine.collective_rpc("update_weights", kwargs={"update_info": told})
-        engine.collective_rpc("finish_weight_update")
+        engine.collective_rpc("start_weight_update", timeout=PATIENCE)
+        engine.collective_rpc("update_weights", timeout=PATIENCE, kwargs={"update_info": told})
+        engine.collective_rpc("finish_weight_update", timeout=PATIENCE)
 
 
 @contextmanager

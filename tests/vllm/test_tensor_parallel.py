@@ -32,7 +32,8 @@ from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.engine import Request
 
 TWO = OPTIONS.model_copy(update={"tensor_parallel_size": 2})
-WITHIN = 2e-5
+WITHIN = 5e-5
+"""Nats. Measured: 1.9e-5."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_a_sync_that_fails_leaves_no_memory(pair: Any) -> None:
     class Refusing:
         vllm_config = engine._engine.vllm_config
 
-        def collective_rpc(self, name: str, kwargs: Any = None) -> None:
+        def collective_rpc(self, name: str, kwargs: Any = None, **_: Any) -> None:
             if name == "update_weights":
                 seen.append(kwargs["update_info"]["path"])
                 assert dict(sync.mapped(**kwargs["update_info"])).keys() == weights.keys()
@@ -184,5 +185,16 @@ def test_a_worker_that_is_killed_ends_the_engine(pair: Any) -> None:
     said = r"teachers\.two: vllm broke in scoring 1 rows: its worker .*by SIGKILL"
     with pytest.raises(EngineFailure, match=said):
         teacher.score([_row(9)], k=1)
+    engine.close()
+    assert _workers() == []
+
+
+def test_a_worker_that_hangs_ends_a_sync_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(make_student(), TWO)
+    engine.load(None, 0)
+    monkeypatch.setattr(sync, "PATIENCE", 1.0)
+    os.kill(_workers()[0].pid, signal.SIGSTOP)
+    with pytest.raises(EngineFailure, match=r"in taking weights .*TimeoutError"):
+        engine.load(None, 1)
     engine.close()
     assert _workers() == []
