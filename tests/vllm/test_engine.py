@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, logprobs_of, said
+from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, WITHIN, logprobs_of, said
 from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.vllm.start import EngineFailure
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
-
-PARITY = 2e-5
-"""Nats by which two float32 computations of one log-probability may differ."""
 
 
 def test_log_probabilities_are_those_of_a_plain_forward_at_temperature_one(
@@ -27,7 +24,7 @@ def test_log_probabilities_are_those_of_a_plain_forward_at_temperature_one(
         np.abs(said(student, prompt, reply.ids) - np.asarray(reply.logprobs)).max()
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
-    assert max(gaps) < PARITY
+    assert max(gaps) < WITHIN
     assert sum(len(reply.ids) for reply in replies) > 300
 
 
@@ -45,9 +42,9 @@ def test_the_most_probable_ids_are_those_of_a_plain_forward(engine: Any, student
         mine = dict(zip(flat.token_ids[here], flat.logprobs[here], strict=True))
         last = float(after_V.topk(k).values[-1])
         assert set(after_V.topk(k).indices.tolist()) ^ set(mine) <= {
-            i for i in range(VOCABULARY) if abs(float(after_V[i]) - last) < PARITY
+            i for i in range(VOCABULARY) if abs(float(after_V[i]) - last) < WITHIN
         }
-        assert all(abs(mine[i] - float(after_V[i])) < PARITY for i in mine)
+        assert all(abs(mine[i] - float(after_V[i])) < WITHIN for i in mine)
 
 
 def test_rows_of_padding_are_no_tokens(engine: Any, student: Any, prompts: Any, play: Any) -> None:
@@ -59,7 +56,7 @@ def test_rows_of_padding_are_no_tokens(engine: Any, student: Any, prompts: Any, 
     assert max(max(reply.ids) for reply in replies) < VOCABULARY
     first = play(engine, [prompts[0]], law=GREEDY, max_new_tokens=1)[0]
     assert first.logprobs[0] == pytest.approx(
-        float(logprobs_of(student, prompts[0])[-1].max()), abs=PARITY
+        float(logprobs_of(student, prompts[0])[-1].max()), abs=WITHIN
     )
 
 
@@ -108,7 +105,7 @@ def test_a_seed_is_a_reply(engine: Any, prompts: Any, play: Any) -> None:
     crowded = play(engine, [prompts[0], *prompts], seeds=[2**64 - 1, *range(40)])[0]
     other = play(engine, prompts[:1], seeds=[3])[0]
     assert alone.ids == again.ids == crowded.ids != other.ids
-    assert alone.logprobs == pytest.approx(crowded.logprobs, abs=PARITY)
+    assert alone.logprobs == pytest.approx(crowded.logprobs, abs=WITHIN)
 
 
 def test_the_next_turn_finds_the_last_one_in_the_cache(
@@ -118,7 +115,7 @@ def test_the_next_turn_finds_the_last_one_in_the_cache(
     known, before = ids, engine.cached_tokens
     for turn in range(3):
         reply = play(engine, [ids], sessions=[5], max_new_tokens=30)[0]
-        assert np.abs(said(student, ids, reply.ids) - np.asarray(reply.logprobs)).max() < PARITY
+        assert np.abs(said(student, ids, reply.ids) - np.asarray(reply.logprobs)).max() < WITHIN
         hits = engine.cached_tokens - before
         # whole blocks of 32 of what was there after the last turn, but for its last token
         assert hits == (0 if turn == 0 else 32 * ((len(known) - 1) // 32))
@@ -133,7 +130,7 @@ def test_more_prompts_than_one_forward_takes(engine: Any, student: Any, play: An
     prompts = rng.integers(2, VOCABULARY, size=(room // 200 + 20, 200)).tolist()
     replies = play(engine, prompts, max_new_tokens=4)
     for prompt, reply in zip(prompts, replies, strict=True):
-        assert np.abs(said(student, prompt, reply.ids) - np.asarray(reply.logprobs)).max() < PARITY
+        assert np.abs(said(student, prompt, reply.ids) - np.asarray(reply.logprobs)).max() < WITHIN
 
 
 def test_any_stop_id_ends_a_reply_and_stays(engine: Any, prompts: Any, play: Any) -> None:
@@ -151,7 +148,7 @@ def test_a_reply_may_fill_the_context(engine: Any, student: Any, play: Any) -> N
     prompt = [3] * (CONTEXT - 5)
     reply = play(engine, [prompt], max_new_tokens=5, stop_ids=frozenset())[0]
     assert len(reply.ids) == 5
-    assert np.abs(said(student, prompt, reply.ids) - np.asarray(reply.logprobs)).max() < PARITY
+    assert np.abs(said(student, prompt, reply.ids) - np.asarray(reply.logprobs)).max() < WITHIN
     with pytest.raises(ValueError, match=r"max_new_tokens=6 after 251 ids.*context of 256.*1 to 5"):
         play(engine, [prompt], max_new_tokens=6)
     assert engine.pending == 0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vllm.students import CONTEXT, VOCABULARY, make_student
+from tests.vllm.students import CONTEXT, VOCABULARY, WITHIN, make_student
 from tutelage.distill.config import TeacherConfig, VllmConfig, parse_config
 from tutelage.distill.doctor.models import self_distilled
 from tutelage.distill.models import load_model, load_tokenizer
@@ -24,9 +24,6 @@ from tutelage.distill.training import Run
 from tutelage.distill.vllm.start import EngineFailure
 from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
-
-WITHIN = 3e-5
-"""Nats. Measured: 1.8e-5."""
 
 
 @pytest.fixture(scope="session")
