@@ -74,7 +74,13 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
     environment = os.environ | {"TUTELAGE_MARK": mark, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # a shell's background job, as CI may be, passes on that SIGINT is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
