@@ -59,10 +59,9 @@ class VllmConfig(_Section):
     dtype: Literal["float32", "bfloat16"] | None = None  # none: the model's own in this run
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  # of the GPU, weights and
     # cache together: the learner, or a teacher, has the other half
-    kv_cache_gib: Annotated[float, Field(gt=0)] | None = (
-        None  # of each process that computes; none:
-    )
-    # what the line above leaves; on the CPU 1, which holds 260,000 tokens of the tiny models
+    # of each process that computes; none: what the line above leaves, and on the CPU 1, which
+    # holds 260,000 tokens of the tiny models
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     max_model_len: Positive | None = None  # none: the model's context
     max_num_batched_tokens: Positive | None = None  # of one forward; none: as vLLM finds best
     tensor_parallel_size: Positive = 1  # GPUs, each with its process, that share the model

@@ -268,8 +268,8 @@ class TransformersEngine:
         self._cache.reserve(self._cache.slots, max(reach, int(positions.max()) + 1))
         positions_BQ = torch.from_numpy(positions).to(device)
         mask_B1QP = torch.arange(reach, device=device) <= positions_BQ[:, None, :, None]
-        slots = [row.session.slot for row in rows] if anywhere else None
-        self._cache.slots_B = None if slots is None else torch.tensor(slots, device=device)
+        slots = [row.session.slot for row in rows]
+        self._cache.slots_B = torch.tensor(slots, device=device) if anywhere else None
         self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
         hidden_BQD = self.model.base_model(
             input_ids=torch.from_numpy(ids_BQ).to(device),

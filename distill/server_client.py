@@ -93,7 +93,7 @@ class ServerClient:
             if attempt:
                 with self._lock:
                     self.retries += 1
-                self._stopping.wait(min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+                self._stopping.wait(_pause(attempt))
             if self._stopping.is_set():
                 raise ServerError(f"{self.subject}: {self.url}: another request failed")
             try:
@@ -160,7 +160,7 @@ class ServerClient:
         with self._lock:
             told, self._waiting = self._waiting, True
         if not told:
-            longest = sum(min(PAUSE * 2**n, LONGEST_PAUSE) for n in range(self._attempts - 1))
+            longest = sum(_pause(attempt) for attempt in range(1, self._attempts))
             print(
                 f"tutelage: {self.subject}: {self.url}{path} gave no answer: {_described(fault)};"
                 f" asking again, {self._attempts - 1} times in {longest:.0f} s",
@@ -184,6 +184,11 @@ class ServerClient:
         if isinstance(fault, Garbage | _Trouble):
             return "see the server's own log" + again
         return f"is it running there? Start it, or correct {self.subject}.url" + again
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before an attempt after the first, which is 0."""
+    return min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
 
 
 def read_json(body: bytearray) -> Any:

@@ -26,7 +26,8 @@ class StandIn:
 
     def __init__(self, model: Any, *, v2: bool = True, room: int = 512) -> None:
         self.model = model
-        self.vllm_config = SimpleNamespace(use_v2_model_runner=v2)
+        alone = SimpleNamespace(world_size=1)
+        self.vllm_config = SimpleNamespace(use_v2_model_runner=v2, parallel_config=alone)
         self.model_config = SimpleNamespace(max_model_len=room)
         self.waiting: list[tuple[str, list[int], Any]] = []
         self.aborted: list[str] = []

@@ -31,8 +31,7 @@ PATIENCE = 10.0
 
 def has_workers(engine: Any) -> bool:
     """Whether this LLMEngine computes in processes of its own."""
-    settings = getattr(engine.vllm_config, "parallel_config", None)
-    return settings is not None and int(settings.world_size) > 1
+    return int(engine.vllm_config.parallel_config.world_size) > 1
 
 
 def watch(engine: Any) -> None:

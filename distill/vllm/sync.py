@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from tutelage.distill.transport import array_of, weight_of
+from tutelage.distill.vllm.processes import has_workers
 
 PROBE_TOKENS = 64
 IDS, LOGPROBS = "probe/ids", "probe/logprobs"
@@ -117,7 +118,7 @@ def push(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
     Raises:
         TimeoutError: one of them does not answer.
     """
-    if engine.vllm_config.parallel_config.world_size == 1:
+    if not has_workers(engine):
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
         return
     with in_memory(weights) as told:

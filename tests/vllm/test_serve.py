@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vllm.students import WITHIN
 from tutelage.distill import server_client
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
 from tutelage.distill.models import load_model, load_tokenizer, resolve
@@ -99,15 +98,15 @@ def _row(length: int) -> Row:
 
 
 def test_it_says_what_its_weights_say(served: Served) -> None:
-    """Log-probabilities go down to -40 on random ids."""
+    """Log-probabilities go down to -40 on random ids, where one float32 step is 4e-6."""
     model = load_model(MODEL, dtype="float32", device="cpu")
     teacher = _teacher(served)
     own = TransformersTeacher(model, vocabulary=teacher.vocabulary)
     rows = [_row(n) for n in (2, 20, 90, 131, ROOM - 1)] * 3
     for k in (1, 8):
         for one, other in zip(teacher.score(rows, k=k), own.score(rows, k=k), strict=True):
-            assert torch.allclose(one.sampled_N, other.sampled_N, atol=WITHIN, rtol=0)
-            assert torch.allclose(one.logprobs_NK, other.logprobs_NK, atol=WITHIN, rtol=0)
+            assert torch.allclose(one.sampled_N, other.sampled_N, atol=5e-5, rtol=0)
+            assert torch.allclose(one.logprobs_NK, other.logprobs_NK, atol=5e-5, rtol=0)
             assert (one.ids_NK == other.ids_NK).float().mean() > 0.999  # but for ties
 
 

@@ -28,7 +28,8 @@ from tests.vllm.test_teacher import _row
 from tutelage.distill.config import TeacherConfig
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.distill.vllm import sync
-from tutelage.distill.vllm.engine import EngineFailure, VllmEngine
+from tutelage.distill.vllm.engine import VllmEngine
+from tutelage.distill.vllm.start import EngineFailure
 from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.engine import Request
 
@@ -66,7 +67,7 @@ def test_weights_reach_every_worker_and_leave_nothing(
         shake(student, seed=version)
         engine.load(None, version)
         assert engine.version == version
-        assert engine.gap < WITHIN
+        assert engine.gap < 1e-5
         for ids, reply in zip(prompts, play(engine, prompts), strict=True):
             own = said(student, ids, reply.ids)
             assert np.abs(own - np.asarray(reply.logprobs)).max() < WITHIN
