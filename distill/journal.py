@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,11 +39,7 @@ class Journal:
         self._path.touch()
         os.truncate(self._path, self._standing(position))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._curves = Curves(folder / "tensorboard", start=start) if tensorboard else None
 
     def _standing(self, position: int) -> int:
         """How many bytes may stand: whole lines, and never more than there are."""
@@ -68,11 +66,10 @@ class Journal:
         with _named(self._path):
             self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    tag = name if "+" in task else f"{task}/{name}"
-                    self._board.add_scalar(tag, value, step)
+        if self._curves is not None:
+            prefix = "" if "+" in task else f"{task}/"
+            numbers = {prefix + k: x for k, x in metrics.items() if isinstance(x, int | float)}
+            self._curves.write(step, numbers)
 
     def write_episodes(
         self,
@@ -97,8 +94,48 @@ class Journal:
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._curves is not None:
+            self._curves.close()
+
+
+class Curves:
+    """TensorBoard's event file: a record a step, written here and now.
+
+    TensorBoard's own writer hands every number to a thread, by a queue whose lock stays taken when
+    Ctrl-C falls into it: the run then waits for that thread for ever.
+
+    Args:
+        folder: where the file goes, a new one. start: readers forget this step and later ones of
+            older files.
+    """
+
+    def __init__(self, folder: Path, *, start: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        self._path = folder / name
+        self._records = RecordWriter(self._path.open("wb"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One point of every curve, flushed."""
+        values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in metrics.items()]
+        self._write(self._event(step=step, summary=self._summary(value=values)))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with _named(self._path):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+
+    def close(self) -> None:
+        """Close."""
+        self._records.close()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,48 @@ class TestJournal:
             journal.write(0, "t", {"loss/mean": float("nan")})
         journal.close()
         assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+class TestCurves:
+    """What TensorBoard itself reads from the event files."""
+
+    def curves(self, folder: Path) -> dict[str, list[tuple[int, float]]]:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        read = EventAccumulator(str(folder / "tensorboard")).Reload()
+        return {
+            tag: [(point.step, point.value) for point in read.Scalars(tag)]
+            for tag in read.Tags()["scalars"]
+        }
+
+    def test_one_point_a_step_named_by_task_and_there_before_the_end(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path)
+        journal.write(0, "t", {"loss/mean": 1.5, "reward/success": 0, "who": "nobody"})
+        journal.write(1, "t", {"loss/mean": 1.25})
+        journal.write(2, "t+u", {"u/loss/mean": 0.5, "time/step": 2.0})
+        assert self.curves(tmp_path) == {
+            "t/loss/mean": [(0, 1.5), (1, 1.25)],
+            "t/reward/success": [(0, 0.0)],
+            "u/loss/mean": [(2, 0.5)],
+            "time/step": [(2, 2.0)],
+        }
+        journal.close()
+
+    def test_a_resumed_run_replaces_what_came_after_its_checkpoint(self, tmp_path: Path) -> None:
+        first = Journal(tmp_path)
+        for step in range(4):
+            first.write(step, "t", {"loss/mean": float(step)})
+        first.close()
+        resumed = Journal(tmp_path, start=2)
+        resumed.write(2, "t", {"loss/mean": 7.0})
+        resumed.close()
+        assert self.curves(tmp_path) == {"t/loss/mean": [(0, 0.0), (1, 1.0), (2, 7.0)]}
+
+    def test_nothing_of_it_runs_beside_the_training(self, tmp_path: Path) -> None:
+        """Ctrl-C in the queue of TensorBoard's own writer left a lock taken: one run in forty
+        that were interrupted waited for that thread for ever."""
+        before = threading.active_count()
+        journal = Journal(tmp_path)
+        journal.write(0, "t", {"loss/mean": 1.5})
+        assert threading.active_count() == before
+        journal.close()
