@@ -7,6 +7,8 @@ anything else.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's start warns of memory binding
+    atexit.register(gc.freeze)  # else the exit looks through all of torch for garbage, for seconds
     try:
         sys.exit(options.command(options))
     except KeyboardInterrupt:
