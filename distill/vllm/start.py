@@ -38,6 +38,14 @@ CURE = (
 
 GIB = 1 << 30
 
+QUIET_WORKERS = {
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "TORCH_LOGS": "-torch._library.triton",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""Environment of worker processes: else each says what `_undisturbed` and `_set_environment` keep
+from being said here."""
+
 
 class EngineFailure(RuntimeError):
     """The engine broke while it worked: what it holds is lost."""
@@ -148,6 +156,8 @@ def start(
                 "worker_extension_cls": worker.EXTENSION,
                 "weight_transfer_config": {"backend": worker.RECEIVER} if syncs else None,
             }
+            for name, value in QUIET_WORKERS.items():
+                os.environ.setdefault(name, value)
             if on_cpu:  # the workers share the cores
                 cores = torch.get_num_threads() // options.tensor_parallel_size
                 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
@@ -251,7 +261,8 @@ def _undisturbed() -> Iterator[None]:
     into every later child process: not here, where the learner lives."""
     python, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, count = torch.set_num_threads, torch.get_num_threads()
-    told = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
+    names = ("LD_PRELOAD", "OMP_NUM_THREADS", *QUIET_WORKERS)
+    told = {name: os.environ.get(name) for name in names}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what vLLM itself calls
