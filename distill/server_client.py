@@ -13,9 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -74,7 +74,7 @@ class ServerClient:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self._stopping = threading.Event()
-        self._live: set[http.client.HTTPConnection] = set()
+        self._live: set[socket.socket] = set()  # their connections forget them too soon
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one answer is unpacked at a time: it may take 100 MB
         self.retries = 0
@@ -116,8 +116,8 @@ class ServerClient:
         """The jobs' results, in order; so many at a time as the server is asked at once. The first
         one that fails ends all."""
         with ThreadPoolExecutor(self._concurrency) as pool:
-            futures = [pool.submit(job) for job in jobs]
             try:
+                futures = [pool.submit(job) for job in jobs]
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
                 return [future.result() for future in futures]
@@ -135,11 +135,11 @@ class ServerClient:
         https = where.scheme == "https"
         kind = http.client.HTTPSConnection if https else http.client.HTTPConnection
         deadline = time.monotonic() + self._timeout
-        connection = kind(str(where.hostname), where.port, timeout=self._timeout)
-        with self._lock:
-            self._live.add(connection)
-        try:
-            method = "GET" if data is None else "POST"
+        method = "GET" if data is None else "POST"
+        with (
+            closing(kind(str(where.hostname), where.port, timeout=self._timeout)) as connection,
+            self._lined_up(connection),
+        ):
             connection.request(method, where.path + path, data, self._headers)
             response = connection.getresponse()
             body = bytearray()  # grows in place: an answer may have 40 MB
@@ -149,11 +149,22 @@ class ServerClient:
                     raise TimeoutError(f"its answer was not whole after {self._timeout:g} s")
             if response.length:
                 raise http.client.IncompleteRead(b"", response.length)
+        return _accepted(response.status, body)
+
+    @contextmanager
+    def _lined_up(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """Connected, and `_hang_up` reaches it."""
+        connection.connect()
+        line = connection.sock
+        with self._lock:
+            if self._stopping.is_set():  # too late to be reached
+                raise ConnectionAbortedError("another request failed")
+            self._live.add(line)
+        try:
+            yield
         finally:
             with self._lock:
-                self._live.discard(connection)
-            connection.close()
-        return _accepted(response.status, body)
+                self._live.discard(line)
 
     def _say_so(self, path: str, fault: Exception) -> None:
         """Nobody should wonder what a run waits for: one line an outage."""
@@ -172,10 +183,9 @@ class ServerClient:
         """End every request in flight."""
         self._stopping.set()
         with self._lock:
-            for connection in self._live:
-                if connection.sock is not None:
-                    with suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+            for line in self._live:
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
 
     def _cure(self, fault: Exception) -> str:
         again = "; the same command goes on from what is saved"

@@ -153,6 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "cut":
             body = body[: len(body) // 2]
+        if fault == "stuck":
+            self.wfile.write(body[:9])
+            self.serving.released.wait(20)
         if fault == "slow":  # each byte in time, the whole too late
             for at in range(0, len(body), max(1, len(body) // 40)):
                 self.wfile.write(body[at : at + len(body) // 40])

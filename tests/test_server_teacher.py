@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.stand_in_server import StandIn
 from tutelage.distill import server_client
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
 from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.server_client import Garbage, ServerError
+from tutelage.distill.server_client import Garbage, Refused, ServerError
 from tutelage.distill.server_teacher import ServerTeacher, check_server, read_candidates
 from tutelage.distill.teachers import TeacherService, TransformersTeacher
 from tutelage.distill.training import Run, Watcher
@@ -226,15 +227,42 @@ class TestFaults:
         server.released.set()
         assert len(teacher.score(rows[:1], k=4)) == 1  # and it can be asked again
 
-    def test_no_thread_is_left_when_ctrl_c_comes(
-        self, serve: Serve, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+    def test_a_request_that_connects_too_late_is_not_waited_for(
+        self, serve: Serve, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         server = serve()
-        server.faults = ["hang"] * 9
+        server.faults = ["hang"]
+        client = _teacher(server, timeout=30.0, concurrency=2)._client
+        connect, connecting = HTTPConnection.connect, threading.Event()
+
+        def late(self: HTTPConnection) -> None:
+            connecting.set()
+            assert client._stopping.wait(5)
+            connect(self)
+
+        def refused() -> None:
+            assert connecting.wait(5)
+            raise Refused(400, "no")
+
+        monkeypatch.setattr(HTTPConnection, "connect", late)
+        begun = time.monotonic()
+        with pytest.raises(Refused):
+            client.together(
+                [refused, lambda: client.ask("/v1/completions", {}, read=lambda _: None)]
+            )
+        assert time.monotonic() - begun < 5
+
+    @pytest.mark.parametrize("fault", ["hang", "stuck"])
+    def test_no_thread_is_left_when_ctrl_c_comes(
+        self, serve: Serve, rows: list[Row], monkeypatch: pytest.MonkeyPatch, fault: str
+    ) -> None:
+        server = serve()
+        server.faults = [fault] * 9
 
         def interrupted(*_: Any, **__: Any) -> None:
             while server.asked < 4:
                 time.sleep(0.01)
+            time.sleep(0.2)  # until half of the answer is there
             raise KeyboardInterrupt
 
         monkeypatch.setattr(server_client, "wait", interrupted)
