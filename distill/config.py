@@ -547,9 +547,10 @@ def _unknown_key(section: type[BaseModel], data: Any, prefix: str) -> str | None
         if field is None:
             if section.model_config.get("extra") == "allow":
                 continue
+            said = unknown("key", key, section.model_fields)
             if prefix and key in RunConfig.model_fields:
-                return f"{prefix}{key}: {key!r} is a key of the run's, at the top of the file"
-            return f"{prefix}{key}: {unknown('key', key, section.model_fields)}"
+                said = f"{key!r} is a key of the run's, at the top of the file; here: {said}"
+            return f"{prefix}{key}: {said}"
         inner, many = _sections_of(field.annotation)
         if inner is None or not isinstance(value, dict):
             continue

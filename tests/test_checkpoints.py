@@ -351,7 +351,7 @@ class TestCurves:
         assert self.curves(tmp_path) == {"t/loss/mean": [(0, 0.0), (1, 1.0), (2, 7.0)]}
 
     def test_nothing_of_it_runs_beside_the_training(self, tmp_path: Path) -> None:
-        """Ctrl-C in the queue of TensorBoard's own writer left a lock taken: one run in forty
+        """Ctrl-C in the queue of TensorBoard's own writer left a lock taken: two runs in 55
         that were interrupted waited for that thread for ever."""
         before = threading.active_count()
         journal = Journal(tmp_path)

@@ -407,6 +407,7 @@ def test_vocabularies_on_this_machine_are_compared(
     [
         ("stesp=3", "stesp: unknown key"),
         ("rollout.vllm.max_model_len=99", "rollout.vllm: 'vllm' is a key of the run's, at the top"),
+        ("tasks.math.teachers=calculator", "did you mean 'teacher'?"),  # it may be a slip
         ("tasks.math.teacher=calculatr", "did you mean 'calculator'"),
         ("teachers.calculator.model=builtin:arithmatic", "'builtin:arithmatic' is not built in"),
         ("objective.k=5000", "lower objective.k"),
