@@ -80,7 +80,7 @@ class ShardedLearner(Learner):
         version: int,
         parts: Sequence[Sequence[Drawn]],
         courses: Mapping[str, Course],
-        progress: float,
+        progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
         """This rank's share of an update."""
@@ -226,7 +226,7 @@ class DataParallelLearner(ShardedLearner):
         self,
         parts: Sequence[Sequence[Drawn]],
         courses: Mapping[str, Course],
-        progress: float,
+        progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
         shares: list[list[list[Drawn]]] = [[] for _ in range(self._ranks)]

@@ -111,13 +111,14 @@ class Learner:
         courses: Mapping[str, Course],
         *,
         seed: int,
-        progress: float = 0.0,
+        progress: Mapping[str, float] | float = 0.0,
         diagnose: bool = True,
     ) -> dict[str, dict[str, float]]:
         """Descend on the sum of the tasks' weighted mean losses: in one optimizer step, or in one
         for every `minibatch` rows, accumulated over micro-batches. Returns each task's metrics.
 
-        courses: by task. progress: share of the run done. diagnose: also the costly diagnostics.
+        courses: by task. progress: the share of its steps that a task has had, by task, or of all.
+        diagnose: also the costly diagnostics.
 
         Raises:
             ValueError: the mask of a task is empty.
@@ -134,7 +135,8 @@ class Learner:
         count = -(-len(lessons) // (self._config.minibatch or len(lessons)))
         parts = [[pair for pair in drawn[i::count] if pair[0].mask_T.any()] for i in range(count)]
         own = {lesson.task: courses[lesson.task] for lesson in lessons}
-        meters, norm = self._learn([part for part in parts if part], own, progress, diagnose)
+        at = progress if isinstance(progress, Mapping) else dict.fromkeys(own, progress)
+        meters, norm = self._learn([part for part in parts if part], own, at, diagnose)
         shared = {
             "optimizer/grad_norm": norm,
             "optimizer/lr": self.learning_rate(self.version),
@@ -185,7 +187,7 @@ class Learner:
         self,
         parts: Sequence[Sequence[Drawn]],
         courses: Mapping[str, Course],
-        progress: float,
+        progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
         """An optimizer step for each part; every task's meter, and the mean of the norms."""
@@ -204,7 +206,7 @@ class Learner:
         drawn: Sequence[Drawn],
         courses: Mapping[str, Course],
         meters: Mapping[str, Meter],
-        progress: float,
+        progress: Mapping[str, float],
         diagnose: bool,
     ) -> float:
         """One optimizer step; the gradient's norm before clipping."""
@@ -228,7 +230,7 @@ class Learner:
                 meters[task],
                 size=sizes[task],
                 scale=share * courses[task].weight,
-                progress=progress,
+                progress=progress[task],
                 diagnose=diagnose,
             )
 

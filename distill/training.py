@@ -211,7 +211,7 @@ class Run:
                 taught.lessons,
                 self._courses,
                 seed=self.config.seed * 1_000_003 + turn,
-                progress=timetable.progress(tasks[0]),
+                progress={task: timetable.progress(task) for task in tasks},
                 diagnose=turn % self.config.journal.diagnostics_every == 0,
             )
         everything = [outcome for own in outcomes.values() for outcome in own]

@@ -716,6 +716,22 @@ class TestTokens:
             losses[progress] = found["t"]["loss/mean"]
         assert losses[0.0] == losses[0.49] != losses[0.5] == losses[1.0]
 
+    def test_every_task_of_an_update_is_at_its_own_progress(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        rows = _near_policy(rows, make_model(seed=1))
+        lessons, objective = _lessons(rows, teacher), build("reward_clipped", switch=0.5)
+        lessons += [replace(lesson, task="late") for lesson in lessons]
+        courses = {task: Course(objective=objective) for task in ("t", "late")}
+
+        def losses(progress: Any) -> list[float]:
+            learner = _learner(make_model(seed=1))
+            found = learner.update(lessons, courses, seed=0, progress=progress)
+            return [found[task]["loss/mean"] for task in courses]
+
+        own = losses({"t": 0.9, "late": 0.1})
+        assert own == [losses(0.9)[0], losses(0.1)[1]] != losses(0.9)
+
     def test_the_engines_drift_is_a_mean_over_sampled_tokens(
         self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
     ) -> None:

@@ -396,6 +396,28 @@ class TestMixing:
         assert math["loss/mean"] == pytest.approx(0, abs=1e-6)
 
 
+def test_every_task_of_a_mixed_step_is_at_its_own_progress(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes late is at its beginning when the other is nearly done."""
+    update, seen = Learner.update, list[Any]()
+
+    def spy(self: Learner, *args: Any, progress: Any, **options: Any) -> Any:
+        seen.append(progress)
+        return update(self, *args, progress=progress, **options)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    tasks = {"household": HOUSEHOLD, "math": MATH | {"start": 2}}
+    _train(configure(tasks, steps=5, schedule={"policy": "mixed"}))
+    assert seen == [
+        {"household": 0.0},
+        {"household": 0.25},
+        {"household": 0.5, "math": 0.0},
+        {"household": 0.75, "math": 0.5},
+        {"household": 1.0, "math": 1.0},
+    ]
+
+
 @pytest.mark.slow
 def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
     """Rollouts and teachers as actors on this machine: the same metrics, episodes and weights."""
