@@ -225,7 +225,7 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
         engine = TransformersEngine(model, vocabulary=vocabulary)
     teachers = {
         name: _make_teacher(name, config.teachers[name], vocabulary)
-        for name in _guiding(config).values()
+        for name in set(_guiding(config).values()) & config.teachers.keys()
     }
     guides = _guides(config, teachers, vocabulary)
     return RolloutWorker(engine, tokenizer, rollouts, pools, guides)

@@ -406,8 +406,8 @@ class RunConfig(_Section):
 
     def support_of(self, teacher: str) -> int:
         """How many of its own ids a token a teacher's tasks want at most; at least 1."""
-        tasks = [task for task, section in self.tasks.items() if section.teacher == teacher]
-        return max(1, *(build_objective(self.objective_of(task)).k for task in tasks))
+        tasks = [name for name, section in self.tasks.items() if teacher in section.teachers]
+        return max([1, *(build_objective(self.objective_of(task)).k for task in tasks)])
 
     def rollout_of(self, task: str) -> RolloutConfig:
         """The run's rollout section with the task's keys in place."""

@@ -65,10 +65,10 @@ def _teachers(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
             for task, value in config.tasks.items()
             if next(iter(value.teachers), None) == name  # of several, the first
         }
-        if not own:
+        if not own or teacher.files is None:  # a server scores, and does not play
             continue
         found = evaluate_model(
-            config.model_copy(update={"tasks": own}), teacher.model, watch=watcher
+            config.model_copy(update={"tasks": own}), teacher.files, watch=watcher
         )
         scores |= found["scores"]
     return scores
@@ -78,7 +78,8 @@ def _shares(columns: dict[str, Any]) -> str:
     """The student's final score as a share of its teacher's."""
     parts = []
     for task, after in columns["after"].items():
+        theirs = columns["teacher"].get(task, {})
         for mode, found in after.items():
-            if mode != "metric" and (best := columns["teacher"][task][mode]["value"]):
+            if mode != "metric" and mode in theirs and (best := theirs[mode]["value"]):
                 parts.append(f"{task}, {mode}: {found['value'] / best:.0%}")
     return "share of the teacher's score: " + "; ".join(parts)
