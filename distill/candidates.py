@@ -8,6 +8,7 @@ Letters: T tokens of a row, N chosen tokens, C candidates of all tokens, K suppo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,8 +56,9 @@ class Candidates:
         """Of the row's chosen tokens.
 
         Raises:
-            BadCandidates: a token has too few or too many, none of them its own, or numbers that
-                are no log-probabilities.
+            BadCandidates: a token has too few or too many, none of them its own, one twice, a
+                less probable one than its own in the own one's place, or numbers that are no
+                log-probabilities.
             ValueError: an id outside the vocabulary.
         """
         at_N = np.flatnonzero(row.chosen_T)
@@ -82,10 +84,12 @@ class Candidates:
         logprobs_NK = logprobs_NC[keep_NC].reshape(-1, k)
         order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")
         logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, 1)
+        ids_NK = np.take_along_axis(ids_NK, order_NK, 1).astype(np.int64)
         sampled_N = np.take_along_axis(logprobs_NC, own_N[:, None], 1)[:, 0]
-        _check_numbers(logprobs_NK, sampled_N, at_N)
+        _check_numbers(logprobs_NK, sampled_N, at_N, least=-math.log(vocabulary) - 1.0)
+        _check_order(ids_NK, logprobs_NK, sampled_N, row.ids_T[at_N], at_N)
         return TeacherScores(
-            ids_NK=torch.from_numpy(np.take_along_axis(ids_NK, order_NK, 1).astype(np.int64)),
+            ids_NK=torch.from_numpy(ids_NK),
             logprobs_NK=torch.from_numpy(logprobs_NK),
             sampled_N=torch.from_numpy(sampled_N),
             vocabulary=vocabulary,
@@ -96,13 +100,41 @@ def _check_numbers(
     logprobs_NK: npt.NDArray[np.float32],
     sampled_N: npt.NDArray[np.float32],
     at_N: npt.NDArray[np.int64],
+    *,
+    least: float,
 ) -> None:
+    """least: the log-probability that the most probable id has at least: one in the vocabulary's
+    size, or somewhat less where the server's embedding has more rows."""
     worst_N = np.maximum(logprobs_NK.max(1, initial=-np.inf), sampled_N)  # NaN stays NaN
     mass_N = np.exp(np.minimum(logprobs_NK, 1.0)).sum(1)
-    fine_N = (worst_N <= SLACK) & (mass_N <= 1 + SLACK)
+    fine_N = (worst_N <= SLACK) & (mass_N <= 1 + SLACK) & (logprobs_NK[:, 0] >= least)
     if not fine_N.all():
         n = int(np.flatnonzero(~fine_N)[0])
         raise BadCandidates(
             f"token {at_N[n]} has a log-probability of {worst_N[n]:.4g} and {mass_N[n]:.4g} of"
             " probability among its candidates"
+        )
+
+
+def _check_order(
+    ids_NK: npt.NDArray[np.int64],
+    logprobs_NK: npt.NDArray[np.float32],
+    sampled_N: npt.NDArray[np.float32],
+    own_N: npt.NDArray[np.int32],
+    at_N: npt.NDArray[np.int64],
+) -> None:
+    """That these are the K most probable ones: each once, and none left out for another."""
+    sorted_NK = np.sort(ids_NK, axis=1)
+    twice_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
+    if twice_N.any():
+        raise BadCandidates(f"token {at_N[twice_N.argmax()]} names one candidate twice")
+    own_NK = ids_NK == own_N[:, None]
+    same_N = np.where(own_NK, logprobs_NK, -np.inf).max(1)  # where it is among them: its own
+    bound_N = np.where(own_NK.any(1), same_N, logprobs_NK[:, -1])
+    wrong_N = sampled_N > bound_N + SLACK
+    if wrong_N.any():
+        n = int(wrong_N.argmax())
+        raise BadCandidates(
+            f"token {at_N[n]} itself has a log-probability of {sampled_N[n]:.4g}, and the"
+            f" candidates that should be the most probable ones {bound_N[n]:.4g}"
         )

@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tutelage.distill.credentials import hidden, hide_in_tracebacks
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `tutelage`."""
     options = _parse(arguments)
+    hide_in_tracebacks()
     # Few, large matrix products in one process: more OpenMP threads than cores only fight.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -62,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _complain(error: BaseException) -> None:
     """One line on stderr, and one for each note; the traceback on request."""
     for said in (str(error) or type(error).__name__, *getattr(error, "__notes__", ())):
-        print(f"tutelage: {' '.join(said.split())}", file=sys.stderr)
+        print(f"tutelage: {' '.join(hidden(said).split())}", file=sys.stderr)
     if not isinstance(error, ValueError | FileNotFoundError):
         print("tutelage: TUTELAGE_TRACEBACK=1 shows where", file=sys.stderr)
 

@@ -87,6 +87,8 @@ class TeacherConfig(_Section):
     timeout: Annotated[float, Field(gt=0)] = 300.0  # seconds of one answer
     attempts: Positive = 8  # at one answer; the pauses between 8 of them last 91 s: a restart
     concurrency: Positive = 8  # rows in flight
+    # of one answer; a longer one is refused. 32,000 tokens with K = 64 take some 180
+    max_answer_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256.0
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.distill.config import RunConfig
+from tutelage.distill.credentials import hidden
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.footprint import Footprint
 from tutelage.distill.plan import Plan, device_name, memory_here, notes
@@ -43,7 +44,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
         table.add_row(Text(subject, style="bold"))
         for finding in findings:
             if finding.subject == subject:
-                text = Text(finding.text)
+                text = Text(hidden(finding.text))
                 if finding.cure:
                     text.append(f"\n-> {finding.cure}", style="italic")
                 level = Text(finding.level, style=COLOURS[finding.level])

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
+import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+
+from tutelage.distill.credentials import hidden
+from tutelage.distill.deadline_http import Lines, Reply, TooLong, exchange
 
 T = TypeVar("T")
 
@@ -26,6 +27,14 @@ PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
 TRY_AGAIN = (408, 425, 429)
 """And everything from 500 on: the server's trouble of the moment."""
+
+NEVER = (501, 505)
+"""But for what it was not made for."""
+
+SHOWN = 400
+"""Characters of a server's own words in a message."""
+
+MIB = 1 << 20
 
 
 class ServerError(RuntimeError):
@@ -45,7 +54,11 @@ class Refused(Exception):
 
 
 class _Trouble(Exception):
-    """An answer that says that there is none now."""
+    """An answer that says that there is none now. wait: seconds that the server asks for."""
+
+    def __init__(self, text: str, wait: float) -> None:
+        super().__init__(text)
+        self.wait = wait
 
 
 class ServerClient:
@@ -54,8 +67,9 @@ class ServerClient:
     Args:
         subject: whose it is, such as `teachers.NAME`. url: with or without a last `/v1`.
         key: for the Authorization header, or None.
-        timeout: seconds of one answer, from the first byte out to the last one in.
+        timeout: seconds of one answer, from the name server's to the last byte.
         attempts: at one answer. concurrency: requests in flight (`together`).
+        max_answer_mib: of one answer.
     """
 
     def __init__(
@@ -66,15 +80,17 @@ class ServerClient:
         timeout: float,
         attempts: int,
         concurrency: int,
+        max_answer_mib: float = 256.0,
         key: str | None = None,
     ) -> None:
         self.subject, self.url = subject, url.rstrip("/").removesuffix("/v1")
         self._timeout, self._attempts, self._concurrency = timeout, attempts, concurrency
+        self._max_answer_mib = max_answer_mib
         self._headers = {"Content-Type": "application/json", "Connection": "close"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
-        self._stopping = threading.Event()
-        self._live: set[socket.socket] = set()  # their connections forget them too soon
+        self._tls = ssl.create_default_context() if url.startswith("https:") else None
+        self._lines = Lines()
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one answer is unpacked at a time: it may take 100 MB
         self.retries = 0
@@ -88,13 +104,13 @@ class ServerClient:
             Refused: a 4xx.
         """
         data = None if body is None else json.dumps(body).encode()
-        begun = time.monotonic()
+        begun, pause = time.monotonic(), 0.0
         for attempt in range(self._attempts):
             if attempt:
                 with self._lock:
                     self.retries += 1
-                self._stopping.wait(_pause(attempt))
-            if self._stopping.is_set():
+                self._lines.stopping.wait(max(_pause(attempt), pause))
+            if self._lines.stopping.is_set():
                 raise ServerError(f"{self.subject}: {self.url}: another request failed")
             try:
                 answer = self._exchange(path, data)
@@ -102,15 +118,24 @@ class ServerClient:
                     found = read(answer)
                 self._waiting = False
                 return found
+            except TooLong:
+                raise self._too_long(path) from None
+            except ssl.SSLCertVerificationError as error:  # it would be the same again
+                raise ServerError(
+                    f"{self.subject}: {self.url}: its certificate is not to be trusted"
+                    f" ({_described(error)}): correct {self.subject}.url, or set SSL_CERT_FILE to"
+                    " your own authority's"
+                ) from None
             except (OSError, http.client.HTTPException, Garbage, _Trouble) as error:
                 fault: Exception = error
+                pause = min(error.wait, LONGEST_PAUSE) if isinstance(error, _Trouble) else 0.0
                 if attempt + 1 < self._attempts:
                     self._say_so(path, fault)
         seconds = time.monotonic() - begun
         raise ServerError(
             f"{self.subject}: {self.url}{path} gave no answer in {self._attempts} attempts and"
             f" {seconds:.0f} s, at last: {_described(fault)}: {self._cure(fault)}"
-        ) from fault
+        ) from None  # the fault may hold what the server said at length
 
     def together(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The jobs' results, in order; so many at a time as the server is asked at once. The first
@@ -123,48 +148,33 @@ class ServerClient:
                 return [future.result() for future in futures]
             except BaseException:  # Ctrl-C too: no thread may be left waiting for a server
                 pool.shutdown(wait=False, cancel_futures=True)
-                self._hang_up()
+                self._lines.hang_up()
                 raise
             finally:
                 pool.shutdown()
-                self._stopping.clear()
+                self._lines.stopping.clear()
 
     def _exchange(self, path: str, data: bytes | None) -> bytearray:
         """One request and its whole answer."""
-        where = urlsplit(self.url)
-        https = where.scheme == "https"
-        kind = http.client.HTTPSConnection if https else http.client.HTTPConnection
-        deadline = time.monotonic() + self._timeout
-        method = "GET" if data is None else "POST"
-        with (
-            closing(kind(str(where.hostname), where.port, timeout=self._timeout)) as connection,
-            self._lined_up(connection),
-        ):
-            connection.request(method, where.path + path, data, self._headers)
-            response = connection.getresponse()
-            body = bytearray()  # grows in place: an answer may have 40 MB
-            while part := response.read1(1 << 20):
-                body += part
-                if time.monotonic() > deadline:  # a socket's timeout is of each piece
-                    raise TimeoutError(f"its answer was not whole after {self._timeout:g} s")
-            if response.length:
-                raise http.client.IncompleteRead(b"", response.length)
-        return _accepted(response.status, body)
+        reply = exchange(
+            self.url + path,
+            data,
+            self._headers,
+            timeout=self._timeout,
+            most=int(self._max_answer_mib * MIB),
+            lines=self._lines,
+            tls=self._tls,
+        )
+        return _accepted(reply)
 
-    @contextmanager
-    def _lined_up(self, connection: http.client.HTTPConnection) -> Iterator[None]:
-        """Connected, and `_hang_up` reaches it."""
-        connection.connect()
-        line = connection.sock
-        with self._lock:
-            if self._stopping.is_set():  # too late to be reached
-                raise ConnectionAbortedError("another request failed")
-            self._live.add(line)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._live.discard(line)
+    def _too_long(self, path: str) -> ServerError:
+        key = f"{self.subject}.max_answer_mib"
+        return ServerError(
+            f"{self.subject}: {self.url}{path} answers with more than {key} ="
+            f" {self._max_answer_mib:g}: raise it, lower objective.k or shorten the episodes"
+            " (rollout.max_new_tokens, rollout.max_turns); the same command goes on from what is"
+            " saved"
+        )
 
     def _say_so(self, path: str, fault: Exception) -> None:
         """Nobody should wonder what a run waits for: one line an outage."""
@@ -178,14 +188,6 @@ class ServerClient:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _hang_up(self) -> None:
-        """End every request in flight."""
-        self._stopping.set()
-        with self._lock:
-            for line in self._live:
-                with suppress(OSError):
-                    line.shutdown(socket.SHUT_RDWR)
 
     def _cure(self, fault: Exception) -> str:
         again = "; the same command goes on from what is saved"
@@ -205,16 +207,20 @@ def read_json(body: bytearray) -> Any:
     """Raises Garbage for what is no JSON."""
     try:
         return json.loads(body)
-    except ValueError as error:
-        raise Garbage(f"its answer is no JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise Garbage(f"its answer is no JSON ({_described(error)})") from None
 
 
-def _accepted(status: int, body: bytearray) -> bytearray:
+def _accepted(reply: Reply) -> bytearray:
+    status = reply.status
     if 200 <= status < 300:
-        return body
-    text = _message(body)
-    if status >= 500 or status in TRY_AGAIN:
-        raise _Trouble(f"HTTP {status}: {text}")
+        return reply.body
+    text = _message(reply.body)
+    if 300 <= status < 400:
+        there = hidden(reply.location)[:SHOWN] or "nowhere"
+        raise Refused(status, f"it redirects to {there}, where no key is sent: url must name it")
+    if status not in NEVER and (status < 200 or status >= 500 or status in TRY_AGAIN):
+        raise _Trouble(f"HTTP {status}: {text}", reply.wait)
     raise Refused(status, text)
 
 
@@ -224,10 +230,15 @@ def _message(body: bytearray) -> str:
         found = json.loads(body)
         found = found.get("error", found)
         text = found if isinstance(found, str) else found["message"]
-    except (ValueError, AttributeError, KeyError, TypeError):
-        text = body.decode(errors="replace")
-    return " ".join(str(text).split())[:400]
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        text = body[: 100 * SHOWN].decode(errors="replace")
+    return _line(text)
 
 
 def _described(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return _line(error) or type(error).__name__
+
+
+def _line(said: object) -> str:
+    """In one line, not too long; a key that the server repeats is not shown."""
+    return hidden(" ".join(str(said)[: 100 * SHOWN].split()))[:SHOWN]

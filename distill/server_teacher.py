@@ -15,7 +15,6 @@ Letters: T tokens of a row, C candidates of all tokens, K support size.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 
 from tutelage.distill.candidates import BadCandidates, Candidates, check_linear, read_length
 from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig
+from tutelage.distill.credentials import api_key, hidden
 from tutelage.distill.identity import scored_row
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.server_client import Garbage, Refused, ServerClient, read_json
@@ -34,6 +34,9 @@ from tutelage.scheduler.episodes import Row
 
 PROBED = 64
 """Ids of the vocabulary whose texts are compared, evenly over it; and all that were added to it."""
+
+LISTED = 8
+"""Models that a message names."""
 
 LEAST = -9999.0
 """What vLLM writes for -inf."""
@@ -61,6 +64,7 @@ class ServerTeacher:
             timeout=config.timeout,
             attempts=config.attempts,
             concurrency=config.concurrency,
+            max_answer_mib=config.max_answer_mib,
         )
 
     @property
@@ -124,7 +128,7 @@ class ServerTeacher:
 
         def read(answer: bytearray) -> TeacherScores:
             try:
-                candidates = read_candidates(answer, tokens=end)
+                candidates = read_candidates(answer, tokens=end, model=self._model)
                 return candidates.scores(row, k=k, vocabulary=self.vocabulary)
             except BadCandidates as error:
                 raise Garbage(str(error)) from None
@@ -169,7 +173,7 @@ class ServerTeacher:
         url = self._client.url
         try:
             found = self._client.ask("/v1/models", read=read_json)
-            served = [str(model["id"]) for model in found["data"]]
+            served = [hidden(str(model["id"])[:99]) for model in found["data"]]
         except Refused as refused:
             if refused.status in (401, 403):
                 raise self._mistake(refused, tokens=0, k=0) from None
@@ -184,7 +188,7 @@ class ServerTeacher:
             ) from None
         if self._model not in served:
             raise ConfigError(
-                f"teachers.{self.name}.model: {url} serves {', '.join(map(repr, served))}, not"
+                f"teachers.{self.name}.model: {url} serves {_listed(served)}, not"
                 f" {self._model!r}: correct model or url, or start the server with"
                 f" --served-model-name {self._model}"
             )
@@ -203,9 +207,15 @@ class ServerTeacher:
             at = next(i for i, (one, other) in pairs if one != other)
             raise ConfigError(
                 f"teachers.{self.name}: {self._client.url} has another vocabulary: where the"
-                f" student's ids say {ours[at : at + 20]!r}, its say {theirs[at : at + 20]!r}:"
+                f" student's ids say {ours[at : at + 20]!r}, its say"
+                f" {hidden(theirs[at : at + 20])!r}:"
                 " choose a teacher with the student's tokenizer"
             )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names[:LISTED]]
+    return ", ".join([*shown, *(["..."] if len(names) > LISTED else [])]) or "no model"
 
 
 def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
@@ -217,26 +227,44 @@ def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
     teacher.check(tokenizer, k=config.support_of(name))
 
 
-def read_candidates(answer: bytes | bytearray, *, tokens: int) -> Candidates:
+def read_candidates(
+    answer: bytes | bytearray, *, tokens: int, model: str | None = None
+) -> Candidates:
     """A completion's `prompt_logprobs`. The JSON is packed as it is read, each token's candidates
-    at once: a Python object a candidate would take some 200 bytes.
+    at once: a Python object a candidate would take some 200 bytes. model: whose it must be, where
+    it says so.
 
     Raises:
-        Garbage: no JSON, or not of so many tokens.
+        Garbage: no JSON, not of so many tokens, or another model's.
     """
     try:
         found = json.loads(answer, object_pairs_hook=_packed)
+        if said := found.get("error"):
+            raise Garbage(f"it answers with an error: {said!r}")
+        if found.get("model", model) not in (model, None):
+            raise Garbage(f"its answer is of model {found['model']!r}, not {model!r}")
         (choice,) = found["choices"]
         parts = choice.get("prompt_logprobs")
         if parts is None:
             raise Garbage("its answer has no prompt_logprobs: is it vLLM's server?")
+        if not all(not part or isinstance(part, tuple) for part in parts):
+            raise TypeError("not every token has candidates by id")
         ids, logprobs = zip(*[part or _NOTHING for part in parts], strict=True)
         ends_T = np.cumsum([len(part) for part in ids])
         ids_C, logprobs_C = np.concatenate(ids), np.concatenate(logprobs)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         if isinstance(error, Garbage):
             raise
-        raise Garbage(f"its answer is no completion with prompt_logprobs ({error!r})") from None
+        raise Garbage(
+            f"its answer is no completion with prompt_logprobs ({type(error).__name__}: {error})"
+        ) from None
     if len(ids) != tokens:
         raise Garbage(f"it answers with {len(ids)} positions for {tokens} tokens")
     return Candidates(
@@ -248,7 +276,8 @@ def read_candidates(answer: bytes | bytearray, *, tokens: int) -> Candidates:
 
 
 _NOTHING = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32)
-_ID = re.compile(r"\d+")
+_ID = re.compile(r"[0-9]+")
+_NUMBERS = frozenset({float, int})
 
 
 def _packed(pairs: list[tuple[str, Any]]) -> Any:
@@ -256,7 +285,10 @@ def _packed(pairs: list[tuple[str, Any]]) -> Any:
     arrays, all else as it is."""
     if pairs and _ID.fullmatch(pairs[0][0]):
         ids, logprobs = zip(*pairs, strict=True)
-        return np.array(ids, dtype=np.int32), np.array(logprobs, dtype=np.float32)
+        if not _NUMBERS.issuperset(map(type, logprobs)):  # numpy would read "-1.5", and true
+            raise TypeError("a log-probability that is no number")
+        with np.errstate(over="ignore"):  # -1e300 is as good as -inf
+            return np.array(ids, dtype=np.int32), np.array(logprobs, dtype=np.float32)
     found = dict(pairs)
     return found.get("logprob", found)
 
@@ -269,11 +301,7 @@ def _probe(tokenizer: Any) -> list[int]:
 
 
 def _key(name: str, variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not (key := os.environ.get(variable)):
-        raise ConfigError(
-            f"teachers.{name}.api_key_env: the environment has no {variable}: set it where the"
-            " teacher runs"
-        )
-    return key
+    try:
+        return None if variable is None else api_key(f"teachers.{name}", variable)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
 
+from tutelage.distill.credentials import check_url, check_variable
 from tutelage.distill.objectives import Objective
 
 if TYPE_CHECKING:
@@ -24,11 +24,21 @@ ENGINES_WITH = {
     "timeout": ("server",),
     "attempts": ("server",),
     "concurrency": ("server",),
+    "max_answer_mib": ("server",),
 }
 """A teacher's keys that not every engine has."""
 
 
-FREE_TO_CHANGE = ("url", "weights", "api_key_env", "timeout", "attempts", "concurrency", "vllm")
+FREE_TO_CHANGE = (
+    "url",
+    "weights",
+    "api_key_env",
+    "timeout",
+    "attempts",
+    "concurrency",
+    "max_answer_mib",
+    "vllm",
+)
 """Keys that may differ when a run goes on: who teaches is the exam's to say."""
 
 
@@ -56,11 +66,11 @@ def check_keys(teacher: TeacherConfig) -> None:
             f"vllm.dtype: {teacher.vllm.dtype!r}: a teacher's is its own dtype: set that one"
         )
     if teacher.engine == "server":
-        where = urlsplit(teacher.url or "")
-        if where.scheme not in ("http", "https") or not where.hostname:
-            raise ValueError(
-                f"engine: server needs url, such as http://host:8000 (it is {teacher.url!r})"
-            )
+        if teacher.url is None:
+            raise ValueError("engine: server needs url, such as http://host:8000 (it is None)")
+        check_url("url", teacher.url)
+        if teacher.api_key_env is not None:
+            check_variable(teacher.api_key_env)
 
 
 def check_sleep(key: str) -> None:

@@ -11,7 +11,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +156,12 @@ def _row(ids: Sequence[int]) -> Row:
 
 FAULTS = {
     "error": r"HTTP 500: the engine core is dead: see the server's own log",
-    "hang": r"timed out: raise teachers\.one\.timeout or lower its concurrency",
+    "hang": r"there was no answer after 0\.4 s: raise teachers\.one\.timeout or lower",
     "slow": r"not whole after 0\.4 s: raise teachers\.one\.timeout",
     "cut": r"IncompleteRead.*: is it running there\? Start it, or correct teachers\.one\.url",
     "no json": r"is no completion with prompt_logprobs .*: see the server's own log",
     "nan": r"token 3 has a log-probability of nan",
-    "null": r"token 3 has a log-probability of nan",
+    "null": r"a log-probability that is no number",
     "logits": r"token 3 has a log-probability of \d",
     "short": r"it answers with \d+ positions for \d+ tokens",
     "empty": r"token 3 has 0 candidates, not 4 or 5",
@@ -233,18 +232,18 @@ class TestFaults:
         server = serve()
         server.faults = ["hang"]
         client = _teacher(server, timeout=30.0, concurrency=2)._client
-        connect, connecting = HTTPConnection.connect, threading.Event()
+        hold, connecting = client._lines.hold, threading.Event()
 
-        def late(self: HTTPConnection) -> None:
+        def late(line: socket.socket) -> None:
             connecting.set()
-            assert client._stopping.wait(5)
-            connect(self)
+            assert client._lines.stopping.wait(5)
+            hold(line)
 
         def refused() -> None:
             assert connecting.wait(5)
             raise Refused(400, "no")
 
-        monkeypatch.setattr(HTTPConnection, "connect", late)
+        monkeypatch.setattr(client._lines, "hold", late)
         begun = time.monotonic()
         with pytest.raises(Refused):
             client.together(
