@@ -179,6 +179,7 @@ def _episode(episode: Episode, lessons: Mapping[int, Lesson], version: int) -> d
         "success": episode.success,
         "reward": episode.reward,
         "ended": episode.ended,
+        **({"verdict": episode.verdict} if episode.verdict else {}),
         "version": episode.version,
         "staleness": version - episode.version,
         "attempts": episode.attempts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,12 @@ CURES = {
     " among learner.processes; `tutelage plan` tells what each part takes",
 }
 """Of a part of a step that ran out of memory."""
+
+UNGRADED = (
+    "no_box", "too_long", "unreadable", "gold_unparseable", "refused", "timeout", "crash",
+    "unavailable",
+)  # fmt: skip
+"""Verdicts of mathematics that are no comparison of two answers, each counted as `grading/...`."""
 
 
 class Clock:
@@ -84,6 +91,7 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict
         "episodes/played": count,
         "episodes/dropped": len(lost),
         **({"episodes/lost": [one.name for one in lost]} if lost else {}),
+        **_grading(episodes, lost),
         "episodes/turns": sum(len(episode.turns) for episode in episodes) / count,
         "episodes/staleness": sum(version - episode.version for episode in episodes) / count,
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
@@ -92,6 +100,15 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict
         "tokens/chosen": sum(episode.num_chosen for episode in episodes),
         "tokens/seen": sum(len(row.ids_T) for episode in episodes for row in episode.rows),
     }
+
+
+def _grading(episodes: Sequence[Episode], lost: Sequence[Dropped]) -> dict[str, int]:
+    """How many answers were not compared, and why, where an environment tells its verdicts."""
+    verdicts = Counter(episode.verdict for episode in episodes if episode.verdict)
+    undecided = sum(one.reason == "undecided" for one in lost)
+    if not undecided and not verdicts.keys() & {"string", "exact", "symbolic", *UNGRADED}:
+        return {}
+    return {f"grading/{one}": verdicts[one] for one in UNGRADED} | {"grading/undecided": undecided}
 
 
 def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:

@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from tutelage.envs.grading_pool import symbolic
+from tutelage.envs.grading_pool import UNDECIDED, Allowance, symbolic
 
 MAX_ANSWER = 1000  # characters; the longest gold of the public sets has 210
 MAX_BARE = 200  # characters of a response without a box that still count as a bare answer
@@ -40,12 +39,18 @@ class Verdict:
     """`correct`, and why: which tier decided, or what kept the answer from being read.
 
     Reasons: string, exact, symbolic (decided); no_box, too_long, not_text, unreadable (no answer to
-    compare); gold_unparseable; refused (too large to evaluate safely); timeout, crash, unavailable;
-    starting (the time passed before a worker could be asked: ask again).
+    compare); gold_unparseable; refused (too large to evaluate safely); timeout (its processor time
+    ran out), crash (so did its process, by itself), unavailable (no math-verify that works). And of
+    the machine alone, `undecided`: starting, late, lost (see grading_pool.UNDECIDED).
     """
 
     correct: bool
     reason: str
+
+    @property
+    def undecided(self) -> bool:
+        """The machine had no time for it: nothing is said of the answer. Ask again."""
+        return self.reason in UNDECIDED
 
 
 def grade(prediction: str, gold: str, *, timeout: float = 5.0) -> bool:
@@ -54,23 +59,31 @@ def grade(prediction: str, gold: str, *, timeout: float = 5.0) -> bool:
 
 
 def judge(
-    prediction: str, gold: str, *, timeout: float = 5.0, require_box: bool = False
+    prediction: str,
+    gold: str,
+    *,
+    timeout: float = 5.0,
+    wait: float | None = None,
+    require_box: bool = False,
 ) -> Verdict:
     """Compare a response with a gold answer; returns within `timeout` seconds, from any thread.
+
+    With `wait`, `timeout` is in processor seconds, and they may come within `wait` seconds on the
+    clock: how busy the machine is then decides nothing up to there.
 
     The answer is the last `\\boxed{}` after the last `</think>`. A response without any box counts
     as a bare answer if it is short, unless `require_box`. Never raises on any prediction or gold.
     """
     if not isinstance(prediction, str) or not isinstance(gold, str):
         return Verdict(correct=False, reason="not_text")
-    deadline = time.monotonic() + timeout
+    allowance = Allowance.within(timeout, wait)
     found = extract(prediction, require_box=require_box)
     if isinstance(found, Verdict):
         return found
     target = gold if "\\boxed" not in gold else extract(gold, require_box=True)
     if isinstance(target, Verdict) or not target.strip() or len(target) > MAX_ANSWER:
         return Verdict(correct=False, reason="gold_unparseable")
-    return _compare(found, target, deadline)
+    return _compare(found, target, allowance)
 
 
 # --- the answer in a response --------------------------------------------------------------------
@@ -385,7 +398,7 @@ def _too_much(core: str) -> bool:
     return deepest > _DEEPEST or _REFUSED.search(core) is not None
 
 
-def _compare(answer: str, gold: str, deadline: float) -> Verdict:
+def _compare(answer: str, gold: str, allowance: Allowance) -> Verdict:
     mine, theirs = _read(answer), _read(gold)
     same = _exact_tiers(mine, theirs)
     if same is not None:
@@ -404,7 +417,7 @@ def _compare(answer: str, gold: str, deadline: float) -> Verdict:
             written, wanted = wanted, written
     elif len(_parts(written)[1]) != len(_parts(wanted)[1]) and "\\pm" not in written + wanted:
         return Verdict(correct=False, reason="string")  # 1,1,1 is not 1, whatever sets say
-    return _symbolic(written, wanted, deadline)
+    return _symbolic(written, wanted, allowance)
 
 
 _RELATION = re.compile(r"<|>|\\[lg]e(?![A-Za-z])")
@@ -446,7 +459,7 @@ _cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
-def _symbolic(answer: str, gold: str, deadline: float) -> Verdict:
+def _symbolic(answer: str, gold: str, allowance: Allowance) -> Verdict:
     """math-verify's word. Decided pairs are remembered: samples of one problem repeat their
     answers.
     """
@@ -455,7 +468,7 @@ def _symbolic(answer: str, gold: str, deadline: float) -> Verdict:
         if pair in _cache:
             _cache.move_to_end(pair)
             return _cache[pair]
-    correct, reason = symbolic(answer, gold, deadline)
+    correct, reason = symbolic(answer, gold, allowance)
     verdict = Verdict(correct=correct, reason=reason)
     if reason == "symbolic":
         with _cache_lock:

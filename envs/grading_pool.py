@@ -1,8 +1,13 @@
-"""The workers of the symbolic tier: started when needed, killed when late, replaced, gone at exit.
+"""The workers of the symbolic tier: started when needed, kept warm, ended when they must, replaced,
+gone at exit.
 
-A worker that dies, answers nonsense or stops working costs its request another try, on a fresh one.
-Any thread may ask. A request holds one worker; more requests than workers wait, within their own
-deadline.
+Two measures, never confused. An answer has a number of processor seconds, which its worker counts:
+when they run out the answer is to blame, and the reason is `timeout`. A caller has a time on the
+clock: when it runs out first, the machine is to blame, and the reason is one of UNDECIDED, which
+says nothing of the answer. A worker that was killed, that stands still or that is slow to start
+costs no verdict: its request is asked again, of a fresh one, as long as the caller can wait.
+
+Any thread may ask. A request holds one worker; more requests than workers wait.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import atexit
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import select
 import signal
@@ -20,19 +26,53 @@ import tempfile
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 WORKERS = max(1, min(4, (os.cpu_count() or 1)))
 GRADES_PER_WORKER = 1000  # then a fresh one: sympy's caches only grow
-START_SECONDS = 60.0  # for the imports, on a machine under load
-TRIES = 3  # of a request
-SILENCE = 2.0  # seconds in which a worker that is not stopped gets some of the processor
-INNER_MARGIN = 1.0  # seconds by which math-verify's own alarm comes before ours, if the time allows
+TRIES = 3  # of a request whose worker ends without a word
+SILENCE = 1.0  # seconds after which a worker that says nothing is looked at
+REAPED = 0.5  # seconds, at least, for the exit status of one that hung up
+CPU_SHARE = 0.9  # of a caller's time that the answer may compute; the rest is the machine's
+UNDECIDED = frozenset({"starting", "late", "lost"})
+"""Reasons that are the machine's: no worker was ready in time, none had the time to answer, or they
+were killed from outside. Ask again."""
+
+# What a computation can do to its own process. Any other signal came from outside.
+_OWN = {-s for s in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)}
 
 
 class Late(Exception):
     """The deadline passed."""
+
+
+class Stalled(Exception):
+    """The worker stands still, and not for want of a processor."""
+
+
+class Broken(Exception):
+    """math-verify cannot be used as it is installed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Allowance:
+    """What one judgement may take: `seconds` of a worker's processor, which its requests use up,
+    and the `deadline` until when its caller waits (time.monotonic seconds).
+    """
+
+    seconds: float
+    deadline: float
+
+    @classmethod
+    def within(cls, timeout: float, wait: float | None = None) -> Allowance:
+        """`timeout` processor seconds, to be had in `wait` seconds on the clock; without `wait`, as
+        much as fits into `timeout` seconds on the clock.
+        """
+        if wait is None:
+            return cls(seconds=CPU_SHARE * timeout, deadline=time.monotonic() + timeout)
+        return cls(seconds=timeout, deadline=time.monotonic() + wait)
 
 
 class _Worker:
@@ -58,64 +98,97 @@ class _Worker:
         self._born = time.monotonic()
         self._buffer = b""
         self.ready = False
+        self.started = math.nan, math.nan  # seconds that took, on the clock and of the processor
         self.grades = 0
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_ready(self, deadline: float) -> None:
-        if not self.ready:
-            self._line(deadline)
-            self.ready = True
+    @property
+    def dead(self) -> bool:
+        return self._process.poll() is not None
 
     @property
-    def overdue(self) -> bool:
-        """It should long have been ready."""
-        return not self.ready and time.monotonic() - self._born > START_SECONDS
+    def answers(self) -> bool:
+        """It is ready, or has just said so."""
+        return self.ready or bool(self._poll().poll(0))
 
-    def ask(self, answer: str, gold: str, deadline: float) -> tuple[bool, str]:
-        left = deadline - time.monotonic()
-        request = {"answer": answer, "gold": gold, "seconds": max(1.0, left - INNER_MARGIN)}
+    def wait_ready(self, deadline: float) -> None:
+        if self.ready:
+            return
+        said = json.loads(self._line(deadline))
+        if "broken" in said:
+            raise Broken(said["broken"])
+        self.ready = True
+        self.started = time.monotonic() - self._born, said["seconds"]
+
+    def ask(self, answer: str, gold: str, allowance: Allowance) -> tuple[bool, str]:
+        request = {"answer": answer, "gold": gold, "seconds": allowance.seconds}
         assert self._process.stdin is not None
         # At most 2 x MAX_ANSWER characters: it fits the pipe's buffer, so the write can't block.
         os.write(self._process.stdin.fileno(), json.dumps(request).encode() + b"\n")
-        reply = json.loads(self._line(deadline))
+        reply = json.loads(self._line(allowance.deadline))
         self.grades += 1
-        correct, reason = reply["correct"], reply["reason"]
-        if type(correct) is not bool or type(reason) is not str:
+        correct, reason, used = reply["correct"], reply["reason"], reply["seconds"]
+        if type(correct) is not bool or type(reason) is not str or type(used) is not float:
             raise ValueError(f"not a verdict: {reply}")
+        allowance.seconds -= used
         return correct, reason
+
+    def _poll(self) -> select.poll:
+        assert self._process.stdout is not None
+        poll = select.poll()
+        poll.register(self._process.stdout.fileno(), select.POLLIN)
+        return poll
 
     def _line(self, deadline: float) -> bytes:
         assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        worked = self._worked()
+        poll, before = self._poll(), self._work()
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Late
             if not poll.poll(1000 * min(left, SILENCE)):
-                before, worked = worked, self._worked()
-                if left > SILENCE and worked is not None and worked == before:
-                    raise EOFError("the grading worker does nothing")
+                if left > SILENCE and self._stands_still(before):
+                    raise Stalled
+                before = self._work()
                 continue
-            chunk = os.read(descriptor, 65536)
+            chunk = os.read(self._process.stdout.fileno(), 65536)
             if not chunk:
                 raise EOFError("the grading worker ended")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _worked(self) -> str | None:
-        """The processor time that it has used, in the kernel's words; None where it has none."""
+    def _work(self) -> tuple[str, list[str]] | None:
+        """Its state and the processor time that it has used, in the kernel's words; None where it
+        tells neither.
+        """
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return " ".join(fields[11:13])
+        return fields[0], fields[11:13]
+
+    def _stands_still(self, before: tuple[str, list[str]] | None) -> bool:
+        """It was stopped, or sleeps instead of computing. One that waits for a processor (R) or for
+        the disk (D) would be no faster in another process; imports may sleep.
+        """
+        now = self._work()
+        return now is not None and now == before and now[0] in ("TtS" if self.ready else "Tt")
+
+    def cause(self, deadline: float) -> str:
+        """The reason that fits how it ended, once it has hung up."""
+        try:
+            code = self._process.wait(timeout=max(REAPED, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return "crash"
+        if not self.ready:
+            return "lost"
+        if code == -signal.SIGPROF:
+            return "timeout"
+        return "crash" if code >= 0 or code in _OWN else "lost"
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -133,61 +206,113 @@ class _Pool:
         self._count = 0
         self._changed = threading.Condition()
 
-    def ask(self, answer: str, gold: str, deadline: float) -> tuple[bool, str]:
-        for _ in range(TRIES):
-            verdict = self._try(answer, gold, deadline)
-            if verdict[1] != "crash":
-                break
+    def ask(self, answer: str, gold: str, allowance: Allowance) -> tuple[bool, str]:
+        ends: list[str] = []  # how its workers ended
+        while len(ends) < TRIES:
+            correct, reason = self._try(answer, gold, allowance)
+            if reason in ("crash", "lost"):
+                ends.append(reason)
+            elif reason != "stalled":  # the deadline bounds how often
+                return correct, reason
+        return False, "lost" if "lost" in ends else "crash"
+
+    def _try(self, answer: str, gold: str, allowance: Allowance) -> tuple[bool, str]:
+        if allowance.seconds <= 0:
+            return False, "timeout"
+        try:
+            worker = self._take(allowance.deadline)
+        except Late:
+            return False, "late"
+        except OSError:  # no process could be started
+            return False, "lost"
+        try:
+            worker.wait_ready(allowance.deadline)
+            verdict = worker.ask(answer, gold, allowance)
+        except Late:
+            if not worker.ready:
+                self._keep(worker)
+                return False, "starting"
+            self._replace(worker)
+            return False, "late"
+        except Stalled:
+            self._replace(worker)
+            return False, "stalled"
+        except (OSError, EOFError):
+            reason = worker.cause(allowance.deadline)
+            self._replace(worker)
+            return False, reason
+        except (ValueError, KeyError, TypeError):
+            self._replace(worker)
+            return False, "crash"
+        except BaseException:  # Ctrl-C in the middle of an exchange, or Broken: no successor
+            self._end(worker)
+            raise
+        if worker.grades < GRADES_PER_WORKER:
+            self._keep(worker)
+        else:
+            self._replace(worker)
         return verdict
 
-    def _try(self, answer: str, gold: str, deadline: float) -> tuple[bool, str]:
-        try:
-            worker = self._take(deadline)
-        except Late:
-            return False, "timeout"
-        except OSError:  # no process could be started
-            return False, "crash"
+    def start(self, deadline: float) -> tuple[float, float]:
+        worker = self._take(deadline)
         try:
             worker.wait_ready(deadline)
-            verdict = worker.ask(answer, gold, deadline)
-        except Late:
-            # One that is still importing is not to blame; one that was asked is lost.
-            self._give(worker, keep=not worker.ready and not worker.overdue)
-            return False, "timeout" if worker.ready else "starting"
-        except (OSError, EOFError, ValueError, KeyError, TypeError):
-            self._give(worker, keep=False)
-            return False, "crash"
-        except BaseException:  # Ctrl-C in the middle of an exchange
-            self._give(worker, keep=False)
+        except BaseException:
+            self._end(worker)
             raise
-        self._give(worker, keep=worker.grades < GRADES_PER_WORKER)
-        return verdict
+        self._keep(worker)
+        return worker.started
 
     def _take(self, deadline: float) -> _Worker:
         with self._changed:
-            while not self._free and self._count >= WORKERS:
+            while True:
+                self._bury()
+                if self._free:
+                    warm = [worker for worker in self._free if worker.answers]
+                    worker = (warm or self._free)[-1]
+                    self._free.remove(worker)
+                    return worker
+                if self._count < WORKERS:
+                    break
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     raise Late
-            if self._free:
-                return self._free.pop()
             self._count += 1
+        return self._started()
+
+    def _bury(self) -> None:
+        """Idle workers that somebody killed are no request's misfortune."""
+        for worker in [worker for worker in self._free if worker.dead]:
+            self._free.remove(worker)
+            self._count -= 1
+            worker.kill()
+
+    def _started(self) -> _Worker:
+        """A new process, which is counted already."""
         try:
             return _Worker()
         except BaseException:
-            with self._changed:
-                self._count -= 1
-                self._changed.notify()
+            self._uncount()
             raise
 
-    def _give(self, worker: _Worker, *, keep: bool) -> None:
-        if not keep:
-            worker.kill()
+    def _keep(self, worker: _Worker) -> None:
         with self._changed:
-            if keep:
-                self._free.append(worker)
-            else:
-                self._count -= 1
+            self._free.append(worker)
+            self._changed.notify()
+
+    def _replace(self, worker: _Worker) -> None:
+        """End it and start its successor now, so that the next request finds that one warm."""
+        worker.kill()
+        with contextlib.suppress(OSError):
+            self._keep(self._started())
+
+    def _end(self, worker: _Worker) -> None:
+        worker.kill()
+        self._uncount()
+
+    def _uncount(self) -> None:
+        with self._changed:
+            self._count -= 1
             self._changed.notify()
 
     def pids(self) -> list[int]:
@@ -220,19 +345,43 @@ def available() -> bool:
     """Whether math-verify is installed; warns once, with the cure, if it is not."""
     if importlib.util.find_spec("math_verify") is not None:
         return True
-    warnings.warn(
-        "math-verify is not installed: answers that are not plain numbers or equal texts count as "
-        "wrong. Cure: pip install 'tutelage[math]'",
-        stacklevel=2,
-    )
+    _warn("is not installed")
     return False
 
 
-def symbolic(answer: str, gold: str, deadline: float) -> tuple[bool, str]:
-    """(correct, reason) by math-verify, before `deadline` (time.monotonic seconds)."""
-    if not available():
+_broken: list[str] = []  # what math-verify said when it could not be used: once is enough
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"math-verify {what}: answers that are not plain numbers or equal texts count as wrong."
+        " Cure: pip install 'tutelage[math]'; `tutelage doctor` says more",
+        stacklevel=2,
+    )
+
+
+def symbolic(answer: str, gold: str, allowance: Allowance) -> tuple[bool, str]:
+    """(correct, reason) by math-verify, before the allowance's deadline."""
+    if _broken or not available():
         return False, "unavailable"
-    return _pool.ask(answer, gold, deadline)
+    try:
+        return _pool.ask(answer, gold, allowance)
+    except Broken as error:
+        if not _broken:
+            _warn(f"does not work here ({error})")
+        _broken.append(str(error))
+        return False, "unavailable"
+
+
+def start(wait: float) -> tuple[float, float]:
+    """Have a fresh worker ready; how long that took, in seconds (on the clock, of its processor).
+
+    Raises:
+        Broken: math-verify does not work as it is installed. Late: not within `wait` seconds.
+        Stalled, OSError, EOFError: its process was stopped, could not be started, or was ended.
+    """
+    _pool.close()
+    return _pool.start(time.monotonic() + wait)
 
 
 def close() -> None:

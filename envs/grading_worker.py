@@ -1,8 +1,11 @@
 """The process in which math-verify runs: one JSON line in, one out, until stdin ends.
 
-Started by `tutelage.envs.grading_pool`, which kills it when it is late. It bounds itself too:
-memory by RLIMIT_AS, processor time by ITIMER_PROF, whose default action ends a process even while
-one big-integer operation holds the interpreter lock (so an orphan can't spin on).
+Started by `tutelage.envs.grading_pool`. It says that it is ready once it has compared something:
+math-verify imports half of sympy at its first comparison, which is no answer's time. Nothing here
+looks at the clock on the wall, and math-verify's own alarms, which it swallows and calls a wrong
+answer, are off: a request has a number of processor seconds, and where they run out ITIMER_PROF
+ends the process, even while one big-integer operation holds the interpreter lock. A machine that
+has no time for us therefore decides nothing. Memory is bounded by RLIMIT_AS.
 """
 
 from __future__ import annotations
@@ -10,50 +13,95 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import resource
 import signal
 import sys
+import time
+from typing import Any
 
 from tutelage.envs.worker import die_with_parent
 
 MEMORY = 3 * 2**30  # bytes of address space: 2^{10^{10}} alone would take gigabytes
-SECONDS = 60.0  # processor time per request, far beyond any deadline outside
+START_SECONDS = 120.0  # processor time for the imports: a hundred times what they take
+LEAST, MOST = 0.01, 3600.0  # processor seconds of a request: a timer at 0 would be none
+
+# Gold, answer, whether they are equal: once through the parser, numbers, simplification, sets.
+WARM_UP = (
+    ("x^2+x", "x(x+1)", True),
+    ("x^2+x", "x^2", False),
+    ("\\frac{\\pi}{4}", "\\pi\\sqrt{\\frac{1}{16}}", True),
+    ("\\{1,x\\}", "\\{x,1\\}", True),
+)
 
 
 def main() -> None:
     if sys.argv[1] == "1":
         die_with_parent()
-    out = sys.stdout
-    sys.stdout = sys.stderr  # a library that prints must not break the protocol
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # who prints must not break the protocol
     logging.disable(logging.CRITICAL)
-    from math_verify import parse, verify
-
-    with contextlib.suppress(ValueError, OSError):  # a lower limit may already hold
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print(json.dumps({"ready": True}), file=out, flush=True)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent may have it ignored
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    signal.setitimer(signal.ITIMER_PROF, START_SECONDS)
+    broken = _warm_up()
+    if broken is not None:
+        _say(out, {"broken": broken})
+        return
+    _say(out, {"ready": True, "seconds": time.process_time()})
     for line in sys.stdin:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        try:
-            # Boxed, so that nothing but the whole text is taken for the answer. The gold stands
-            # first: verify is not symmetric.
-            seconds = max(1, int(request["seconds"]))
-            gold = parse(f"\\boxed{{{request['gold']}}}", parsing_timeout=seconds)
-            answer = parse(f"\\boxed{{{request['answer']}}}", parsing_timeout=seconds)
-            reply = {"correct": False, "reason": "symbolic"}
-            if not gold:
-                reply["reason"] = "gold_unparseable"
-            elif not answer:
-                reply["reason"] = "unreadable"
-            else:
-                reply["correct"] = bool(verify(gold, answer, timeout_seconds=seconds))
-        except MemoryError:
-            reply = {"correct": False, "reason": "refused"}
-        except Exception as error:  # the boundary: whatever a parser raises is "can't tell"
-            late = "imeout" in type(error).__name__
-            reply = {"correct": False, "reason": "timeout" if late else "unreadable"}
+        begun = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, min(max(request["seconds"], LEAST), MOST))
+        correct, reason = _bounded(request["answer"], request["gold"])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(reply), file=out, flush=True)
+        used = time.process_time() - begun
+        _say(out, {"correct": correct, "reason": reason, "seconds": used})
+
+
+def _say(out: Any, message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=out, flush=True)
+
+
+def _warm_up() -> str | None:
+    """What is wrong with math-verify as it is installed; None: it compares as it should."""
+    try:
+        import math_verify  # noqa: F401 (what it takes to load, before memory is bounded)
+
+        with contextlib.suppress(ValueError, OSError):  # a lower limit may already hold
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        for gold, answer, equal in WARM_UP:
+            if compare(answer, gold) != (equal, "symbolic"):
+                return f"it takes {answer} for {'another than' if equal else 'the same as'} {gold}"
+    except (MemoryError, OSError):  # of the machine, not of what is installed: try again
+        raise
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return None
+
+
+def _bounded(answer: str, gold: str) -> tuple[bool, str]:
+    try:
+        return compare(answer, gold)
+    except MemoryError:
+        return False, "refused"
+    except Exception:  # the boundary: whatever a parser raises is "can't tell"
+        return False, "unreadable"
+
+
+def compare(answer: str, gold: str) -> tuple[bool, str]:
+    """(correct, reason) by math-verify, without any clock."""
+    from math_verify import parse, verify
+
+    # Boxed, so that nothing but the whole text is taken for the answer. The gold stands first:
+    # verify is not symmetric.
+    wanted = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
+    written = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    if not wanted:
+        return False, "gold_unparseable"
+    if not written:
+        return False, "unreadable"
+    return bool(verify(wanted, written, timeout_seconds=None)), "symbolic"
 
 
 if __name__ == "__main__":

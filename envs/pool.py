@@ -41,7 +41,7 @@ from tutelage.envs.worker import GRACE, HEADER, Host, Reply, Request
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
 MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
 
-Reason = Literal["died", "timeout", "raised", "garbage", "differs"]
+Reason = Literal["died", "timeout", "raised", "garbage", "undecided", "differs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,8 @@ class Observed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The episode is lost. `died`, `timeout`: its process; `raised`, `garbage`: its environment;
-    `differs`: see replay.py. idle: it owed no answer when its process was lost.
+    `undecided`: the machine, see worker.Undecided; `differs`: see replay.py. idle: it owed no
+    answer when its process was lost.
     """
 
     episode: int

@@ -43,6 +43,12 @@ class Garbage(Exception):
     """An environment answered with something that is not text in and text out."""
 
 
+class Undecided(Exception):
+    """Raised by an environment that cannot say how an action went, for reasons that are the
+    machine's: the episode is played again, and lost at last, but never counted as a failure.
+    """
+
+
 class Host:
     """Instances of one environment, used again when their episode ends: they are costly to make."""
 
@@ -70,6 +76,9 @@ class Host:
         except Garbage as error:
             self._discard(episode)
             return (episode, "garbage", str(error))
+        except Undecided as error:
+            self._discard(episode)
+            return (episode, "undecided", str(error))
         except Exception:
             self._discard(episode)
             return (episode, "raised", traceback.format_exc()[-_DETAIL:])

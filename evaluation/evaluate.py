@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -91,6 +91,7 @@ def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
         by_type[episode.task_type].append(episode)
     turns = fmean(len(episode.turns) for episode in played)
     replies = [turn for episode in played for turn in episode.turns]
+    verdicts = Counter(episode.verdict for episode in played if episode.verdict)
     return {
         **_rate(played),
         "dropped": len(outcomes) - len(played),
@@ -100,6 +101,7 @@ def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
         "unfinished": round(
             sum(episode.ended != "terminated" for episode in played) / len(played), 4
         ),
+        **({"verdicts": dict(sorted(verdicts.items()))} if verdicts else {}),
         "by_type": {name: _rate(episodes) for name, episodes in sorted(by_type.items())},
     }
 

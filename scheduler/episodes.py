@@ -135,6 +135,7 @@ class Episode:
     version: int  # of the student's weights
     attempts: int = 1
     final_observation: str = ""
+    verdict: str = ""  # info["reason"], where the environment says why it gave its reward
 
     @property
     def num_chosen(self) -> int:
@@ -147,7 +148,7 @@ class Dropped:
     """An episode that no attempt could play to its end: counted and named, not fatal."""
 
     order: Order
-    reason: str  # "died" | "timeout" | "raised" | "garbage"
+    reason: str  # "died" | "timeout" | "raised" | "garbage" | "undecided"
     detail: str
     attempts: int
 

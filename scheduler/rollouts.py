@@ -21,6 +21,8 @@ GRACE, POLL = 0.1, 0.0005
 """An engine that goes without waiting gives environments this share of its last step to answer
 before the next (looking every POLL seconds): who misses a step has lost a whole one."""
 
+MAX_VERDICT = 32  # characters of info["reason"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRollout:
@@ -405,6 +407,7 @@ class _Play:
             version=self._engine.version,
             attempts=self._pool.attempt(live.session),
             final_observation=live.observation,
+            verdict=_verdict(live.info.get("reason")),
         )
         self._leave(live)
 
@@ -427,3 +430,8 @@ class _Play:
             if self._guide is not None:
                 self._guide.release(session)
         self._pool.abandon([live.session])
+
+
+def _verdict(reason: Any) -> str:
+    """A word that can be counted; what else an environment may put there is left."""
+    return reason if isinstance(reason, str) and len(reason) <= MAX_VERDICT else ""

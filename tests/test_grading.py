@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,10 @@ from hypothesis import strategies as st
 
 from tutelage.envs import grading, grading_pool
 from tutelage.envs.grading import Verdict, grade, judge, number
+from tutelage.envs.grading_pool import Allowance
+from tutelage.envs.math import env as math_env
 from tutelage.envs.math.env import MathEnv
+from tutelage.envs.pool import Act, EnvironmentPool, Failed, Reset
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None,
@@ -263,33 +267,146 @@ def test_a_very_long_response_is_read_from_its_end() -> None:
     assert time.monotonic() - began < 2
 
 
+# --- the processes that do algebra ---------------------------------------------------------------
+
+
+def _algebra(answer: str, gold: str, seconds: float = 30.0) -> tuple[bool, str]:
+    """The workers' own word, past the guards and the cache, however busy this machine is."""
+    return grading_pool.symbolic(answer, gold, Allowance.within(seconds, 60))
+
+
+def _gone(pid: int) -> bool:
+    """Not even a zombie."""
+    return not Path(f"/proc/{pid}").exists()
+
+
 @needs_math_verify
-def test_a_hanging_worker_is_killed_at_the_deadline_and_replaced() -> None:
+def test_what_never_ends_is_killed_when_its_processor_time_is_used_up_and_replaced() -> None:
     """What the guards don't know of reaches the worker; here they are passed over."""
-    assert grading_pool.symbolic("x+3", "3+x", time.monotonic() + 30) == (True, "symbolic")
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
     before = set(grading_pool.worker_pids())
-    began = time.monotonic()
-    correct, reason = grading_pool.symbolic("9^{9^{9}}", "x+1", began + 0.7)
-    assert (correct, reason) == (False, "timeout")
-    assert time.monotonic() - began < 1.5
+    assert _algebra("9^{9^{9}}", "x+1", seconds=0.3) == (False, "timeout")
     gone = before - set(grading_pool.worker_pids())
-    assert gone
-    assert not any(Path(f"/proc/{pid}").exists() for pid in gone)  # not even a zombie
-    assert grading_pool.symbolic("x+3", "3+x", time.monotonic() + 30) == (True, "symbolic")
+    assert gone and all(map(_gone, gone))
+    assert len(grading_pool.worker_pids()) == len(before)  # its successor is on its way already
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
+
+
+def test_one_allowance_is_all_that_several_requests_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers that say of each request that it took 2 s of their processor; 5 s are allowed."""
+    said = {"correct": True, "reason": "symbolic", "seconds": 2.0}
+    ready = {"ready": True, "seconds": 0.1}
+    grading_pool.close()
+    monkeypatch.setattr(
+        grading_pool._Worker, "_line", lambda self, _: json.dumps(said if self.ready else ready)
+    )
+    monkeypatch.setattr(grading_pool, "available", lambda: True)
+    allowance = Allowance.within(5.0, 60)
+    verdicts = [grading_pool.symbolic("x+3", "3+x", allowance) for _ in range(4)]
+    assert verdicts == [(True, "symbolic")] * 3 + [(False, "timeout")]
+    grading_pool.close()
 
 
 @needs_math_verify
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=str)
-def test_a_worker_that_was_killed_or_hangs_costs_no_verdict(fault: int) -> None:
+def test_idle_workers_that_were_killed_or_stopped_cost_no_verdict(fault: int) -> None:
     """A right answer must not count as wrong because a process of ours is gone."""
-    assert grading_pool.symbolic("x+3", "3+x", time.monotonic() + 30) == (True, "symbolic")
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
     before = grading_pool.worker_pids()
     for pid in before:
         os.kill(pid, fault)
-    assert grading_pool.symbolic("x+4", "4+x", time.monotonic() + 30) == (True, "symbolic")
+    assert _algebra("x+4", "4+x") == (True, "symbolic")
     asked = before[-1]
-    assert asked not in grading_pool.worker_pids() and not Path(f"/proc/{asked}").exists()
+    assert asked not in grading_pool.worker_pids() and _gone(asked)
     grading_pool.close()  # the others, that may still be stopped
+
+
+SLEEPY = """
+import os, signal, sys
+from tutelage.envs import grading_worker
+
+compare, mark = grading_worker.compare, sys.argv[2]
+
+def interrupted(answer, gold):
+    if "z" in gold and os.path.exists(mark):
+        os.unlink(mark)
+        os.kill(os.getpid(), signal.{fault})
+    return compare(answer, gold)
+
+grading_worker.compare = interrupted
+grading_worker.main()
+"""
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    """Workers run `script`; its argv[1] is theirs."""
+    popen = subprocess.Popen
+
+    def started(command: list[str], **how: object) -> object:
+        return popen([*command[:2], "-c", script, command[-1], *arguments], **how)  # type: ignore[call-overload]
+
+    grading_pool.close()
+    monkeypatch.setattr(grading_pool.subprocess, "Popen", started)
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("fault", "count"), [("SIGSTOP", 6), ("SIGKILL", 1), ("SIGTERM", 1)])
+def test_a_fault_in_the_middle_of_a_request_turns_no_right_answer_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, count: int
+) -> None:
+    """For each of these answers the worker is stopped or killed while it is at it."""
+    mark = tmp_path / "mark"
+    _stand_in(monkeypatch, SLEEPY.replace("{fault}", fault), str(mark))
+    monkeypatch.setattr(grading_pool, "SILENCE", 0.1)
+    for n in range(count):
+        mark.touch()
+        assert _algebra(f"z(x+{n})", f"zx+{n}z") == (True, "symbolic")
+        assert not mark.exists()
+    grading_pool.close()
+
+
+@needs_math_verify
+def test_a_worker_stopped_for_longer_than_its_request_says_what_it_would_have_said() -> None:
+    """The protocol itself: no clock on the wall counts inside."""
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-m", "tutelage.envs.grading_worker", "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdin is not None and worker.stdout is not None
+    assert json.loads(worker.stdout.readline())["ready"]
+    os.kill(worker.pid, signal.SIGSTOP)
+    for gold in ("x^2+x", "2\\sqrt{3}", "x\\sin y+x"):
+        request = {"answer": gold, "gold": gold, "seconds": 1.0}
+        worker.stdin.write(json.dumps(request) + "\n")
+    worker.stdin.flush()
+    time.sleep(1.2)
+    os.kill(worker.pid, signal.SIGCONT)
+    said = [json.loads(worker.stdout.readline()) for _ in range(3)]
+    assert [(one["correct"], one["reason"]) for one in said] == [(True, "symbolic")] * 3
+    worker.stdin.close()
+    assert worker.wait(30) == 0
+    worker.stdout.close()
+
+
+@needs_math_verify
+def test_a_stopped_worker_costs_its_request_a_replacement_and_nothing_else() -> None:
+    """Stopped while it computes, by somebody who knows nothing of us; and two ask at once."""
+    grading_pool.close()
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
+    (asked,) = grading_pool.worker_pids()
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        endless = threads.submit(_algebra, "9^{9^{9}}", "x+1", 0.5)
+        while grading_pool.worker_pids():  # until it is being asked
+            time.sleep(0.01)
+        os.kill(asked, signal.SIGSTOP)
+        beside = threads.submit(_algebra, "x+4", "4+x")
+        assert beside.result(60) == (True, "symbolic")
+        assert endless.result(60) == (False, "timeout")
+    assert _gone(asked)
 
 
 @pytest.mark.parametrize("reply", ["42", '{"correct": "yes", "reason": "symbolic"}', "{}", "?"])
@@ -302,38 +419,127 @@ def test_a_worker_that_answers_nonsense_is_asked_no_more(
     def nonsense(self: grading_pool._Worker, deadline: float) -> bytes:
         if self not in asked:
             asked.append(self)
-        return reply.encode()
+        return b'{"ready": true, "seconds": 0.1}' if not self.ready else reply.encode()
 
     grading_pool.close()
     monkeypatch.setattr(grading_pool._Worker, "_line", nonsense)
-    verdict = grading_pool._pool.ask("x+3", "3+x", time.monotonic() + 30)
-    assert verdict == (False, "crash")
+    assert _algebra("x+3", "3+x") == (False, "crash")
     assert len(asked) == grading_pool.TRIES
-    assert not any(Path(f"/proc/{worker.pid}").exists() for worker in asked)
+    assert all(_gone(worker.pid) for worker in asked)
+    grading_pool.close()
     assert grading_pool._pool._count == 0
+
+
+@needs_math_verify
+def test_an_answer_that_ends_its_own_process_is_wrong_and_one_that_is_killed_is_undecided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = (
+        "import os, sys\nfrom tutelage.envs import grading_worker as worker\n"
+        "compare = worker.compare\n"
+        "def fatal(answer, gold):\n"
+        "    if answer.isdigit(): os.kill(os.getpid(), int(answer))\n"
+        "    return compare(answer, gold)\n"
+        "worker.compare = fatal; worker.main()"
+    )
+    _stand_in(monkeypatch, script)
+    assert _algebra(str(int(signal.SIGSEGV)), "3+x") == (False, "crash")
+    assert _algebra(str(int(signal.SIGKILL)), "3+x") == (False, "lost")
+    assert Verdict(correct=False, reason="lost").undecided
+    assert not Verdict(correct=False, reason="crash").undecided
+    grading_pool.close()
+
+
+SLOW = "import time; time.sleep({seconds})\nfrom tutelage.envs.grading_worker import main; main()"
 
 
 @needs_math_verify
 def test_a_worker_that_starts_slowly_makes_no_answer_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`judge` says in time that it could not ask; the environment goes on asking."""
-    wait, calls = grading_pool._Worker.wait_ready, iter(range(99))
-
-    def slow(self: grading_pool._Worker, deadline: float) -> None:
-        if next(calls) < 3:
-            raise grading_pool.Late
-        wait(self, deadline)
-
-    grading_pool.close()
-    monkeypatch.setattr(grading_pool._Worker, "wait_ready", slow)
-    assert judge("\\boxed{x+501}", "501+x", timeout=30).reason == "starting"
+    """`judge` says in time that it could not ask; the environment waits, whatever its timeout."""
+    _stand_in(monkeypatch, SLOW.replace("{seconds}", "1.2"))
+    assert judge("\\boxed{x+501}", "501+x", timeout=0.2).reason == "starting"
+    assert ("x+501", "501+x") not in grading._cache
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "?", "answer": "501+x"}')
-    env = MathEnv(str(problems), timeout=30)
+    env = MathEnv(str(problems), timeout=1.0)
     env.reset(seed=0)
     assert env.step("\\boxed{x+501}")[4]["reason"] == "symbolic"
-    assert next(calls) == 4
+    grading_pool.close()
+
+
+@needs_math_verify
+def test_a_grade_that_the_machine_has_no_time_for_is_an_episode_to_be_repeated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Never a wrong answer: the pool plays it again, and at last it is dropped and counted."""
+    _stand_in(monkeypatch, SLOW.replace("{seconds}", "600"))
+    monkeypatch.setattr(math_env, "WAIT", 0.1)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "?", "answer": "601+x"}')
+    with EnvironmentPool(
+        "tutelage/Math-v0", {"problems": str(problems), "timeout": 0.1}, processes=0
+    ) as pool:
+        pool.send([Reset(episode=0, seed=0)])
+        pool.receive()
+        pool.send([Act(episode=0, action="\\boxed{x+601}")])
+        (failed,) = pool.receive()
+        assert isinstance(failed, Failed)
+        assert (failed.reason, failed.attempts) == ("undecided", 1)
+        assert failed.detail.startswith(
+            "no grade within 0.1 s (starting): this machine is too busy"
+        )
+    assert ("x+601", "601+x") not in grading._cache
+    grading_pool.close()
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("None", "ModuleNotFoundError: .*math_verify"),
+        ("Is()", "ImportError: cannot import name 'parse'"),
+        ("Is(parse=lambda text: [], verify=bool)", "TypeError: .*parsing_timeout"),
+        ("Is(parse=real.parse, verify=lambda *_, **__: True)", r"it takes x\^2 for the same as"),
+    ],
+)
+def test_math_verify_that_does_not_work_as_it_is_installed_is_said_once_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, module: str, said: str
+) -> None:
+    """Not a crash for every answer, and nothing of the kind is taken for a verdict."""
+    script = (
+        "import sys, math_verify as real; from types import SimpleNamespace as Is\n"
+        f"sys.modules['math_verify'] = {module}\n"
+        "from tutelage.envs.grading_worker import main; main()"
+    )
+    _stand_in(monkeypatch, script)
+    monkeypatch.setattr(grading_pool, "_broken", [])
+    with pytest.warns(UserWarning, match=rf"{said}.*pip install 'tutelage\[math\]'"):
+        assert judge("\\boxed{x+701}", "701+x", wait=60).reason == "unavailable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert judge("\\boxed{x+702}", "702+x", wait=60).reason == "unavailable"
+    assert grading_pool._pool._count == 0
+
+
+@needs_math_verify
+def test_an_interrupted_exchange_leaves_no_process() -> None:
+    """Ctrl-C while algebra is done: the worker goes, and the next request has another."""
+    grading_pool.close()
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
+    (asked,) = grading_pool.worker_pids()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _algebra("9^{9^{9}}", "x+1")
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert _gone(asked) and grading_pool.worker_pids() == [] and grading_pool._pool._count == 0
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
 
 
 @needs_math_verify
@@ -351,8 +557,8 @@ def test_a_worker_retires_after_its_share(monkeypatch: pytest.MonkeyPatch) -> No
     assert grade("x+101", "101+x", timeout=30)
     (first,) = grading_pool.worker_pids()
     assert grade("x+102", "102+x", timeout=30)
-    assert grading_pool.worker_pids() == []
-    assert not Path(f"/proc/{first}").exists()
+    (successor,) = grading_pool.worker_pids()  # it warms up before it is needed
+    assert successor != first and _gone(first)
 
 
 @needs_math_verify

@@ -7,15 +7,18 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
 from tutelage.distill.doctor.findings import Check, Finding
+from tutelage.envs import grading_pool
 from tutelage.envs.grading import judge
-from tutelage.envs.grading_pool import symbolic
+from tutelage.envs.grading_pool import Allowance
 from tutelage.envs.pool import START_SECONDS
+from tutelage.envs.worker import Undecided
 
 GOLDS = 20
 """Gold answers that are graded against themselves."""
@@ -47,6 +50,8 @@ def check_environment(
             found.extend(_checked_by_gymnasium(opens, env))
             found.extend(_keys(subject, env, expert=expert, admissible=admissible))
             found.extend(_golds(subject, env))
+        except Undecided as error:  # the machine's fault, not the environment's
+            found.append(opens.note(f"not all could be looked at: {error}", LATER))
         except Exception as error:  # somebody else's code
             cure = "answer an action that makes no sense with text, never with an exception"
             found.append(opens.fault(f"it raises {_line(error)}", cure))
@@ -172,40 +177,89 @@ ENDLESS = "9^{9^{9}}"
 """What no algebra ever finishes, and no thread can interrupt."""
 
 
+WAIT = 60.0
+"""Seconds on the clock that one answer of the grader may take here, however busy the machine is."""
+SLOW = 5.0
+"""Seconds from which a start is worth a word."""
+LATER = "run it again when the machine is less busy: training waits for the grader, and plays again"
+INSTALL = "pip install --upgrade 'tutelage[math]'"
+PARTS = ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy")
+
+
 def check_grader(*, timeout: float = 5.0) -> list[Finding]:
-    """Answers whose grade is known, and one that never ends."""
-    return [
-        _graded("known answers", GRADES, timeout),
-        _graded("by algebra", SYMBOLIC, timeout),
-        _bounded(timeout=1.0),
-    ]
+    """Answers whose grade is known, and one that never ends. timeout: processor seconds of one."""
+    found = [_graded("known answers", GRADES, timeout)]
+    if not grading_pool.available():
+        text = "math-verify is not installed: answers that only algebra can compare count as wrong"
+        return [*found, Check("grader", "by algebra").note(text, INSTALL)]
+    starts = _starts()
+    if starts.level == "fault":
+        return [*found, starts]
+    return [*found, starts, _graded("by algebra", SYMBOLIC, timeout), _bounded(timeout=1.0)]
+
+
+def _starts() -> Finding:
+    """Whether math-verify works as it is installed, and how long its process takes to be ready: the
+    one is a matter of versions, the other of the machine."""
+    check = Check("grader", "math-verify")
+    try:
+        seconds, used = grading_pool.start(WAIT)
+    except grading_pool.Broken as error:
+        return check.fault(f"it does not work here, with {_versions()}: {error}", INSTALL)
+    except grading_pool.Late:
+        return check.note(f"this machine is too busy: it did not start in {WAIT:g} s", LATER)
+    except (grading_pool.Stalled, OSError, EOFError) as error:
+        text = f"its process was stopped or ended from outside ({error or type(error).__name__})"
+        return check.note(text, "look for what kills processes here: memory, limits, a person")
+    if seconds > SLOW:
+        return check.note(_slow(seconds, used))
+    return check.ok(f"{_versions()}; ready after {seconds:.1f} s")
+
+
+def _slow(seconds: float, used: float) -> str:
+    why = "busy" if seconds > 2 * used else "slow"
+    return (
+        f"this machine is {why}: the grader needed {seconds:.1f} s to start, of its processor"
+        f" {used:.1f} s; no answer counts as wrong for that, but steps wait for it"
+    )
+
+
+def _versions() -> str:
+    found = []
+    for part in PARTS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{part} {metadata.version(part)}")
+    return ", ".join(found)
 
 
 def _graded(name: str, cases: Sequence[tuple[str, str, bool]], timeout: float) -> Finding:
     check = Check("grader", name)
-    verdicts = [judge(said, gold, timeout=timeout) for said, gold, _ in cases]
-    if any(verdict.reason == "unavailable" for verdict in verdicts):
-        return check.note(
-            "math-verify is not installed: answers that only algebra can compare count as wrong",
-            "pip install 'tutelage[math]'",
-        )
-    for verdict, (said, gold, right) in zip(verdicts, cases, strict=True):
+    for said, gold, right in cases:
+        verdict = judge(said, gold, timeout=timeout, wait=WAIT)
+        if verdict.undecided or verdict.reason == "timeout":
+            return check.note(
+                f"this machine is too slow or too busy: {said!r} got no grade in {timeout:g} s of"
+                f" its processor and {WAIT:g} s on the clock ({verdict.reason})",
+                LATER,
+            )
         if verdict.correct is not right:
             return check.fault(
-                f"{said!r} against {gold!r} is graded {verdict.correct} ({verdict.reason})",
-                "every reward of mathematics hangs on this: reinstall 'tutelage[math]' in the"
-                " versions of constraints.txt",
+                f"{said!r} against {gold!r} is graded {verdict.correct} ({verdict.reason}), with"
+                f" {_versions() or 'no math-verify'}: every reward of mathematics hangs on this",
+                INSTALL,
             )
     return check.ok(f"{len(cases)} of {len(cases)} as they should be")
 
 
 def _bounded(*, timeout: float) -> Finding:
-    """The process that does algebra must die at the deadline, whatever it is at."""
+    """The process that does algebra must end when its processor time is used up."""
     check = Check("grader", "deadline")
     begun = time.monotonic()
-    correct, reason = symbolic(ENDLESS, "x+1", begun + timeout)
+    correct, reason = grading_pool.symbolic(ENDLESS, "x+1", Allowance.within(timeout, WAIT))
     seconds = time.monotonic() - begun
-    if correct or seconds > timeout + 1:
+    if reason in grading_pool.UNDECIDED:
+        return check.note(f"this machine is too busy to tell: {seconds:.1f} s ({reason})", LATER)
+    if correct or reason != "timeout":
         return check.fault(
             f"an answer that never ends took {seconds:.1f} s of {timeout:g} ({reason})",
             "the grader's processes cannot be killed here: see envs/grading_pool.py",

@@ -8,18 +8,17 @@ Problems come by index from a source: generated arithmetic (the default) or a fi
 from __future__ import annotations
 
 import string
-import time
 from typing import Any, Protocol
 
 import gymnasium as gym
 from gymnasium import spaces
 
 from tutelage.envs.grading import Verdict, judge
-from tutelage.envs.grading_pool import START_SECONDS
 from tutelage.envs.math.arithmetic import ArithmeticProblems, sizes
 from tutelage.envs.math.problems import Problem, load
 from tutelage.envs.names import unknown
 from tutelage.envs.selection import chosen_index
+from tutelage.envs.worker import Undecided
 
 BARE_PROMPT = "{problem}"  # a model of a million parameters has no budget for boilerplate
 PAPER_PROMPT = (
@@ -30,6 +29,9 @@ PAPER_PROMPT = (
 )
 # Of an observation or action: a bound that Gymnasium wants, not a limit on models.
 MAX_CHARACTERS = 1_000_000
+# Seconds on the clock in which a busy machine may find the processor time for one grade: less than
+# rollout.timeout, after which this environment's whole process would count as hung.
+WAIT = 45.0
 
 _ARITHMETIC_OPTIONS: tuple[str, ...] = ("preset", "kinds", "digits", "length")
 _FILE_OPTIONS: tuple[str, ...] = (
@@ -79,7 +81,8 @@ class MathEnv(gym.Env[str, str]):
             paper's prompt for files.
         expert: put a worked solution into info["expert_action"].
         require_box: grade only what stands in a `\\boxed{}`.
-        timeout: seconds that grading one response may take.
+        timeout: processor seconds that grading one response may take. A machine that can't give
+            them within WAIT seconds decides nothing: `step` raises Undecided.
         preset, kinds, digits, length: the size of generated arithmetic, see `arithmetic.sizes`.
         problem_column, answer_column, solution_column, kind_column, gold_format, layout: see
             `problems.load`.
@@ -137,14 +140,20 @@ class MathEnv(gym.Env[str, str]):
         return said, float(verdict.correct), True, False, info
 
     def _judge(self, action: str, problem: Problem) -> Verdict:
-        """A grader that is slow to start, on a machine under load, makes no answer wrong."""
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            verdict = judge(
-                action, problem.answer, timeout=self._timeout, require_box=self._require_box
+        """A machine under load makes no answer wrong: it makes an episode that must be repeated."""
+        verdict = judge(
+            action,
+            problem.answer,
+            timeout=self._timeout,
+            wait=max(WAIT, self._timeout),
+            require_box=self._require_box,
+        )
+        if verdict.undecided:
+            raise Undecided(
+                f"no grade within {max(WAIT, self._timeout):g} s ({verdict.reason}): this machine"
+                " is too busy, or kills the grader's processes"
             )
-            if verdict.reason != "starting" or time.monotonic() > deadline:
-                return verdict
+        return verdict
 
     def _info(self, problem: Problem) -> dict[str, Any]:
         info: dict[str, Any] = {
