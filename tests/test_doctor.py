@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,11 +28,18 @@ from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models import load_model
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.teachers import TransformersTeacher
+from tutelage.envs import grading_pool
 from tutelage.envs.grading import Verdict
+from tutelage.envs.math import env as math_env
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.episodes import Row
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+LATE = Verdict(correct=False, reason="late")
+needs_math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None,
+    reason="the symbolic tier needs math-verify: pip install 'tutelage[math]'",
+)
 SIZE = 101
 PROMPT = range(3, 43)
 
@@ -465,6 +475,91 @@ def test_a_generous_grader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.check: finding for finding in environments.check_grader()}
     _level(found["known answers"], "fault", "'\\\\boxed{8}' against '7' is graded True")
     assert found["deadline"].level == "ok"
+
+
+def _grader_of(monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Finding]:
+    """The findings on a grader whose processes run `script` before they begin."""
+    popen = subprocess.Popen
+    begin = "from tutelage.envs.grading_worker import main; main()"
+    monkeypatch.setattr(
+        grading_pool.subprocess,
+        "Popen",
+        lambda command, **how: popen([*command[:2], "-c", f"{script}\n{begin}", "0"], **how),
+    )
+    try:
+        return {finding.check: finding for finding in environments.check_grader()}
+    finally:
+        grading_pool.close()
+
+
+@needs_math_verify
+def test_a_grader_that_is_slow_to_start_is_the_machines_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its grades are right all the same."""
+    monkeypatch.setattr(environments, "SLOW", 1.0)
+    found = _grader_of(monkeypatch, "import time; time.sleep(3)")
+    text = r"this machine is busy: the grader needed \d+\.\d s to start, of its processor \d\.\d s"
+    assert re.match(text, found["math-verify"].text)
+    assert {name: one.level for name, one in found.items()} == {
+        "known answers": "ok",
+        "math-verify": "note",
+        "by algebra": "ok",
+        "deadline": "ok",
+    }
+
+
+@needs_math_verify
+def test_a_machine_without_time_for_the_grader_is_no_broken_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environments, "WAIT", 0.3)
+    found = _grader_of(monkeypatch, "import time; time.sleep(600)")
+    assert found.keys() == {"known answers", "math-verify"}  # the rest could not be looked at
+    _level(found["math-verify"], "note", "this machine is too busy: it did not start in 0.3 s")
+    assert "install" not in found["math-verify"].cure
+    monkeypatch.setattr(environments, "judge", lambda *_, **__: LATE)
+    _level(environments._graded("x", environments.SYMBOLIC, 5.0), "note", "this machine is too")
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        "import sys; sys.modules['math_verify'] = None",
+        "import importlib.metadata as m; v = m.version;"
+        " m.version = lambda name: '4.13.1' if name.startswith('antlr') else v(name)",
+        "import math_verify; math_verify.verify = lambda *_, **__: False",
+    ],
+    ids=["absent", "another ANTLR", "another verdict"],
+)
+def test_a_broken_install_is_a_fault_with_its_cure(
+    monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    found = _grader_of(monkeypatch, breaks)
+    _level(found["math-verify"], "fault", "it does not work here, with math-verify 0.9")
+    assert found["math-verify"].cure == "pip install --upgrade 'tutelage[math]'"
+    if "antlr" in breaks:
+        assert "ANTLR version 4.13.1" in found["math-verify"].text
+    assert "by algebra" not in found  # it could not be looked at
+
+
+def test_an_absent_math_verify_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading_pool, "available", lambda: False)
+    found = {finding.check: finding for finding in environments.check_grader()}
+    _level(found["by algebra"], "note", "math-verify is not installed")
+    assert found["known answers"].level == "ok"
+
+
+def test_gold_answers_that_the_machine_had_no_time_for_are_not_the_environments_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"problem": "?", "answer": "7"}')
+    monkeypatch.setattr(math_env, "judge", lambda *_, **__: LATE)
+    found = environments.check_environment("tasks.x", "tutelage/Math-v0", {"problems": str(path)})
+    assert not any(one.level == "fault" for one in found)
+    assert "too busy" in found[-1].text
 
 
 def test_a_fault_has_a_cure() -> None:

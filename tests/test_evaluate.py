@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,13 @@ class TestSummary:
         assert (found["by_type"]["a"]["value"], found["by_type"]["a"]["n"]) == (1 / 3, 3)
         assert (found["by_type"]["b"]["value"], found["by_type"]["b"]["n"]) == (0.5, 2)
         assert found["by_type"]["b"]["interval"] == pytest.approx(wilson(1, 2), abs=1e-4)
+
+    def test_verdicts_are_counted_where_an_environment_tells_them(self) -> None:
+        wanted = orders("t", episodes=3, num_games=None)
+        one, two, three = (_episode(order, success=True) for order in wanted)
+        assert "verdicts" not in summarise([one, two])
+        told = [replace(one, verdict="timeout"), replace(two, verdict="exact"), three]
+        assert summarise(told)["verdicts"] == {"exact": 1, "timeout": 1}
 
     def test_nothing_played_is_an_error_that_says_why(self) -> None:
         dropped = [_dropped(order) for order in orders("t", episodes=2, num_games=None)]

@@ -73,6 +73,8 @@ def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Fi
         warnings.simplefilter("always")
         try:
             check_env(env.unwrapped, skip_render_check=True)
+        except Undecided:
+            raise
         except Exception as error:
             return [
                 check.fault(
@@ -192,13 +194,13 @@ def check_grader(*, timeout: float = 5.0) -> list[Finding]:
     if not grading_pool.available():
         text = "math-verify is not installed: answers that only algebra can compare count as wrong"
         return [*found, Check("grader", "by algebra").note(text, INSTALL)]
-    starts = _starts()
-    if starts.level == "fault":
-        return [*found, starts]
-    return [*found, starts, _graded("by algebra", SYMBOLIC, timeout), _bounded(timeout=1.0)]
+    started = _started()
+    if not grading_pool.worker_pids():
+        return [*found, started]
+    return [*found, started, _graded("by algebra", SYMBOLIC, timeout), _bounded(timeout=1.0)]
 
 
-def _starts() -> Finding:
+def _started() -> Finding:
     """Whether math-verify works as it is installed, and how long its process takes to be ready: the
     one is a matter of versions, the other of the machine."""
     check = Check("grader", "math-verify")
