@@ -210,8 +210,8 @@ class ScheduleConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest (torch >= 2.9): half
-    the steps for the tiny models from scratch. lr means the same for both."""
+    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest: half the steps for
+    the tiny models from scratch. lr means the same for both."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4

@@ -35,6 +35,7 @@ from tutelage.distill.config import ConfigError, OptimizerConfig
 from tutelage.distill.diagnostics import Meter
 from tutelage.distill.learner import DENSE_VOCABULARY, Course, Drawn, Learner
 from tutelage.distill.models import prepare_process
+from tutelage.distill.muon import precision
 from tutelage.distill.ranks import Line, Lost, Rank
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
@@ -114,12 +115,14 @@ class ShardedLearner(Learner):
         )
         super().restore(state, version=version)
 
-    def _part(self, whole: torch.Tensor) -> DTensor:
-        """This rank's part of rank 0's tensor (elsewhere: of the meta device)."""
+    def _part(self, whole: torch.Tensor, owner: int = 0) -> DTensor:
+        """This rank's part of the owner's tensor (elsewhere: of the meta device)."""
         device = self.model.device
         if whole.is_meta:
             whole = torch.empty(whole.shape, dtype=whole.dtype, device=device)
-        return distribute_tensor(whole.detach().to(device), self._mesh, [Shard(0)])
+        return distribute_tensor(
+            whole.detach().to(device), self._mesh, [Shard(0)], src_data_rank=owner
+        )
 
     def _whole(self) -> Sequence[torch.Tensor | None]:
         """Where whole weights go to and come from."""
@@ -151,10 +154,31 @@ class ShardedLearner(Learner):
         norm: Any = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
         return float(norm.full_tensor())
 
+    def _orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
+        """Each on one rank, whole: they share the work, and make of a matrix what one process makes
+        of it."""
+        shares = split([x.numel() * min(x.shape) for x in matrices], self._ranks)
+        owners = {i: rank for rank, share in enumerate(shares) for i in share}
+        own: dict[int, torch.Tensor] = {}
+        for i, matrix in enumerate(matrices):
+            whole = matrix.full_tensor()
+            if owners[i] == dist.get_rank():
+                own[i] = whole
+        done = dict(zip(own, super()._orthogonalized(list(own.values())), strict=True))
+        return [
+            self._part(done.get(i, _shape_of(matrix)), owners[i])
+            for i, matrix in enumerate(matrices)
+        ]
+
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64, device=self.model.device)
         dist.all_reduce(totals, how)
         return list(totals.tolist())
+
+
+def _shape_of(matrix: DTensor) -> torch.Tensor:
+    """Of what comes of a matrix elsewhere."""
+    return torch.empty(matrix.shape, dtype=precision(matrix.device), device="meta")
 
 
 class DataParallelLearner(ShardedLearner):

@@ -19,6 +19,7 @@ from tutelage.distill.batches import Batch, pack
 from tutelage.distill.config import OptimizerConfig
 from tutelage.distill.diagnostics import Meter
 from tutelage.distill.models import recomputing
+from tutelage.distill.muon import orthogonalized
 from tutelage.distill.objectives import (
     DenseStudent,
     Objective,
@@ -74,7 +75,7 @@ class Learner:
     """Owns the student's weights and the optimizer's state.
 
     What several ranks do together (distill/data_parallel.py) is a small method here: `_sums`,
-    `_each`, `_inside`, `_clip`.
+    `_each`, `_inside`, `_clip`, `_orthogonalized`.
 
     Args:
         model: a causal LM, trained in place.
@@ -97,7 +98,7 @@ class Learner:
         self.version = 0
         self.whole = True  # False: an update failed after some of its optimizer steps
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
-        self.optimizer = Optimizer(model, config)
+        self.optimizer = Optimizer(model, config, self._orthogonalized)
         self._layers = recomputing(model) if config.recompute else []
 
     @property
@@ -268,6 +269,10 @@ class Learner:
     def _clip(self) -> float:
         """Clip the gradient; its norm before."""
         return float(torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip))
+
+    def _orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
+        """For Muon."""
+        return list(orthogonalized(matrices))
 
     def _size(self, lessons: Sequence[Lesson]) -> float:
         """What a task's mean is over: its tokens that take loss, or its rows that have any."""

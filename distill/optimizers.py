@@ -6,18 +6,27 @@ from typing import Any
 
 import torch
 
-from tutelage.distill.config import ConfigError, OptimizerConfig
+from tutelage.distill.config import OptimizerConfig
+from tutelage.distill.muon import Muon, Orthogonalize, orthogonalized
 
 
 class Optimizer:
     """One or two torch optimizers that step together at one learning rate.
 
     Weight decay falls on matrices alone: on norms and biases it would only shrink them. Muon
-    (Jordan et al. 2024) takes the hidden matrices, its update scaled to AdamW's size
-    (arXiv:2502.16982, equation 4); embeddings, head, norms and biases stay with AdamW.
+    takes the hidden matrices, its update scaled to AdamW's size; embeddings, head, norms and biases
+    stay with AdamW.
+
+    Args:
+        orthogonalize: see `Muon`.
     """
 
-    def __init__(self, model: Any, config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: OptimizerConfig,
+        orthogonalize: Orthogonalize = orthogonalized,
+    ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         hidden = [p for p in self.parameters if p.ndim == 2 and id(p) not in ends]
@@ -35,7 +44,14 @@ class Optimizer:
             )
         ]
         if by_muon:
-            self._parts.append(_muon(by_muon, config))
+            self._parts.append(
+                Muon(
+                    by_muon,
+                    lr=config.lr,
+                    weight_decay=config.weight_decay,
+                    orthogonalize=orthogonalize,
+                )
+            )
 
     def step(self, lr: float) -> None:
         """Update the parameters from their gradients."""
@@ -57,17 +73,3 @@ class Optimizer:
         """Continue from a saved state."""
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-
-
-def _muon(parameters: list[Any], config: OptimizerConfig) -> torch.optim.Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(
-            f"optimizer.name: muon needs torch >= 2.9, this is {torch.__version__}: use adamw"
-        )
-    return torch.optim.Muon(
-        parameters,
-        lr=config.lr,
-        momentum=0.95,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )

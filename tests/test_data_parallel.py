@@ -282,21 +282,15 @@ def trap(pair: Pairs) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize(
-    ("options", "exact", "near"),
-    [({"minibatch": 3, "normalize": "all"}, 1e-5, 1e-5), (MUON, 1e-3, 2e-4)],
-    ids=["adamw", "muon"],
+    "options", [{"minibatch": 3, "normalize": "all"}, MUON], ids=["adamw", "muon"]
 )
 def test_tasks_and_minibatches_are_those_of_one_process(
     options: dict[str, Any],
-    exact: float,
-    near: float,
     pair: Pairs,
     student_rows: list[Row],
     teacher: TransformersTeacher,
 ) -> None:
-    """Two tasks, one of them with a single row, in parts of three rows; a row that is masked. Muon
-    multiplies in bfloat16, so that another order of sums shows: in one process other micro-batches
-    move its weights (which go 4e-3) by up to 5e-5, two processes by 2.6e-4."""
+    """Two tasks, one of them with a single row, in parts of three rows; a row that is masked."""
     objectives = {"match": build("local_support", k=8), "copy": build("imitation")}
     rows = {"match": student_rows[:1], "copy": student_rows[1:]}
 
@@ -310,7 +304,7 @@ def test_tasks_and_minibatches_are_those_of_one_process(
         return found
 
     courses = {task: Course(objective=one) for task, one in objectives.items()}
-    _assert_same_updates(pair(**options), lessons, courses, exact=exact, near=near)
+    _assert_same_updates(pair(**options), lessons, courses)
 
 
 @pytest.mark.parametrize(
