@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig, TeacherConfig
 from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.footprint import student_footprint
 from tutelage.distill.identity import digest_of, digest_of_served
 from tutelage.distill.learner import Course, Learner
 from tutelage.distill.models import (
@@ -88,6 +90,18 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
             check_server(config, name, tokenizer)
         elif teacher.engine == "vllm" and config.cluster is None:
             require_vllm(f"teachers.{name}.engine")
+
+
+def check_room(config: RunConfig) -> None:
+    """Raises ConfigError where the disk has no room for one checkpoint: the weights, and what the
+    optimizer keeps of each of them."""
+    weights = student_footprint(config.student).weights(config.student.dtype) or 0
+    need = weights * (3 if config.optimizer.name == "adamw" else 2)
+    if (free := shutil.disk_usage(config.run).free) < need:
+        raise ConfigError(
+            f"run: {config.run} has {free / 2**20:,.0f} MiB free, and one checkpoint takes"
+            f" {need / 2**20:,.0f} MiB: make room, or choose another folder"
+        )
 
 
 def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:

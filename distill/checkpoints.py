@@ -1,30 +1,38 @@
 """Checkpoints: whole or not at all. Hugging Face format beside what the trainer needs to go on.
 
 A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a folder with a
-number for its name is complete. Random states need not be saved: every random draw is a function of
-(seed, step).
+number for its name is complete. Its SHA256SUMS holds the hash of every file (`sha256sum -c` knows
+the format), and what is read is compared with it: a bit that flipped on the disk would train on.
+Random states need not be saved: every random draw is a function of (seed, step).
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from tutelage.distill.config import ConfigError
+from tutelage.distill.whole import WriteError, first_line, write_text
 
-STATE = "trainer.pt"
-DAMAGED = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
-"""What torch and safetensors raise over half a file. (ConfigError is none of these.)"""
+STATE, WEIGHTS = "trainer.pt", "model.safetensors"
+SUMS = "SHA256SUMS"
+PARTIAL, REPLACED = ".partial", ".replaced"
+
+
+class SaveError(WriteError):
+    """A checkpoint that could not be written, and the cure; nothing of it is left."""
+
+
+class Damaged(Exception):
+    """A checkpoint of which something is missing or not as it was saved; in one line."""
 
 
 def save(
@@ -40,36 +48,55 @@ def save(
     """Write `folder/NNNNNN`; delete the oldest beyond `keep`, but not that of step `best`.
 
     Raises:
-        OSError: the disk is full or not writable; the part that was written is gone again.
+        SaveError: the disk is full or not writable; the part that was written is gone again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{step:06d}"
-    partial = folder / f".{step:06d}.partial"
-    for left in folder.glob(".*.partial"):  # by a run that was killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
+    partial = folder / f".{step:06d}{PARTIAL}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tidy(folder)
         model.save_pretrained(partial, max_shard_size="10000GB")  # one model.safetensors
         tokenizer.save_pretrained(partial)
         torch.save(_with_tensors(dict(state)), partial / STATE)
+        write_text(partial / SUMS, _sums(partial))
         _flush(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # torch reports a full disk as a RuntimeError of many wordings, safetensors as its own.
         if isinstance(error, OSError | RuntimeError) or "No space left" in str(error):
-            free = shutil.disk_usage(folder).free / 2**20
-            raise OSError(
-                f"checkpoint {final} could not be saved ({_first_line(error)}; {free:.0f} MiB are"
-                " free there): nothing half-written is left and earlier checkpoints are whole;"
-                " free some space and run the same command again"
+            raise SaveError(
+                f"checkpoint {final} could not be saved ({first_line(error)}{_room(folder)}):"
+                " nothing half-written is left and earlier checkpoints are whole; free some space"
+                " and run the same command again"
             ) from error
         raise
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = folder / f".{step:06d}{REPLACED}"
+    if final.exists():
+        os.replace(final, replaced)
     os.replace(partial, final)
     _sync_folder(folder)
-    for old in _complete(folder)[:-keep]:
-        if best is None or int(old.name) != best:
-            shutil.rmtree(old)
+    for old in [p for p in _complete(folder)[:-keep] if best is None or int(p.name) != best]:
+        os.replace(old, folder / f".{old.name}{PARTIAL}")  # what has its number is whole
+    tidy(folder)
     return final
+
+
+def tidy(folder: Path) -> None:
+    """Remove what was half-written, or half-deleted, when a run was killed. A checkpoint that was
+    about to be replaced is put back."""
+    for left in folder.glob(f".*{REPLACED}"):
+        final = folder / left.name.removeprefix(".").removesuffix(REPLACED)
+        if not final.exists():
+            os.replace(left, final)
+    for left in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{REPLACED}")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _room(folder: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
+    except OSError:
+        return ""
 
 
 def newest(folder: Path) -> Path | None:
@@ -91,11 +118,9 @@ def load_newest(folder: Path, model: Any) -> tuple[Path, dict[str, Any]] | None:
     """
     while (checkpoint := newest(folder)) is not None:
         try:
-            state = load_state(checkpoint)
-            load_weights(checkpoint, model)
-            return checkpoint, state
-        except DAMAGED as error:
-            fault = f"{checkpoint} is damaged ({_first_line(error)})"
+            return checkpoint, _load(checkpoint, model)
+        except Damaged as error:
+            fault = f"{checkpoint} is damaged ({error})"
         if len(_complete(folder)) == 1:
             raise RuntimeError(
                 f"{fault}, and there is no other to go on from: put it back from a copy, or"
@@ -112,10 +137,92 @@ def load_newest(folder: Path, model: Any) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _load(checkpoint: Path, model: Any) -> dict[str, Any]:
+    """Raises Damaged for what cannot be read, whatever torch and safetensors make of it."""
+    check(checkpoint)
+    try:
+        state = load_state(checkpoint)
+        load_weights(checkpoint, model)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise Damaged(first_line(error)) from error
+    return state
+
+
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `state`, arrays as tensors."""
     state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     return state
+
+
+def check(checkpoint: Path, *, without: Container[str] = ()) -> None:
+    """Compare every file that was saved with its hash. Files that came later are no harm: nothing
+    that is loaded for training asks for them. without: files that nobody is going to read.
+
+    It reads them once, at about 1 GB/s.
+
+    Raises:
+        Damaged: which file.
+    """
+    try:
+        wanted = _listed(checkpoint)
+    except FileNotFoundError:
+        warnings.warn(
+            f"{checkpoint} has no {SUMS}, as those of earlier versions: it is taken as it is",
+            stacklevel=2,
+        )
+        return
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{SUMS}: {first_line(error)}") from error
+    if not {STATE, WEIGHTS} <= wanted.keys():
+        raise Damaged(f"{SUMS} is no list of its files")
+    for name, digest in wanted.items():
+        if name in without:
+            continue
+        try:
+            found = _sha256(checkpoint / name)
+        except (OSError, ValueError) as error:
+            raise Damaged(f"{name}: {first_line(error)}") from error
+        if found != digest:
+            raise Damaged(f"{name} is not what was saved: its SHA-256 is another")
+
+
+def check_loadable(folder: Path) -> None:
+    """Of a run's checkpoint that somebody else is going to load as a model: weights, configuration
+    and tokenizer as they were saved. Any other folder passes.
+
+    Raises:
+        ConfigError: which file is damaged, and the cure.
+    """
+    if not (folder / SUMS).is_file() or not (folder / STATE).is_file():
+        return
+    try:
+        check(folder, without=(STATE,))
+    except Damaged as error:
+        raise ConfigError(
+            f"{folder} is damaged ({error}): put it back from a copy, or take another checkpoint"
+        ) from None
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The hash of each file by its name, as SHA256SUMS has them."""
+    found = {}
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        found[name] = digest
+    return found
+
+
+def _sums(folder: Path) -> str:
+    """The lines of SHA256SUMS."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "".join(f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_tensors(value: Any) -> Any:
@@ -137,7 +244,7 @@ def load_weights(checkpoint: Path, model: Any) -> None:
     """
     from safetensors.torch import load_file
 
-    weights = load_file(checkpoint / "model.safetensors")
+    weights = load_file(checkpoint / WEIGHTS)
     own = model.state_dict()
     stored = {own[name].data_ptr() for name in weights if name in own}
     for name in sorted({*weights, *own}):
@@ -179,14 +286,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

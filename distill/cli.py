@@ -1,7 +1,7 @@
 """The command line.
 
-Exit codes: 0 done; 2 the user's mistake, in one line; 143 saved after SIGTERM; 130 Ctrl-C; 1
-anything else.
+Exit codes: 0 done; 2 the user's mistake, in one line; 130, 143 and 129 ended by Ctrl-C, SIGTERM and
+a closed terminal, saved where a run was under way; 1 anything else.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tutelage.distill.credentials import hidden, hide_in_tracebacks
+from tutelage.distill.signals import Signals
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+_show_warning = warnings.showwarning
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `tutelage`."""
     options = _parse(arguments)
+    warnings.showwarning = _warn
     hide_in_tracebacks()
     # Few, large matrix products in one process: more OpenMP threads than cores only fight.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,11 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     atexit.register(gc.freeze)  # else the exit looks through all of torch for garbage, for seconds
     try:
         sys.exit(options.command(options))
-    except KeyboardInterrupt:
-        print(
-            "tutelage: stopped; the same command goes on from the last checkpoint", file=sys.stderr
-        )
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        for said in ("stopped", *getattr(error, "__notes__", ())):
+            print(f"tutelage: {said}", file=sys.stderr)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("TUTELAGE_TRACEBACK"):
             raise
@@ -60,6 +64,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if late:
         options.pairs = [*options.pairs, *late]
     return options
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are one line each; others keep Python's form."""
+    if Path(filename).is_relative_to(CONFIGS.parent):
+        print(f"tutelage: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        _show_warning(message, category, filename, lineno, file, line)
 
 
 def _complain(error: BaseException) -> None:
@@ -129,18 +148,20 @@ def _run_training(config: Any) -> int:
     from tutelage.distill.training import Run
 
     _quiet()
-    with ConsoleWatcher() as watcher, Run(config, watch=watcher) as run:
-        signal.signal(signal.SIGTERM, lambda *_: run.stop())
-        run.train()
+    with ConsoleWatcher() as watcher, Signals() as signals:
+        with Run(config, watch=watcher) as run:
+            signals.stop = run.stop
+            run.train()
+            signals.stop = None
         if run.stopped:
-            watcher.console.print(f"stopped and saved in {run.folder}; the same command goes on")
-            return 128 + signal.SIGTERM
-        watcher.console.print(f"done: {run.folder}/metrics.jsonl, checkpoints, episodes")
+            watcher.say(f"stopped; {run.standing()}")
+            return signals.code
+        watcher.say(f"done: {run.folder}/metrics.jsonl, checkpoints, episodes")
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from tutelage.distill import checkpoints
+    from tutelage.distill import checkpoints, whole
     from tutelage.distill.config import load_config
     from tutelage.distill.display import ConsoleWatcher, score_table, type_table
     from tutelage.distill.training import evaluate_model
@@ -152,8 +173,7 @@ def _eval(options: argparse.Namespace) -> int:
     with ConsoleWatcher() as watcher:
         found = evaluate_model(config, model, watch=watcher)
     out = options.out or Path(config.run) / "eval.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(out, found)
+    whole.write_json(out, found)
     scores = found["scores"]
     watcher.console.print(type_table("by type", scores, config.evaluation.modes[0]))
     watcher.console.print(score_table(str(found["model"]), {"score": scores}))

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill import checkpoints
 from tutelage.distill.config import RunConfig, load_config
 from tutelage.distill.display import ConsoleWatcher, score_table
-from tutelage.distill.training import Run, evaluate_model
+from tutelage.distill.lock import Lock
+from tutelage.distill.signals import Signals
+from tutelage.distill.training import Run, Stopped, evaluate_model
+from tutelage.distill.whole import first_line, write_json
 
 
 def run_demo(path: Path, overrides: list[str]) -> int:
@@ -18,42 +20,66 @@ def run_demo(path: Path, overrides: list[str]) -> int:
     begun = time.monotonic()
     config = load_config(path, overrides)
     folder = Path(config.run)
-    with ConsoleWatcher() as watcher:
-        say = watcher.console.print
-        say(
-            f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}",
-            highlight=False,
-        )
-        columns: dict[str, Any] = _kept(folder)
-        if not columns:
-            say("before:", highlight=False)
-            columns["before"] = evaluate_model(config, None, watch=watcher)["scores"]
-            say("teachers, each on its own task:", highlight=False)
-            columns["teacher"] = _teachers(config, watcher)
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_json(folder / "demo.json", columns)
+    with ConsoleWatcher() as watcher, Signals() as signals, Lock(folder):
+        say = watcher.say
+        say(f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}")
+        columns = _measured(config, watcher)
         with Run(config, watch=watcher) as run:
+            signals.stop = run.stop
             run.train()
-            say("after:", highlight=False)
-            columns["after"] = run.evaluate(config.evaluation.modes)
-    checkpoints.write_json(folder / "demo.json", columns)
+            if not run.stopped:
+                say("after:")
+                columns["after"] = _after(run)
+            signals.stop = None
+        if run.stopped:
+            say(f"stopped; {run.standing()}")
+            return signals.code
+        write_json(folder / "demo.json", columns)
     shown = {name: columns[name] for name in ("before", "after", "teacher")}
     title = f"One student under {len(config.teachers)} teachers, unseen games and problems"
     watcher.console.print(score_table(title, shown))
     watcher.console.print(_shares(columns), highlight=False)
-    watcher.console.print(
-        f"{(time.monotonic() - begun) / 60:.1f} minutes; {folder}", highlight=False
-    )
+    watcher.say(f"{(time.monotonic() - begun) / 60:.1f} minutes; {folder}")
     return 0
 
 
-def _kept(folder: Path) -> dict[str, Any]:
-    """What an interrupted demo had measured already."""
-    path = folder / "demo.json"
-    if not path.is_file():
+def _measured(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
+    """The scores of the untrained student and of the teachers: those that an interrupted demo has
+    measured already, and the others, each kept as soon as it is there."""
+    path = Path(config.run) / "demo.json"
+    columns = _kept(path, watcher)
+    if "before" not in columns:
+        watcher.say("before:")
+        columns["before"] = evaluate_model(config, None, watch=watcher)["scores"]
+        write_json(path, columns)
+    if "teacher" not in columns:
+        watcher.say("teachers, each on its own task:")
+        columns["teacher"] = _teachers(config, watcher)
+        write_json(path, columns)
+    return columns
+
+
+def _kept(path: Path, watcher: ConsoleWatcher) -> dict[str, Any]:
+    """What an interrupted demo had measured."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        columns = {name: dict(found[name]) for name in ("before", "teacher") if name in found}
+        for scores in columns.values():
+            score_table("", {"": scores})  # it can be shown
+    except FileNotFoundError:
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        watcher.say(f"{path} is damaged ({first_line(error)}): its scores are measured again")
+        return {}
+    return columns
+
+
+def _after(run: Run) -> dict[str, Any]:
+    try:
+        return run.evaluate(run.config.evaluation.modes)
+    except Stopped:
+        run.stopped = True
+        return {}
 
 
 def _teachers(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class ConsoleWatcher(Watcher):
     def start(self, config: RunConfig, step: int) -> None:
         self._steps, self._first, self._begun = config.steps, step, time.monotonic()
         if step:
-            self._say(f"going on at step {step} of {config.steps} in {config.run}")
+            self.say(f"going on at step {step} of {config.steps} in {config.run}")
 
     def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
         self._latest[task] = metrics
@@ -61,7 +61,7 @@ class ConsoleWatcher(Watcher):
         self.advance(f"evaluating {task}, {mode}", done, total)
 
     def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
-        self._say(f"{task}, {mode}: {_percent(found)}")
+        self.say(f"{task}, {mode}: {_percent(found)}")
 
     def advance(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how much of something is done."""
@@ -73,9 +73,10 @@ class ConsoleWatcher(Watcher):
                 self._bar.remove_task(self._bars.pop(what))
         elif done == total or time.monotonic() - self._printed > QUIET_SECONDS:
             self._printed = time.monotonic()
-            self._say(f"{what} {done}/{total}  {note}".rstrip())
+            self.say(f"{what} {done}/{total}  {note}".rstrip())
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
 

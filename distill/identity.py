@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.distill.checkpoints import write_json
 from tutelage.distill.config import ConfigError
 from tutelage.distill.models import resolve
+from tutelage.distill.whole import first_line, write_json
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")
@@ -87,18 +88,26 @@ class Identity:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Identity | None:
-        """What `write` wrote; None where there is no such file, or it is damaged: then the hash in
-        the checkpoint has to do."""
+        """What `write` wrote; None where there is no such file, or, with a warning, where it is
+        damaged: then the hash in the checkpoint has to do."""
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            data |= {name: tuple(data[name]) for name in ("logprobs", "entropies")}
+            data |= {
+                name: tuple(float(x) for x in data[name]) for name in ("logprobs", "entropies")
+            }
             return cls(**data)
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            warnings.warn(
+                f"{path} is damaged ({first_line(error)}): it is written anew; that the teacher is"
+                " the same, the hash in the checkpoint says alone",
+                stacklevel=2,
+            )
             return None
 
 

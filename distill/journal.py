@@ -12,12 +12,12 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tutelage.distill.learner import Lesson
+from tutelage.distill.whole import Growing, write_text
 from tutelage.scheduler.episodes import Dropped, Episode
 
 
@@ -34,42 +34,39 @@ class Journal:
         self, folder: Path, *, start: int = 0, position: int = 0, tensorboard: bool = True
     ) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self._path.touch()
-        os.truncate(self._path, self._standing(position))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._lines = Growing(self._path, length=self._standing(position))
         self._curves = Curves(folder / "tensorboard", start=start) if tensorboard else None
 
     def _standing(self, position: int) -> int:
         """How many bytes may stand: whole lines, and never more than there are."""
-        if (size := self._path.stat().st_size) >= position:
+        found = self._path.read_bytes() if self._path.exists() else b""
+        if len(found) >= position and (not position or found[position - 1 : position] == b"\n"):
             return position
         warnings.warn(
-            f"{self._path} has {size} bytes, and the checkpoint knows of {position}: lines of steps"
-            " that were done are lost; the run goes on without them",
+            f"{self._path} has {len(found)} bytes, and the checkpoint knows of {position}: lines of"
+            " steps that were done are lost or changed; the run goes on without them",
             stacklevel=3,
         )
-        return self._path.read_bytes().rfind(b"\n") + 1
+        return found[:position].rfind(b"\n") + 1
 
     @property
     def position(self) -> int:
         """Bytes of metrics.jsonl that are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        self._lines.sync()
+        return self._lines.length
 
     def write(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics, flushed. task: several are joined by `+`, and their metrics' names
-        begin with theirs."""
+        """One line of metrics, and a point of every curve: both or none. task: several are joined
+        by `+`, and their metrics' names begin with theirs."""
         record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
-        with _named(self._path):
-            self._file.write(json.dumps(record, allow_nan=False, default=_plain) + "\n")
-            self._file.flush()
-        if self._curves is not None:
-            prefix = "" if "+" in task else f"{task}/"
-            numbers = {prefix + k: x for k, x in metrics.items() if isinstance(x, int | float)}
-            self._curves.write(step, numbers)
+        line = json.dumps(record, allow_nan=False, default=plain) + "\n"
+        with self._lines.undone():
+            self._lines.write(line.encode())
+            if self._curves is not None:
+                prefix = "" if "+" in task else f"{task}/"
+                numbers = {prefix + k: x for k, x in metrics.items() if isinstance(x, int | float)}
+                self._curves.write(step, numbers)
 
     def write_episodes(
         self,
@@ -81,19 +78,16 @@ class Journal:
         """The step's episodes with ids, masks, sampled and teacher log-probabilities. version: of
         the student that learns from them."""
         by_row = {id(lesson.row): lesson for lesson in lessons}
+        records = [
+            _dropped(one) if isinstance(one, Dropped) else _episode(one, by_row, version)
+            for one in outcomes
+        ]
         path = self.folder / "episodes" / f"{step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with _named(path), path.open("w", encoding="utf-8") as file:
-            for outcome in outcomes:
-                if isinstance(outcome, Dropped):
-                    record = _dropped(outcome)
-                else:
-                    record = _episode(outcome, by_row, version)
-                file.write(json.dumps(record) + "\n")
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
+        """Close."""
+        self._lines.close()
         if self._curves is not None:
             self._curves.close()
 
@@ -115,10 +109,9 @@ class Curves:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        self._path = folder / name
-        self._records = RecordWriter(self._path.open("wb"))
+        self._file = Growing(folder / name)
+        self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
@@ -129,28 +122,15 @@ class Curves:
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        with _named(self._path):
-            self._records.write(event.SerializeToString())
-            self._records.flush()
+        self._records.write(event.SerializeToString())
 
     def close(self) -> None:
         """Close."""
-        self._records.close()
+        self._file.close()
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Give a failed write (a full disk) its file and its cure."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror}): the run's checkpoints are whole; make"
-            " room and run the same command again"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON does not know, as what it knows."""
     return value.item() if hasattr(value, "item") else str(value)
 
 

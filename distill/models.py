@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from tutelage.distill.checkpoints import check_loadable
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig
 
 BUILTIN = "builtin:"
@@ -85,6 +86,7 @@ def load_model(reference: str, *, dtype: str, device: str) -> Any:
     """A causal language model, in evaluation mode: without dropout rollouts and updates agree."""
     from transformers import AutoModelForCausalLM
 
+    check_loadable(Path(resolve(reference)))
     model = _loading(
         reference,
         "weights",

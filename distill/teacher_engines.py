@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +29,10 @@ ENGINES_WITH = {
 
 
 FREE_TO_CHANGE = (
+    "model",  # a folder that was moved: the hash of its files is compared
+    "device",
+    "cache",
+    "sleeps",
     "url",
     "weights",
     "api_key_env",
@@ -39,17 +42,7 @@ FREE_TO_CHANGE = (
     "max_answer_mib",
     "vllm",
 )
-"""Keys that may differ when a run goes on: who teaches is the exam's to say."""
-
-
-def as_it_teaches(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration, as plain data, without its teachers' keys that are free to change."""
-    return dict(config) | {
-        "teachers": {
-            name: {key: value for key, value in section.items() if key not in FREE_TO_CHANGE}
-            for name, section in config.get("teachers", {}).items()
-        }
-    }
+"""Keys that may differ when a run goes on: who teaches is the hash's and the exam's to say."""
 
 
 def check_keys(teacher: TeacherConfig) -> None:

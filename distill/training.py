@@ -11,20 +11,21 @@ for step, tasks in timetable:                # a function of (seed, step, histor
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tutelage.distill import checkpoints
 from tutelage.distill.assembly import (
     EVALUATION,
     check_rollout_engine,
+    check_room,
     check_supports,
     check_teachers,
     learner_threads,
@@ -33,10 +34,12 @@ from tutelage.distill.assembly import (
     make_timetable,
     task_rollouts,
 )
+from tutelage.distill.changes import refuse_changes, write_config
 from tutelage.distill.config import ConfigError, LearnerConfig, RunConfig, build_objective
 from tutelage.distill.identity import Identity, digest_of
-from tutelage.distill.journal import Journal
+from tutelage.distill.journal import Journal, plain
 from tutelage.distill.learner import Course
+from tutelage.distill.lock import Lock
 from tutelage.distill.masks import special_ids
 from tutelage.distill.measures import Clock, outcome_metrics, score_metrics, teacher_gap
 from tutelage.distill.models import (
@@ -46,7 +49,7 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.routing import Routing
-from tutelage.distill.teacher_engines import as_it_teaches
+from tutelage.distill.whole import write_json
 from tutelage.evaluation.evaluate import evaluate, law_of
 from tutelage.scheduler.ahead import Ahead
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
@@ -55,17 +58,44 @@ from tutelage.scheduler.rollouts import EnvironmentPools
 from tutelage.scheduler.watchdog import Watchdog
 
 
+class Stopped(Exception):
+    """Somebody asked to stop, and what was being done can be done again."""
+
+
 class Run:
     """Everything a run holds. Use as a context manager: what it starts, it stops.
 
     Args:
         config: the checked configuration.
         watch: told of progress (see Watcher); None: silent.
+        trains: the run folder is this run's until it is closed. False: only `evaluate` is called,
+            and whoever trains there may go on.
     """
 
-    def __init__(self, config: RunConfig, *, watch: Watcher | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, *, watch: Watcher | None = None, trains: bool = True
+    ) -> None:
         self.config, self.watch = config, watch or Watcher()
         self.folder = Path(config.run)
+        self._lock = Lock(self.folder) if trains else None
+        try:
+            if trains:
+                checkpoints.tidy(self._checkpoints)
+                refuse_changes(self.folder, config)
+                check_room(config)
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+        self._games: dict[str, int | None] = {}
+        self._best: tuple[float, int] | None = None  # (score, after how many steps)
+        # (a step, its tasks, their metrics): learned, and neither evaluated nor written
+        self._pending: tuple[int, str, dict[str, Any]] | None = None
+        self._stop = self.stopped = False
+
+    def _open(self) -> None:
+        """Check, then load, the cheapest first."""
+        config = self.config
         check_rollout_engine(config)
         self.vocabulary = check_vocabularies(config)
         prepare_process(learner_threads(config))
@@ -104,12 +134,10 @@ class Run:
             self._num_games,
             staleness=config.schedule.max_staleness,
         )
-        self._games: dict[str, int | None] = {}
-        self._best: tuple[float, int] | None = None  # (score, after how many steps)
-        self._stop = self.stopped = False
 
     def stop(self) -> None:
-        """Save after the current step and end `train` (from a signal handler, say)."""
+        """Save after the current step and end `train` (from a signal handler, say). An evaluation
+        is left: it is made anew when the run goes on."""
         self._stop = True
 
     def __enter__(self) -> Run:
@@ -119,43 +147,108 @@ class Run:
         try:
             self.placement.close()
         finally:
-            self.learner.close()
+            try:
+                self.learner.close()
+            finally:
+                self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     def train(self) -> None:
-        """Train to the last step, from where the run folder left off."""
+        """Train to the last step, from where the run folder left off.
+
+        Whatever ends it, what was learned is saved where it is whole; the error says where.
+        """
         config = self.config
         start, position = self._resume()
-        _write_config(self.folder, config)
+        write_config(self.folder, config, step=start)
         for name, identity in self.routing.references.items():
             identity.write(self.folder / "teachers" / f"{name}.json")
         journal = Journal(
-            self.folder, start=start, position=position, tensorboard=config.journal.tensorboard
+            self.folder,
+            start=start if self._pending is None else start - 1,
+            position=position,
+            tensorboard=config.journal.tensorboard,
         )
         watchdog = Watchdog(self.folder / "stalled" / "learner.txt", config.journal.stall)
         try:
-            self.watch.start(config, start)
-            for step, tasks in self.timetable.walk():
-                watchdog.watch()
-                metrics = self._step_or_save(step, tasks, journal)
-                done = step + 1
-                due = done % config.checkpoint.every == 0 or done == config.steps
-                if config.evaluation.every and done % config.evaluation.every == 0:
-                    scores = score_metrics(self.evaluate(config.evaluation.live_modes))
-                    metrics |= scores
-                    due |= self._is_best(done, scores)
-                journal.write(step, "+".join(tasks), metrics)
-                stop = self._stop  # read once: a signal may come at any time
-                if due or stop:
-                    self._save(done, journal)
-                if stop and done < config.steps:
-                    self.stopped = True
-                    return
-            if config.evaluation.final:
-                scores = self.evaluate(config.evaluation.modes)
-                checkpoints.write_json(self.folder / "eval.json", scores)
+            with self._saving(journal):
+                self.watch.start(config, start)
+                self._conclude(journal)
+                for step, tasks in self.timetable.walk():
+                    if self._stop:
+                        raise Stopped
+                    watchdog.watch()
+                    self._step(step, tasks, journal)
+                    self._conclude(journal)
+                if config.evaluation.final:
+                    if self._stop:
+                        raise Stopped
+                    watchdog.watch()
+                    scores = self.evaluate(config.evaluation.modes)
+                    write_json(self.folder / "eval.json", scores)
         finally:
             watchdog.close()
             journal.close()
+
+    def _conclude(self, journal: Journal) -> None:
+        """What is due after a step that is learned: evaluation, its line, a checkpoint."""
+        if self._pending is None:
+            return
+        step, tasks, metrics = self._pending
+        done, scores = step + 1, dict[str, float]()
+        if self.config.evaluation.every and done % self.config.evaluation.every == 0:
+            scores = score_metrics(self.evaluate(self.config.evaluation.live_modes))
+        journal.write(step, tasks, metrics | scores)
+        self._pending = None
+        best = bool(scores) and self._is_best(done, scores)
+        if best or done % self.config.checkpoint.every == 0 or done == self.config.steps:
+            self._save(done, journal)
+
+    @contextmanager
+    def _saving(self, journal: Journal) -> Iterator[None]:
+        """Whatever ends the run inside, the steps since the last checkpoint are saved if they can
+        be: not in the middle of an update, nor when Ctrl-C came again."""
+        try:
+            try:
+                yield
+            except Stopped:
+                self._save_rest(journal)
+                self.stopped = True
+        except (Exception, KeyboardInterrupt) as error:
+            again = isinstance(error, KeyboardInterrupt) and self._stop
+            if not again and not isinstance(error, checkpoints.SaveError):
+                try:
+                    self._save_rest(journal)
+                except Exception as another:  # it may need what just failed
+                    error.add_note(f"Nor could it be saved since the last checkpoint: {another}")
+            error.add_note(self.standing())
+            raise
+
+    def _save_rest(self, journal: Journal) -> None:
+        """Save what was learned since the last checkpoint, unless an update was cut off."""
+        done = len(self.timetable.history)
+        whole = self.learner.whole and self.learner.version == done
+        if done and whole and self._saved() != done:
+            self._save(done, journal)
+
+    def standing(self) -> str:
+        """What of this run is on the disk, in one line."""
+        saved, done = self._saved(), len(self.timetable.history)
+        lost = max(0, done - (saved or 0))
+        steps = f"{lost} step{'s' * (lost != 1)}"
+        if saved is None:
+            said = f"no checkpoint yet: {steps} lost" if lost else "nothing was learned yet"
+            return f"{self.folder}: {said}; the same command begins anew"
+        where = checkpoints.newest(self._checkpoints)
+        said = f"; what came after it is lost, {steps}" if lost else ""
+        return f"{self.folder}: saved as {where}{said}; the same command goes on from there"
 
     def evaluate(self, modes: Sequence[str]) -> dict[str, Any]:
         """Scores of the student as it is, by task and mode."""
@@ -171,11 +264,16 @@ class Run:
                     law=law_of(mode, sampled),
                     episodes=self.config.evaluation.episodes,
                     num_games=self._num_games(name),
-                    progress=partial(self.watch.evaluating, task, mode),
+                    progress=partial(self._evaluating, task, mode),
                 )
                 scores.setdefault(task, {"metric": self._metric(task)})[mode] = found
                 self.watch.score(task, mode, found)
         return scores
+
+    def _evaluating(self, task: str, mode: str, done: int, total: int) -> None:
+        self.watch.evaluating(task, mode, done, total)
+        if self._stop and done < total:
+            raise Stopped
 
     def _play(self, orders: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
         return self.placement.finish(self.placement.start(orders, law=law))
@@ -183,21 +281,9 @@ class Run:
     def _metric(self, task: str) -> str:
         return "pass@1" if self.config.rollout_of(task).max_turns == 1 else "success rate"
 
-    def _step_or_save(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
-        """A step; when it fails, what was learned before it is saved before the error rises."""
-        try:
-            return self._step(step, tasks, journal)
-        except Exception as error:
-            moved = not self.learner.whole or self.learner.version != len(self.timetable.history)
-            if step and not moved and not self._saved(step):
-                try:
-                    self._save(step, journal)
-                except Exception as another:  # it may need what just failed
-                    error.add_note(f"Nor could it be saved since the last checkpoint: {another}")
-            raise
-
-    def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> dict[str, Any]:
-        """One update on one or several tasks; its line of metrics."""
+    def _step(self, step: int, tasks: Sequence[str], journal: Journal) -> None:
+        """One update on one or several tasks. What may fail comes before it, so that the step can
+        be done again; what comes of it is `_pending` at once."""
         clock, timetable, version = Clock(), self.timetable, self.learner.version
         with clock.part("sync"):
             self.placement.sync(version)
@@ -205,6 +291,10 @@ class Run:
             outcomes = self.ahead.next()
         with clock.part("score"):
             taught = self.routing.teach(outcomes)
+        everything = [outcome for own in outcomes.values() for outcome in own]
+        with clock.part("journal"):
+            if step % self.config.journal.episodes_every == 0:
+                journal.write_episodes(step, everything, taught.lessons, version)
         turn = timetable.turn(tasks[0])
         with clock.part("update"):
             update = self.learner.update(
@@ -214,10 +304,6 @@ class Run:
                 progress={task: timetable.progress(task) for task in tasks},
                 diagnose=turn % self.config.journal.diagnostics_every == 0,
             )
-        everything = [outcome for own in outcomes.values() for outcome in own]
-        with clock.part("journal"):
-            if step % self.config.journal.episodes_every == 0:
-                journal.write_episodes(step, everything, taught.lessons, version)
         found = {
             task: outcome_metrics(outcomes[task], version) | update[task] | taught.ledger[task]
             for task in tasks
@@ -230,14 +316,13 @@ class Run:
                 gaps={task: teacher_gap(found[task]) for task in tasks},
             )
         )
-        for task in tasks:
-            self.watch.step(step, task, found[task])
         timings = clock.metrics(everything, taught.lessons) | taught.costs
         timings["perf/actors_replaced"] = float(self.placement.restarts)
-        if len(tasks) == 1:
-            return found[tasks[0]] | timings
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
-        return named | timings
+        line = found[tasks[0]] if len(tasks) == 1 else named
+        self._pending = step, "+".join(tasks), line | timings
+        for task in tasks:
+            self.watch.step(step, task, found[task])
 
     def _num_games(self, name: str) -> int | None:
         if name not in self._games:
@@ -252,13 +337,14 @@ class Run:
         self._best = mean, done
         return True
 
-    def _saved(self, done: int) -> bool:
-        newest = checkpoints.newest(self.folder / "checkpoints")
-        return newest is not None and int(newest.name) == done
+    def _saved(self) -> int | None:
+        """How many steps the newest checkpoint has."""
+        newest = checkpoints.newest(self._checkpoints)
+        return None if newest is None else int(newest.name)
 
     def _save(self, done: int, journal: Journal) -> None:
         checkpoints.save(
-            self.folder / "checkpoints",
+            self._checkpoints,
             step=done,
             model=self.learner.copy,
             tokenizer=self.tokenizer,
@@ -271,6 +357,7 @@ class Run:
                 "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
                 "ahead": self.ahead.state(),
+                "pending": json.dumps(self._pending, default=plain),
             },
             keep=self.config.checkpoint.keep,
             best=self._best[1] if self._best else None,
@@ -278,14 +365,13 @@ class Run:
 
     def _resume(self) -> tuple[int, int]:
         """(the first step to do, the bytes of metrics.jsonl that stand)."""
-        _refuse_other_config(self.folder, self.config)
-        found = checkpoints.load_newest(self.folder / "checkpoints", self.learner.copy)
+        found = checkpoints.load_newest(self._checkpoints, self.learner.copy)
         if found is None:
             return 0, 0
         checkpoint, state = found
         self.learner.restore(state["optimizer"], version=state["version"])
         self._refuse_other_teachers(checkpoint, state["teachers"])
-        self._best = state["best"]
+        self._best, self._pending = state["best"], json.loads(state.get("pending", "null"))
         history = [Step(**step) for step in state["history"]]
         self.timetable.restore(history)
         if not self.config.accept_changes:  # else what was planned may not fit any more
@@ -319,12 +405,14 @@ def evaluate_model(
         )
         config = config.model_copy(update={"student": student})
     alone = {"teachers": {}, "learner": LearnerConfig()}
-    with Run(config.model_copy(update=alone), watch=watch) as run:
-        scores = run.evaluate(config.evaluation.modes)
     name = config.student.model
+    with Run(config.model_copy(update=alone), watch=watch, trains=False) as run:
+        # now: a run that goes on may have deleted the checkpoint when all is played
+        weights = None if name is None else digest_of(name)
+        scores = run.evaluate(config.evaluation.modes)
     return {
         "model": name or "student.init",
-        "weights": None if name is None else digest_of(name),
+        "weights": weights,
         "scores": scores,
         "versions": _versions(),
     }
@@ -349,38 +437,3 @@ class Watcher:
 
     def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
         """A task has been evaluated."""
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
-
-
-FREE_TO_CHANGE = (
-    "run",
-    "accept_changes",
-    "learner",
-    "cluster",
-    "journal",
-    "checkpoint",
-    "evaluation",
-)
-"""Sections that may differ when a run goes on: they do not touch what is learned. Other numbers of
-processes or workers round otherwise: the run goes on, but not to the byte."""
-
-
-def _refuse_other_config(folder: Path, config: RunConfig) -> None:
-    path = folder / "config.yaml"
-    made = path.is_file() and checkpoints.newest(folder / "checkpoints") is not None
-    if not made or config.accept_changes:
-        return
-    old = as_it_teaches(yaml.safe_load(path.read_text(encoding="utf-8")))
-    new = as_it_teaches(config.model_dump(mode="json"))
-    for key in new:
-        if key not in FREE_TO_CHANGE and old.get(key) != new[key]:
-            raise ConfigError(
-                f"{path}: the run there was made with another {key!r} ({old.get(key)!r}, now"
-                f" {new[key]!r}): choose another run folder, delete that one, or go on with"
-                " accept_changes=true"
-            )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.distill import checkpoints
+from tutelage.distill import checkpoints, whole
 from tutelage.distill.config import ConfigError
 from tutelage.distill.journal import Journal
 
@@ -270,12 +270,12 @@ class TestJsonFiles:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "eval.json"
-        checkpoints.write_json(path, {"value": 1})
+        whole.write_json(path, {"value": 1})
         with pytest.raises(TypeError):
-            checkpoints.write_json(path, {"value": object()})
-        monkeypatch.setattr(Path, "write_text", _full)
+            whole.write_json(path, {"value": object()})
+        monkeypatch.setattr(whole, "put", _full)
         with pytest.raises(OSError, match="No space left"):
-            checkpoints.write_json(path, {"value": 2})
+            whole.write_json(path, {"value": 2})
         monkeypatch.undo()
         assert json.loads(path.read_text()) == {"value": 1}
         assert [found.name for found in tmp_path.iterdir()] == ["eval.json"]

@@ -110,6 +110,11 @@ class Objective:
         """Whether tokens that the student did not sample may be among the others."""
         return bool(getattr(self.rule, "takes_given", False))
 
+    @property
+    def uses_progress(self) -> bool:
+        """Whether it changes with the share of the run that is done."""
+        return bool(getattr(self.rule, "uses_progress", False))
+
     def __call__(
         self,
         student: Student,

@@ -45,6 +45,7 @@ class RewardClipped:
             raise ValueError(f"reward_clipped: switch={switch}: it must be between 0 and 1")
         self.floor = math.log(lam) / (1 - lam) if floor is None else floor
         self.share, self.switch = share, switch
+        self.uses_progress = switch > 0
 
     def __call__(self, case: Case) -> Loss:
         reward_N = case.reward()

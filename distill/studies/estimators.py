@@ -20,7 +20,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.distill import checkpoints
+from tutelage.distill import whole
 from tutelage.distill.display import ConsoleWatcher
 from tutelage.distill.studies import enumeration, toy_control
 from tutelage.distill.studies.enumeration import Quality, run_enumeration
@@ -89,7 +89,7 @@ def _write(
         "toy": [asdict(run) | {"reached": run.reached, "diverged": run.diverged} for run in runs],
         "enumeration": [asdict(quality) for quality in qualities],
     }
-    checkpoints.write_json(out / "estimators.json", _finite(found))
+    whole.write_json(out / "estimators.json", _finite(found))
     plot_variance(runs, out / "variance_against_gamma.png")
     plot_bias(qualities, out / "bias_against_variance.png")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tutelage.distill import checkpoints
+from tutelage.distill import checkpoints, whole
 from tutelage.distill.models import TINY, load_model, load_tokenizer
 
 
@@ -32,7 +32,7 @@ def ship(run: Path, name: str) -> Path:
     scores = run / "eval.json"
     if scores.is_file():
         found = json.loads(scores.read_text(encoding="utf-8"))
-        checkpoints.write_json(folder / "scores.json", found["scores"])
+        whole.write_json(folder / "scores.json", found["scores"])
     return folder
 
 

@@ -1,0 +1,76 @@
+"""Ctrl-C, SIGTERM and a terminal that closes: the first saves after the current step, the second
+ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(KeyboardInterrupt):
+    """A signal ends what is being done. number: which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class Signals:
+    """Hears the signals that end a process, inside a `with` block in the main thread.
+
+    stop: set it to what ends the work in order; until then there is nothing to save, and the first
+    signal ends at once. number: of the first signal, or 0. One that was ignored when the process
+    started (nohup, a shell's background job) stays so.
+    """
+
+    def __init__(self) -> None:
+        self.stop: Callable[[], None] | None = None
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in ENDINGS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that such a signal ended."""
+        return 128 + self.number
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        first, self.number = not self.number, self.number or number
+        if self.stop is None or not first:
+            ended = Ended(number)
+            if first:
+                ended.add_note("there was nothing to save; the same command begins this again")
+            raise ended
+        self.stop()
+        # not by print: its lock may be taken where the signal fell
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ntutelage: saving after this step; Ctrl-C again ends at once\n")
+
+
+def _leave_terminal() -> None:
+    """What is printed from here on goes nowhere: on a terminal that is gone it would be an error.
+    Files stay."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -1,0 +1,116 @@
+"""Files of a run folder: written whole or not at all, whatever fails in the middle.
+
+A file that is replaced is written beside its place, flushed to the disk and renamed. A file that
+grows, grows by whole records: what a full disk cut off is taken away again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CURE = "the run's checkpoints are whole; make room and run the same command again"
+
+
+class WriteError(OSError):
+    """A file that could not be written, and the cure; nothing of it is left."""
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a file's contents. private: only its owner may read it: it may hold a key.
+
+    Raises:
+        WriteError: with the file and the cure; it is as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666
+    with _named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(partial, flags, mode)
+            try:
+                put(descriptor, text.encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def put(descriptor: int, data: bytes) -> None:
+    """All of the bytes: the system may take a part of them only, and fail at the rest."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+class Growing:
+    """A file that grows by records. length: how many of its bytes stand; what follows is cut off.
+
+    Raises:
+        WriteError: with the file and the cure; what stood before the record stands.
+    """
+
+    def __init__(self, path: Path, *, length: int = 0) -> None:
+        self._path, self.length = path, length
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._descriptor, length)
+
+    def write(self, record: bytes) -> None:
+        """One record more."""
+        with self.undone(), _named(self._path):
+            put(self._descriptor, record)
+            self.length += len(record)
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """What is written inside is taken back when it fails."""
+        length = self.length
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, length)
+            self.length = length
+            raise
+
+    def sync(self) -> None:
+        """Wait until it is on the disk."""
+        with _named(self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close; once is enough."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give a failed write (a full disk) its file and its cure."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path} could not be written ({error.strerror}): {CURE}") from error
