@@ -151,12 +151,16 @@ class RolloutConfig(_Section):
     context: ContextConfig = ContextConfig()
     max_live: Positive = 128
     processes: Annotated[int, Field(ge=0)] = (
-        1  # environment processes a task and worker; 0: in the worker itself
+        1  # environment processes a task and worker; 0: in the worker itself, where none of its
+        # faults but an exception or sys.exit can be survived
     )
     timeout: Annotated[float, Field(gt=0)] = (
         60.0  # seconds an environment may take for one batch of steps
     )
     attempts: Positive = 3  # of an episode whose environment died or hung
+    # characters of one observation: a million fill the longest contexts there are. A longer one is
+    # a fault of the environment: its episode is dropped and counted
+    max_observation: Positive = 1_000_000
     lost: Share = 0.5  # a step that loses a greater share of its episodes stops the run, saved
 
 
@@ -433,6 +437,7 @@ class RunConfig(_Section):
             processes=how.processes,
             timeout=how.timeout,
             attempts=how.attempts,
+            max_observation=how.max_observation,
         )
 
 

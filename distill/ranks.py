@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any
 
-from tutelage.envs.worker import die_with_parent
+from tutelage.envs.keeper import die_with_parent
 
 HEADER = struct.Struct("!Q")  # the length of the pickle that follows, in bytes
 GRACE = 5.0

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from tutelage.envs.worker import die_with_parent
+from tutelage.envs.keeper import die_with_parent
 
 MEMORY = 3 * 2**30  # bytes of address space: 2^{10^{10}} alone would take gigabytes
 START_SECONDS = 120.0  # processor time for the imports: a hundred times what they take

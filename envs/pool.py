@@ -12,12 +12,12 @@ own episode only.
         pool.send([Act(episode=0, action="\\boxed{7}")])
 
 Processes are started afresh (no fork: torch and Ray live in the parent), in their own session, and
-end with the pool or its process.
+end with the pool or its process, and so does whatever they started (keeper.py). What comes from
+them is bounded and plain data; anything else on their connection ends them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
@@ -36,7 +36,16 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
-from tutelage.envs.worker import GRACE, HEADER, Host, Reply, Request
+from tutelage.envs.keeper import GRACE, PATIENCE
+from tutelage.envs.worker import (
+    HEADER,
+    MARK,
+    MAX_MESSAGE,
+    MAX_OBSERVATION,
+    Host,
+    Reply,
+    Request,
+)
 
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
 MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
@@ -103,6 +112,7 @@ class EnvironmentPool:
         processes: how many; each holds as many instances as it has live episodes.
         timeout: seconds of silence after which a process that owes an answer is killed and
             replaced.
+        max_observation: characters of one observation; a longer one is garbage.
 
     Raises ValueError, naming the id, if the environment can't be made: at once, never as a failure
     later. Not safe for several threads at a time.
@@ -119,12 +129,13 @@ class EnvironmentPool:
         *,
         processes: int = 1,
         timeout: float = 30.0,
+        max_observation: int = MAX_OBSERVATION,
     ) -> None:
         if processes < 0 or timeout <= 0:
             raise ValueError(
                 f"processes={processes}, timeout={timeout}: want processes >= 0, timeout > 0"
             )
-        self._setup = (env_id, dict(env_args), min(0.5, timeout / 10))
+        self._setup = (env_id, dict(env_args), max_observation, min(0.5, timeout / 10))
         self._timeout = timeout
         self._ready: deque[Observed | Failed] = deque()
         self._seats: dict[int, _Seat] = {}  # by live episode
@@ -144,10 +155,10 @@ class EnvironmentPool:
             raise
 
     def _start(self, processes: int) -> dict[str, Any]:
-        env_id, env_args, _ = self._setup
+        env_id, env_args, max_observation, _ = self._setup
         if processes == 0:
             try:
-                self._host = Host(env_id, env_args)
+                self._host = Host(env_id, env_args, max_observation=max_observation)
             except Exception as error:
                 raise ValueError(f"{env_id}: {' '.join(str(error).split())}") from error
             return self._host.probe()
@@ -359,6 +370,10 @@ class EnvironmentPool:
         self._processes[at] = _Process(self._setup)
 
 
+class _Foreign(Exception):
+    """On a process's connection came something that is no message of ours."""
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Built-in data only: what an environment's process sends must not run code here."""
 
@@ -381,18 +396,20 @@ class _Seat:
 class _Process:
     """One worker process and the bytes on their way to and from it."""
 
-    def __init__(self, setup: tuple[str, dict[str, Any], float]) -> None:
+    def __init__(self, setup: tuple[str, dict[str, Any], int, float]) -> None:
         self.live: set[int] = set()
         self.probe: dict[str, Any] = {}
         self.started = False
         self.refused = ""
         self.gone = False
+        self._foreign = ""  # what came from it that was no message
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self._active = time.monotonic()  # its last sign of life, or when it got work after a rest
         self.socket, theirs = socket.socketpair()
         with theirs:
             self._process = self._spawn(theirs)
+        self.pid = self._process.pid  # the keeper's; the worker's, once it has told it
         self.socket.setblocking(False)
         self.write(setup)
 
@@ -423,10 +440,6 @@ class _Process:
             start_new_session=True,
         )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def deadline(self, timeout: float) -> float:
         """When its silence becomes a fault (time.monotonic seconds)."""
         return self._active + (timeout if self.started else START_SECONDS)
@@ -442,7 +455,7 @@ class _Process:
     def write(self, message: Any) -> None:
         """Queue a message and send what the socket takes: neither side ever waits for the other."""
         payload = pickle.dumps(message, protocol=5)
-        self._outgoing += HEADER.pack(len(payload))
+        self._outgoing += HEADER.pack(MARK, len(payload))
         self._outgoing += payload
         self.flush()
 
@@ -458,40 +471,54 @@ class _Process:
 
     def read(self) -> list[tuple[str, Any]]:
         """The messages that have arrived whole."""
+        messages: list[tuple[str, Any]] = []
         try:
             while chunk := self.socket.recv(1 << 18):
                 self._incoming += chunk
+                while (message := self._next()) is not None:
+                    messages.append(message)
+                    self._active = time.monotonic()
+                    self._note(*message)
             self.gone = True
         except BlockingIOError:
             pass
         except OSError:
             self.gone = True
-        messages = []
-        while (message := self._next()) is not None:
-            messages.append(message)
-            self._active = time.monotonic()
-            self._note(*message)
+        except _Foreign as error:
+            self.gone, self._foreign = True, str(error)
         return messages
 
     def _next(self) -> tuple[str, Any] | None:
+        """Raises _Foreign as soon as what has arrived cannot be the beginning of a message."""
+        if not self._incoming.startswith(MARK[: len(self._incoming)]):
+            said = bytes(self._incoming[:20])
+            raise _Foreign(f"its environment wrote {said!r} into the connection of its process")
         if len(self._incoming) < HEADER.size:
             return None
-        end = HEADER.size + HEADER.unpack_from(self._incoming)[0]
+        length = HEADER.unpack_from(self._incoming)[1]
+        if length > MAX_MESSAGE:
+            raise _Foreign(f"a message of {length} bytes, more than {MAX_MESSAGE}")
+        end = HEADER.size + length
         if len(self._incoming) < end:
             return None
         payload = bytes(self._incoming[HEADER.size : end])
         del self._incoming[:end]
-        kind, content = _PlainUnpickler(io.BytesIO(payload)).load()
+        try:
+            kind, content = _PlainUnpickler(io.BytesIO(payload)).load()
+        except Exception as error:  # whatever such bytes lead to
+            raise _Foreign(f"a message that cannot be read: {error}") from None
         return kind, content
 
     def _note(self, kind: str, content: Any) -> None:
         if kind == "ready":
-            self.started, self.probe = True, content
+            self.started, self.probe, self.pid = True, content["probe"], content["pid"]
         elif kind == "refused":
             self.refused = content
 
     def death(self) -> str:
         """How it ended, once its socket is closed."""
+        if self._foreign:
+            return self._foreign
         try:
             code = self._process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
@@ -499,8 +526,8 @@ class _Process:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def end(self, *, grace: float) -> None:
-        """Hang up, wait up to `grace` seconds for it to close its environments, then kill its
-        session.
+        """Hang up, wait up to `grace` seconds for it to close its environments, then have its
+        keeper end it and all that it started.
         """
         deadline = time.monotonic() + grace
         try:
@@ -512,10 +539,14 @@ class _Process:
                     break
         except OSError:
             pass
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self._process.send_signal(number)
+        try:
+            self._process.wait(timeout=2 * PATIENCE)
+        except subprocess.TimeoutExpired:  # not even its keeper can: the worker dies with it
+            self._process.kill()
+            self._process.wait()
         self.socket.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 def _end_all(processes: list[_Process]) -> None:

@@ -1,26 +1,23 @@
 """The process that holds environments: many instances, one per live episode, stepped in order.
 
 `Host` is the part without a process, which a pool with `processes=0` uses directly. `main` serves
-one over
-a socket: a length-prefixed pickle of requests in, of replies out, one message for a whole batch. A
-slow batch is answered in parts, so that silence always means one slow request, not many quick ones.
+one over a socket: a marked and length-prefixed pickle of requests in, of replies out, one message
+for a whole batch. A slow or large batch is answered in parts, so that silence always means one slow
+request, not many quick ones, and no message is ever longer than MAX_MESSAGE.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import math
 import numbers
 import os
 import pickle
-import select
 import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +25,17 @@ from typing import Any
 
 import gymnasium as gym
 
+from tutelage.envs.keeper import die_with_parent, keep
+
 # ("reset", episode, seed, options) | ("act", episode, action) | ("drop", episode)
 Request = tuple[Any, ...]
 # (episode, observation, reward, terminated, truncated, info) | (episode, reason, detail)
 Reply = tuple[Any, ...]
 
-HEADER = struct.Struct("!Q")  # the length of the pickle that follows, in bytes
-GRACE = 2.0  # seconds that environments get to close when the pool or its process is gone
+MARK = b"tutelage"  # begins every message: what an environment writes into our socket does not
+HEADER = struct.Struct("!8sQ")  # the mark, and the length of the pickle that follows, in bytes
+MAX_MESSAGE = 64 * 2**20  # bytes: a thousand times the largest step of a household
+MAX_OBSERVATION = 1_000_000  # characters, by default
 _DETAIL = 2000  # characters of a traceback that travel
 _PLAIN = frozenset({str, int, float, bool, type(None), bytes})
 
@@ -50,21 +51,31 @@ class Undecided(Exception):
 
 
 class Host:
-    """Instances of one environment, used again when their episode ends: they are costly to make."""
+    """Instances of one environment, used again when their episode ends: they are costly to make.
 
-    def __init__(self, env_id: str, env_args: Mapping[str, Any]) -> None:
+    max_observation: characters of one observation; a longer one is garbage.
+    """
+
+    def __init__(
+        self, env_id: str, env_args: Mapping[str, Any], *, max_observation: int = MAX_OBSERVATION
+    ) -> None:
         self._make = lambda: gym.make(env_id, disable_env_checker=True, **env_args)
+        self._most = max_observation
         self._live: dict[int, gym.Env[Any, Any]] = {}
-        self._free = [self._make()]  # shows at once whether the id and the options are right
+        try:
+            self._free = [self._make()]  # shows at once whether the id and the options are right
+            self._count = num_episodes(self._free[0])
+        except SystemExit as error:
+            raise RuntimeError(f"it calls sys.exit({error.code!r}) while it is made") from error
 
     def probe(self) -> dict[str, Any]:
         """What a caller must know before the first reset."""
-        env = self._free[0].unwrapped
-        count = getattr(env, "num_episodes", getattr(env, "num_games", None))
-        return {"num_episodes": None if count is None else int(count)}
+        return {"num_episodes": self._count}
 
     def handle(self, request: Request) -> Reply | None:
-        """Play one request. What an environment raises or makes up ends its own episode only."""
+        """Play one request. What an environment raises or makes up ends its own episode only, and
+        so does its sys.exit.
+        """
         episode = request[1]
         try:
             if request[0] == "reset":
@@ -73,19 +84,21 @@ class Host:
                 return self._act(episode, request[2])
             self._release(episode)
             return None
+        except KeyboardInterrupt:  # the user's
+            raise
         except Garbage as error:
             self._discard(episode)
             return (episode, "garbage", str(error))
         except Undecided as error:
             self._discard(episode)
             return (episode, "undecided", str(error))
-        except Exception:
+        except BaseException:
             self._discard(episode)
             return (episode, "raised", traceback.format_exc()[-_DETAIL:])
 
     def close(self) -> None:
         for env in (*self._live.values(), *self._free):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 env.close()
         self._live.clear()
         self._free.clear()
@@ -97,16 +110,46 @@ class Host:
         result = env.reset(seed=seed, options=options)
         if not isinstance(result, tuple) or len(result) != 2:
             raise Garbage(f"reset returned {_short(result)}, not (observation, info)")
-        return (episode, *_checked(result[0], 0.0, False, False, result[1]))
+        return (episode, *self._checked(result[0], 0.0, False, False, result[1]))
 
     def _act(self, episode: int, action: str) -> Reply:
         result = self._live[episode].step(action)
         if not isinstance(result, tuple) or len(result) != 5:
             raise Garbage(f"step returned {_short(result)}, not Gymnasium's five values")
-        checked = _checked(*result)
+        checked = self._checked(*result)
         if checked[2] or checked[3]:
             self._release(episode)
         return (episode, *checked)
+
+    def _checked(
+        self, observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any
+    ) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """The five in plain types, with `info["success"]`; Garbage if they are not what they should
+        be.
+
+        An environment that does not say whether it succeeded is taken to have done so if it
+        terminated with a positive reward.
+        """
+        if not isinstance(observation, str):
+            raise Garbage(f"the observation is {_short(observation)}, not text")
+        if len(observation) > self._most:
+            raise Garbage(
+                f"the observation has {len(observation)} characters, and rollout.max_observation"
+                f" allows {self._most}"
+            )
+        _check_text("the observation", observation)
+        real = type(reward) is float or isinstance(reward, numbers.Real)
+        amount = float(reward) if real else math.nan
+        if not math.isfinite(amount):
+            raise Garbage(f"the reward is {_short(reward)}, not a finite number")
+        if type(info) is not dict and not isinstance(info, Mapping):
+            raise Garbage(f"info is {_short(info)}, not a dict")
+        ended = _flag("terminated", terminated)
+        plain = _plain_dict(info)
+        known = "success" in info
+        success = _flag("info['success']", info["success"]) if known else ended and amount > 0
+        plain["success"] = success
+        return str(observation), amount, ended, _flag("truncated", truncated), plain
 
     def _release(self, episode: int) -> None:
         env = self._live.pop(episode, None)
@@ -117,31 +160,40 @@ class Host:
         """An environment that failed may be in any state: it is not used again."""
         env = self._live.pop(episode, None)
         if env is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 env.close()
 
 
-def _checked(
-    observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any
-) -> tuple[str, float, bool, bool, dict[str, Any]]:
-    """The five in plain types, with `info["success"]`; Garbage if they are not what they should be.
+def num_episodes(env: gym.Env[Any, Any]) -> int | None:
+    """How many games an environment says that it has; None: it does not say.
 
-    An environment that does not say whether it succeeded is taken to have done so if it terminated
-    with a positive reward.
+    Raises:
+        ValueError: something else than a whole number above 0.
     """
-    if not isinstance(observation, str):
-        raise Garbage(f"the observation is {_short(observation)}, not text")
-    real = type(reward) is float or isinstance(reward, numbers.Real)
-    amount = float(reward) if real else math.nan
-    if not math.isfinite(amount):
-        raise Garbage(f"the reward is {_short(reward)}, not a finite number")
-    if type(info) is not dict and not isinstance(info, Mapping):
-        raise Garbage(f"info is {_short(info)}, not a dict")
-    ended = _flag("terminated", terminated)
-    plain = _plain_dict(info)
-    known = "success" in info
-    plain["success"] = _flag("info['success']", info["success"]) if known else ended and amount > 0
-    return str(observation), amount, ended, _flag("truncated", truncated), plain
+    bare = env.unwrapped
+    name = "num_episodes" if hasattr(bare, "num_episodes") else "num_games"
+    value = getattr(bare, name, None)
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{name} is {_short(value)}: say how many games reset(options={{'index': i}}) takes, a"
+            " whole number above 0, or leave it out"
+        )
+    return int(value)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Garbage if no tokenizer and no file could take it: half of a surrogate pair."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Garbage(
+            f"{name} has half of a surrogate pair, {text[error.start]!r}, at character"
+            f" {error.start}: decode with errors='replace'"
+        ) from None
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -165,9 +217,12 @@ _DROPPED = object()
 def _plain(value: Any) -> Any:
     """`value` in built-in types, or _DROPPED: objects do not travel."""
     if type(value) in _PLAIN:
+        if type(value) is str:
+            _check_text("info", value)
         return value
     if isinstance(value, (list, tuple)):
-        if _PLAIN.issuperset(map(type, value)):  # a list of commands, most often
+        if {str}.issuperset(map(type, value)):  # a list of commands, most often
+            _check_text("info", "".join(value))
             return value[:]  # a copy: in this process an environment might go on changing its own
         items = [_plain(item) for item in value]
         kept = [item for item in items if item is not _DROPPED]
@@ -175,7 +230,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _plain_dict(value)
     if isinstance(value, str):
-        return str(value)
+        return _plain(str(value))
     if hasattr(value, "tolist"):  # NumPy's arrays and scalars
         return _plain(value.tolist())
     return _DROPPED
@@ -184,7 +239,7 @@ def _plain(value: Any) -> Any:
 def _plain_dict(info: Mapping[Any, Any]) -> dict[Any, Any]:
     plain = {}
     for key, value in info.items():
-        sent = value if type(value) in _PLAIN else _plain(value)
+        sent = _plain(value)
         if sent is not _DROPPED and type(key) in _PLAIN:
             plain[key] = sent
     return plain
@@ -194,18 +249,21 @@ def _plain_dict(info: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def main() -> None:
-    """Serve one environment; the arguments are a socket and whether to die with the parent."""
+    """Serve one environment; the arguments are a socket and whether to end with the thread that
+    started us.
+    """
     faulthandler.enable()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine that prints disturbs no caller
     connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
     if sys.argv[2] == "1":
-        die_with_parent()
-    threading.Thread(target=_watch, args=(connection,), daemon=True).start()
+        die_with_parent(signal.SIGTERM)
+    keep(connection)
     messages = _messages(connection)
-    env_id, env_args, part_seconds = next(messages)
+    env_id, env_args, max_observation, part_seconds = next(messages)
     try:
-        host = Host(env_id, env_args)
-        _send(connection, ("ready", host.probe()))
+        host = Host(env_id, env_args, max_observation=max_observation)
+        _send(connection, ("ready", {"pid": os.getpid(), "probe": host.probe()}))
     except Exception as error:
         _send(connection, ("refused", " ".join(str(error).split()) or type(error).__name__))
         return
@@ -224,43 +282,41 @@ def _serve(
         if reply is not None:
             replies.append(reply)
         if replies and time.monotonic() - flushed > part_seconds:
-            _send(connection, ("replies", replies))
+            _reply(connection, replies)
             replies, flushed = [], time.monotonic()
     if replies:
-        _send(connection, ("replies", replies))
+        _reply(connection, replies)
+
+
+def _reply(connection: socket.socket, replies: list[Reply]) -> None:
+    """In one message; in several, where it would be too long; and what alone is too long is
+    garbage.
+    """
+    payload = pickle.dumps(("replies", replies), protocol=5)
+    if len(payload) <= MAX_MESSAGE:
+        connection.sendall(HEADER.pack(MARK, len(payload)) + payload)
+    elif len(replies) > 1:
+        half = len(replies) // 2
+        _reply(connection, replies[:half])
+        _reply(connection, replies[half:])
+    else:
+        said = f"its observation and info take {len(payload)} bytes, more than {MAX_MESSAGE}"
+        _reply(connection, [(replies[0][0], "garbage", said)])
 
 
 def _send(connection: socket.socket, message: Any) -> None:
     payload = pickle.dumps(message, protocol=5)
-    connection.sendall(HEADER.pack(len(payload)) + payload)
+    connection.sendall(HEADER.pack(MARK, len(payload)) + payload)
 
 
 def _messages(connection: socket.socket) -> Iterator[Any]:
     """The parent's messages until it hangs up."""
     stream = connection.makefile("rb")
     while len(header := stream.read(HEADER.size)) == HEADER.size:
-        payload = stream.read(HEADER.unpack(header)[0])
-        yield pickle.loads(payload)
-
-
-def die_with_parent() -> None:
-    """Linux kills us, stopped or not, when the thread that started us ends; so this is asked for in
-    a main thread only.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _watch(connection: socket.socket) -> None:
-    """When the parent hangs up: a moment to close the environments, then the end of the whole
-    session.
-    """
-    poll = select.poll()
-    poll.register(connection, getattr(select, "POLLRDHUP", 0) | select.POLLHUP)
-    while not poll.poll():
-        pass
-    time.sleep(GRACE)
-    os.killpg(0, signal.SIGKILL)
+        mark, length = HEADER.unpack(header)
+        if mark != MARK:
+            raise EOFError("somebody else reads from the connection")
+        yield pickle.loads(stream.read(length))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 from tutelage.envs.replay import ReplayingPool
+from tutelage.envs.worker import MAX_OBSERVATION
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request
@@ -39,6 +40,8 @@ class TaskRollout:
     processes: int = 1
     timeout: float = 30.0
     attempts: int = 3
+    max_observation: int = MAX_OBSERVATION
+    """Characters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,11 @@ class EnvironmentPools:
         if task not in self._pools:
             how = self._tasks[task]
             self._pools[task] = EnvironmentPool(
-                how.env, how.env_args, processes=how.processes, timeout=how.timeout
+                how.env,
+                how.env_args,
+                processes=how.processes,
+                timeout=how.timeout,
+                max_observation=how.max_observation,
             )
         return self._pools[task]
 

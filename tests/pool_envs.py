@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,51 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+GARBAGE = {
+    "text": b"hello, world",
+    "long": b"tutelage" + (2**63).to_bytes(8, "big"),  # the mark, and no end
+    "pickle": b"tutelage" + (9).to_bytes(8, "big") + b"not plain",
+    "code": b"tutelage" + (24).to_bytes(8, "big") + b"cos\nsystem\n(S'false'\ntR.",
+    "flood": b"tutelag" * 200_000,
+}
+
+
+class Beyond(BaseException):
+    """What `except Exception` does not see."""
+
+
+def _scribble(garbage: bytes) -> list[int]:
+    """Into every file that is open, beyond the three that everybody knows."""
+    written = []
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        if descriptor > 2:
+            with contextlib.suppress(OSError):
+                os.write(descriptor, garbage)
+                written.append(descriptor)
+    return written
+
+
+def _daemon(*how: str) -> int:
+    """A child of a child, whose parent has ended: its process id. how: setsid, exec, env."""
+    told, tell = os.pipe()
+    if (child := os.fork()) == 0:
+        if "setsid" in how:
+            os.setsid()
+        if os.fork() == 0:
+            os.write(tell, str(os.getpid()).encode())
+            if "exec" in how:
+                os.execve(
+                    sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"], {}
+                )
+            time.sleep(600)
+        os._exit(0)
+    os.waitpid(child, 0)
+    pid = int(os.read(told, 20))
+    os.close(told)
+    os.close(tell)
+    return pid
+
 
 class Faulty(gym.Env[str, str]):
     """Counts its steps and does what the action says; `end` ends it with the number of steps as
@@ -20,9 +67,12 @@ class Faulty(gym.Env[str, str]):
 
     observation_space = action_space = spaces.Text(1000)
 
-    def __init__(self, flavour: str = "plain", num_episodes: int = 7) -> None:
+    def __init__(self, flavour: str = "plain", num_episodes: Any = 7) -> None:
         if flavour == "broken":
             raise FileNotFoundError("no games\nin /nowhere")
+        if flavour == "exits":
+            sys.exit(0)
+        self.flavour = flavour
         self.num_episodes = num_episodes
         self.made = time.monotonic_ns()
         self.steps = 0
@@ -30,6 +80,8 @@ class Faulty(gym.Env[str, str]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self.steps = 0
+        if self.flavour == "hangs":
+            time.sleep(600)
         index = (options or {}).get("index")
         return f"seed {seed} index {index}", {
             "success": False,
@@ -51,6 +103,28 @@ class Faulty(gym.Env[str, str]):
                 time.sleep(float(seconds))
             case ["die", code]:
                 os._exit(int(code))
+            case ["exit"]:
+                sys.exit(0)
+            case ["beyond"]:
+                raise Beyond
+            case ["kill", name]:
+                os.kill(os.getpid(), getattr(signal, name))
+            case ["signal_group"]:
+                os.killpg(0, signal.SIGTERM)
+            case ["daemon", *how]:
+                info["child"] = _daemon(*how)
+            case ["scribble", *kind]:
+                info["written"] = _scribble(GARBAGE[kind[0]] if kind else b"hello, world\n" * 9)
+            case ["shut"]:
+                os.closerange(3, 256)
+            case ["huge", count]:
+                return "x" * int(count), 0.0, False, False, info
+            case ["talk", count]:
+                info["commands"] = ["y" * int(count)]
+            case ["half"]:
+                return "a knife \ud83d on the table", 0.0, False, False, info
+            case ["half", "info"]:
+                info["admissible_actions"] = ["look", "take \udc00"]
             case ["raise"]:
                 raise RuntimeError("the kitchen is on fire")
             case ["number"]:

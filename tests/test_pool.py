@@ -14,6 +14,7 @@ import pytest
 
 from tests.pool_calls import act, everything, reset
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
+from tutelage.envs.worker import MAX_MESSAGE
 
 FAULTY = "pool_envs:Faulty-v0"
 
@@ -81,6 +82,11 @@ def test_success_is_always_a_bool_and_only_plain_values_travel(pool: Environment
         ("number", "garbage", "the observation is 7, not text"),
         ("nan", "garbage", "the reward is nan"),
         ("four", "garbage", "not Gymnasium's five values"),
+        ("exit", "raised", "SystemExit: 0"),
+        ("beyond", "raised", "pool_envs.Beyond"),
+        ("huge 1000001", "garbage", "has 1000001 characters, and rollout.max_observation allows"),
+        ("half", "garbage", r"half of a surrogate pair, '\ud83d', at character 8"),
+        ("half info", "garbage", r"info has half of a surrogate pair, '\udc00', at character 9"),
     ],
 )
 def test_a_fault_of_an_environment_ends_its_own_episode_only(
@@ -98,6 +104,11 @@ def test_a_fault_of_an_environment_ends_its_own_episode_only(
     with pytest.raises(ValueError, match="not live"):
         pool.send([Act(episode=1, action="look")])
     assert reset(pool, 1)[1].observation == "seed 101 index 1"
+
+
+def test_an_observation_may_be_as_long_as_the_limit_says(pool: EnvironmentPool) -> None:
+    reset(pool, 0)
+    assert len(act(pool, e0="huge 1000000")[0].observation) == 1_000_000
 
 
 def test_an_ended_episodes_instance_is_used_again_and_a_faulty_one_is_not(
@@ -183,7 +194,7 @@ def test_receive_without_block_returns_at_once() -> None:
 
 
 def test_large_messages_in_both_directions_do_not_block() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
+    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20, max_observation=2_000_000) as pool:
         reset(pool, *range(10))
         for _ in range(2):
             answers = act(pool, **{f"e{e}": "x" * 1_000_000 for e in range(10)})
@@ -197,6 +208,18 @@ def test_large_messages_in_both_directions_do_not_block() -> None:
         ("pool_envs:Falty-v0", {}, r"pool_envs:Falty-v0: .*Faulty"),
         (FAULTY, {"flavour": "broken"}, "no games in /nowhere"),
         (FAULTY, {"flavor": "plain"}, "flavor"),
+        (FAULTY, {"flavour": "exits"}, r"it calls sys.exit\(0\) while it is made"),
+        *(
+            (FAULTY, {"num_episodes": count}, f"num_episodes is {said}: .*a whole number above 0")
+            for count, said in [
+                (0, "0"),
+                (-1, "-1"),
+                (7.0, "7.0"),
+                ("7", "'7'"),
+                (True, "True"),
+                ([7], r"\[7\]"),
+            ]
+        ),
         ("no_such_package_here:Env-v0", {}, "no_such_package_here"),
         ("tutelage.envs.math.env:Nothing-v0", {}, "Nothing"),
     ],
@@ -238,6 +261,87 @@ def _gone(pids: list[int]) -> bool:
     return False
 
 
+DAEMONS = ["daemon", "daemon setsid", "daemon setsid exec"]
+
+
+def _daemons(pool: EnvironmentPool) -> list[int]:
+    """Of a live episode 0."""
+    return [act(pool, e0=how)[0].info["child"] for how in DAEMONS]
+
+
+@pytest.mark.parametrize("end", ["close", "hang", "die 0", "kill SIGSEGV", "kill SIGKILL", "shut"])
+def test_what_an_environment_started_ends_with_it_wherever_it_went(end: str) -> None:
+    """Children of children whose parent has ended, in other sessions, without our environment's
+    variables, who hold the worker's connection open; whatever ends the worker."""
+    with EnvironmentPool(FAULTY, {}, processes=1, timeout=1.0) as pool:
+        reset(pool, 0)
+        daemons = _daemons(pool)
+        assert all(map(_alive, daemons))
+        if end == "close":
+            pool.close()
+        else:
+            assert isinstance(act(pool, e0=end)[0], Failed)
+        assert not any(map(_alive, daemons))  # and none is a zombie
+
+
+def test_a_worker_ends_as_its_environment_made_it_end() -> None:
+    """The keeper between them hides neither exit code nor signal."""
+    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
+        for end, said in (
+            ("die 0", "exit code 0"),
+            ("die 7", "exit code 7"),
+            ("kill SIGSEGV", "signal SIGSEGV"),
+            ("signal_group", "signal SIGTERM"),
+        ):
+            reset(pool, 0)
+            failed = act(pool, e0=end)[0]
+            assert isinstance(failed, Failed)
+            assert (failed.reason, failed.detail) == ("died", said)
+
+
+@pytest.mark.parametrize("kind", ["text", "long", "pickle", "code", "flood"])
+def test_garbage_on_the_connection_costs_the_process_and_nothing_else(kind: str) -> None:
+    with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
+        first = reset(pool, 0, 1)
+        assert first[0].info["pid"] != first[1].info["pid"]
+        answers = act(pool, e0=f"scribble {kind}", e1="look")
+        assert isinstance(answers[1], Observed)
+        failed = answers[0]
+        assert isinstance(failed, Failed)
+        assert failed.reason == "died"
+        assert {
+            "text": "its environment wrote b'hello, world",
+            "long": "a message of 9223372036854775808 bytes",
+            "pickle": "a message that cannot be read",
+            "code": "os.system is not plain data",
+            "flood": "its environment wrote b'tutelagtutelag",
+        }[kind] in failed.detail
+        assert isinstance(reset(pool, 0)[0], Observed)
+        assert pool.restarts == 1
+
+
+def test_no_message_is_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many large answers come in several; one that is larger alone is its environment's fault."""
+    size = MAX_MESSAGE // 3
+    with EnvironmentPool(FAULTY, {}, processes=1, timeout=60, max_observation=size) as pool:
+        reset(pool, *range(5))
+        answers = act(pool, **{f"e{e}": f"huge {size}" for e in range(5)})
+        assert [len(answers[e].observation) for e in range(5)] == [size] * 5
+        answers = act(pool, e0=f"talk {MAX_MESSAGE}", e1="look")
+        assert isinstance(answers[1], Observed)
+        assert isinstance(answers[0], Failed)
+        assert answers[0].reason == "garbage"
+        assert answers[0].detail.endswith(f"bytes, more than {MAX_MESSAGE}")
+        assert pool.restarts == 0
+
+
+def test_a_reset_that_hangs_is_a_fault_like_any_other() -> None:
+    with EnvironmentPool(FAULTY, {"flavour": "hangs"}, processes=1, timeout=0.5) as pool:
+        failed = reset(pool, 0)[0]
+        assert isinstance(failed, Failed)
+        assert (failed.reason, failed.detail) == ("timeout", "no answer within 0.5 s")
+
+
 def test_processes_end_with_a_parent_that_is_killed_even_while_they_hang() -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -245,8 +349,10 @@ def test_processes_end_with_a_parent_that_is_killed_even_while_they_hang() -> No
         "import time\n"
         f"pool = EnvironmentPool({FAULTY!r}, {{}}, processes=2)\n"
         "pool.send([Reset(episode=0, seed=0)]); pool.receive()\n"
+        "pool.send([Act(episode=0, action='daemon setsid exec')])\n"
+        "(answer,) = pool.receive()\n"
         "pool.send([Act(episode=0, action='hang')])\n"
-        "print(*pool.pids(), flush=True); time.sleep(600)\n"
+        "print(*pool.pids(), answer.info['child'], flush=True); time.sleep(600)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script, str(Path(__file__).parent)],
