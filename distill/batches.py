@@ -27,6 +27,7 @@ class Batch:
     sources_N: torch.Tensor  # index of the hidden state that predicts each chosen token
     targets_N: torch.Tensor
     behaviour_N: torch.Tensor
+    law_N: torch.Tensor  # log-probability under the law that drew the token; NaN: unknown
     segments_N: torch.Tensor  # tokens of one number are one turn's reply
     places_N: torch.Tensor  # how far into its reply a token stands, from 0
 
@@ -85,6 +86,7 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
         behaviour_N=_joined(
             [row.logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
         ),
+        law_N=_joined([row.law_T[at] for row, at in zip(chosen, where, strict=True)], device),
         segments_N=torch.from_numpy(segments_N).to(device),
         places_N=torch.from_numpy(np.arange(len(rows_N)) - np.flatnonzero(begins_N)[segments_N]).to(
             device

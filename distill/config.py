@@ -354,6 +354,8 @@ class RunConfig(_Section):
                 )
             if task.guidance is not None and task.guidance.by == "teacher":
                 self._check_guide(name, task)
+            if objective.needs_law:
+                self._check_law(name)
         if self.learner.processes > 1 and ":" in self.student.device:
             raise ValueError(
                 f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
@@ -394,6 +396,18 @@ class RunConfig(_Section):
             raise ValueError(
                 f"teachers.{name}.sleeps: it also plays for tasks.{task}.guidance, and would do so"
                 " asleep: set one of sleeps=false and guidance.by=expert"
+            )
+
+    def _check_law(self, task: str) -> None:
+        """Raises ValueError where nobody can say what the sampling law gave the task's tokens."""
+        how = self.rollout_of(task)
+        stale, plain = self.schedule.max_staleness, how.temperature == how.top_p == 1
+        if how.engine == "vllm" and stale and not plain:
+            raise ValueError(
+                f"tasks.{task}: objective.behavior: sampling needs what temperature"
+                f" {how.temperature:g} with top_p {how.top_p:g} gave each token: vLLM does not say,"
+                f" and with schedule.max_staleness {stale} the learner's weights are no longer"
+                " those that played: set max_staleness 0, or rollout.engine transformers"
             )
 
     def policy(self) -> Policy:

@@ -37,7 +37,7 @@ from tutelage.distill.learner import DENSE_VOCABULARY, Course, Drawn, Learner
 from tutelage.distill.models import prepare_process
 from tutelage.distill.muon import precision
 from tutelage.distill.ranks import Line, Lost, Rank
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NOT_CHOSEN, Row, SamplingLaw
 
 T = TypeVar("T")
 
@@ -131,6 +131,15 @@ class ShardedLearner(Learner):
     def _sums(self, values: Sequence[float]) -> Sequence[float]:
         return self._reduced(values, dist.ReduceOp.SUM)
 
+    def _gathered(self, values: Sequence[float]) -> Sequence[float]:
+        counts = [0.0] * self._ranks
+        counts[dist.get_rank()] = float(len(values))
+        counts = self._reduced(counts, dist.ReduceOp.SUM)
+        before = int(sum(counts[: dist.get_rank()]))
+        room = [0.0] * int(sum(counts))
+        room[before : before + len(values)] = values
+        return self._reduced(room, dist.ReduceOp.SUM)
+
     def _each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
         (most,) = self._reduced([len(items)], dist.ReduceOp.MAX)
         super()._each(items, work)
@@ -219,12 +228,19 @@ class DataParallelLearner(ShardedLearner):
         return self._copy
 
     def own_support(self, rows: Sequence[Row], k: int) -> list[torch.Tensor]:
+        return self._asked("own_support", rows, k)
+
+    def law_logprobs(self, rows: Sequence[Row], law: SamplingLaw) -> list[torch.Tensor]:
+        return self._asked("law_logprobs", rows, law)
+
+    def _asked(self, method: str, rows: Sequence[Row], wanted: Any) -> list[torch.Tensor]:
+        """What the ranks say of each row, in the rows' order."""
         shares = split([len(row.ids_T) for row in rows], self._ranks)
-        parts = self._together("own_support", [([rows[i] for i in share], k) for share in shares])
+        parts = self._together(method, [([rows[i] for i in share], wanted) for share in shares])
         found = {
-            i: ids_NK
+            i: said
             for share, part in zip(shares, parts, strict=True)
-            for i, ids_NK in zip(share, part, strict=True)
+            for i, said in zip(share, part, strict=True)
         }
         return [found[i] for i in range(len(rows))]
 

@@ -106,6 +106,7 @@ class _Running:
     draws: np.ndarray  # one uniform number per token to come
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    law_logprobs: list[float] = field(default_factory=list)
     done: bool = False
 
 
@@ -280,14 +281,15 @@ class TransformersEngine:
         ).last_hidden_state
         last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
         logits_BV = self.model.get_output_embeddings()(last_BD)[:, : self._vocabulary].float()
-        tokens, logprobs = _sample(logits_BV, rows)
+        sampled = _sample(logits_BV, rows)
         self.prefilled_tokens += sum(lengths) if width > 1 else 0
-        for row, chunk, token, logprob in zip(rows, chunks, tokens, logprobs, strict=True):
+        for row, chunk, token, logprob, law in zip(rows, chunks, *sampled, strict=True):
             if row.done:
                 continue
             row.session.cached.extend(chunk)
             row.ids.append(token)
             row.logprobs.append(logprob)
+            row.law_logprobs.append(law)
             self.generated_tokens += 1
 
     def _collect(self) -> list[Completion]:
@@ -305,6 +307,7 @@ class TransformersEngine:
                         ids=row.ids,
                         logprobs=row.logprobs,
                         stopped=stopped,
+                        law_logprobs=row.law_logprobs,
                     )
                 )
         return finished
@@ -327,8 +330,11 @@ def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
             yield part
 
 
-def _sample(logits_BV: torch.Tensor, rows: Sequence[_Running]) -> tuple[list[int], list[float]]:
-    """Draw a token a row by its own law and next uniform number: none depends on another's."""
+def _sample(
+    logits_BV: torch.Tensor, rows: Sequence[_Running]
+) -> tuple[list[int], list[float], list[float]]:
+    """Draw a token a row by its own law and next uniform number: none depends on another's. Tokens,
+    their log-probabilities, and those under the law."""
     if not torch.isfinite(logits_BV).all():
         raise FloatingPointError(
             "the student's logits hold NaN or infinity during a rollout: its weights are broken"
@@ -339,16 +345,17 @@ def _sample(logits_BV: torch.Tensor, rows: Sequence[_Running]) -> tuple[list[int
     laws = [row.request.law for row in rows]
     if all(law.temperature == 0 for law in laws):
         tokens_B = logits_BV.argmax(-1)
+        law_B = torch.zeros_like(logits_BV[:, 0])
     else:
         draw = [row.draws[min(len(row.ids), len(row.draws) - 1)] for row in rows]
-        tokens_B = _draw(
+        tokens_B, law_B = _draw(
             logits_BV,
             temperature_B=torch.tensor([law.temperature for law in laws], device=device),
             top_p_B=torch.tensor([law.top_p for law in laws], device=device),
             uniform_B=torch.tensor(np.asarray(draw), device=device),
         )
     chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-    return tokens_B.tolist(), chosen_B.tolist()
+    return tokens_B.tolist(), chosen_B.tolist(), law_B.tolist()
 
 
 def _draw(
@@ -357,8 +364,10 @@ def _draw(
     temperature_B: torch.Tensor,
     top_p_B: torch.Tensor,
     uniform_B: torch.Tensor,
-) -> torch.Tensor:
-    """Inverse-CDF sampling from the nucleus, the fewest most probable tokens with mass >= top_p."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF sampling from the nucleus, the fewest most probable tokens with mass >= top_p:
+    the tokens, and their log-probabilities under that law (greedy: 0). Where the law is the policy
+    itself, these are the policy's, to the bit."""
     greedy_B = temperature_B == 0
     scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
     probs_BV, order_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -369,4 +378,7 @@ def _draw(
     rank_B = (cumulative_BV <= (uniform_B * mass_B)[:, None]).sum(-1)
     kept_B = (~outside_BV).sum(-1) - 1
     rank_B = torch.minimum(rank_B, kept_B).masked_fill(greedy_B, 0)
-    return order_BV.gather(1, rank_B[:, None])[:, 0]
+    tokens_B = order_BV.gather(1, rank_B[:, None])[:, 0]
+    law_B = scaled_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
+    law_B = law_B - torch.where(top_p_B < 1, mass_B.log(), 0.0)
+    return tokens_B, law_B.clamp(max=0).masked_fill(greedy_B, 0.0)

@@ -191,6 +191,7 @@ def _row(lesson: Lesson) -> dict[str, Any]:
         "mask": [int(m) for m in lesson.mask_T],
         "branch": row.branches_T.tolist() if row.branches_T.any() else None,
         "sampled_logprob": [_number(value) for value in row.logprobs_T.tolist()],
+        "law_logprob": [_number(value) for value in row.law_T.tolist()],
         "teacher_logprob": teacher,
     }
 

@@ -29,7 +29,7 @@ from tutelage.distill.objectives import (
     Tokens,
 )
 from tutelage.distill.optimizers import Optimizer
-from tutelage.scheduler.episodes import Row
+from tutelage.scheduler.episodes import Row, SamplingLaw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class Learner:
     """Owns the student's weights and the optimizer's state.
 
     What several ranks do together (distill/data_parallel.py) is a small method here: `_sums`,
-    `_each`, `_inside`, `_clip`, `_orthogonalized`.
+    `_gathered`, `_each`, `_inside`, `_clip`, `_orthogonalized`.
 
     Args:
         model: a causal LM, trained in place.
@@ -172,6 +172,24 @@ class Learner:
         self._each(self._packed(rows), ask)
         return [found[i] for i in range(len(rows))]
 
+    @torch.no_grad()
+    def law_logprobs(self, rows: Sequence[Row], law: SamplingLaw) -> list[torch.Tensor]:
+        """Of each row's chosen tokens, the log-probability [N] that these weights give it under a
+        sampling law, on the CPU: for engines that do not say."""
+        found: dict[int, torch.Tensor] = {}
+
+        def ask(batch: Batch) -> None:
+            said_N = self._inside(
+                lambda: self.student(batch.hidden(self.model)).law_logprobs_at(
+                    batch.targets_N, temperature=law.temperature, top_p=law.top_p
+                )
+            ).cpu()
+            counts = [int(rows[i].chosen_T.sum()) for i in batch.members]
+            found.update(zip(batch.members, said_N.split(counts), strict=True))
+
+        self._each(self._packed(rows), ask)
+        return [found[i] for i in range(len(rows))]
+
     def optimizer_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
         return self.optimizer.state_dict()
@@ -215,6 +233,11 @@ class Learner:
         own = [self._size([lesson for lesson, _ in pairs]) for pairs in by_task.values()]
         sizes = dict(zip(by_task, self._sums(own), strict=True))
         total = sum(sizes.values())
+        floors = {
+            task: self._entropy_floor(courses[task].objective, [lesson for lesson, _ in pairs])
+            for task, pairs in by_task.items()
+            if sizes[task] and _compares(courses[task].objective, progress[task])
+        }
         passes = [
             (task, batch, [pairs[i] for i in batch.members])
             for task, pairs in by_task.items()
@@ -232,6 +255,7 @@ class Learner:
                 size=sizes[task],
                 scale=share * courses[task].weight,
                 progress=progress[task],
+                entropy_floor=floors.get(task),
                 diagnose=diagnose,
             )
 
@@ -250,11 +274,31 @@ class Learner:
         self.optimizer.step(self.learning_rate(self.version))
         return norm
 
+    @torch.no_grad()
+    def _entropy_floor(self, objective: Objective, lessons: Sequence[Lesson]) -> float:
+        """What the objective makes of the student's entropies at all of the task's tokens that take
+        loss in this optimizer step, on every rank. It takes a forward pass of its own: a floor of
+        each micro-batch would be another objective with every other `micro_tokens`."""
+        found: list[torch.Tensor] = []
+
+        def look(batch: Batch) -> None:
+            entropy_N = self._inside(lambda: self.student(batch.hidden(self.model)).entropy())
+            masks = [lessons[i].mask_T[lessons[i].row.chosen_T] for i in batch.members]
+            found.append(entropy_N.cpu()[torch.from_numpy(np.concatenate(masks))])
+
+        self._each(self._packed([lesson.row for lesson in lessons]), look)
+        own = torch.cat(found).tolist() if found else []
+        return objective.entropy_floor(torch.tensor(self._gathered(own), dtype=torch.float64))
+
     def _packed(self, rows: Sequence[Row]) -> list[Batch]:
         return pack(rows, max_tokens=self._micro_tokens, device=self.model.device)
 
     def _sums(self, values: Sequence[float]) -> Sequence[float]:
         """Of all ranks."""
+        return values
+
+    def _gathered(self, values: Sequence[float]) -> Sequence[float]:
+        """Those of all ranks, one after the other."""
         return values
 
     def _each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
@@ -290,6 +334,7 @@ class Learner:
         size: float,
         scale: float,
         progress: float,
+        entropy_floor: float | None,
         diagnose: bool,
     ) -> None:
         """Add a batch's part of the gradient of `scale` times one task's mean loss, and its
@@ -302,6 +347,8 @@ class Learner:
             segments_N=batch.segments_N,
             mask_N=weights_N > 0,
             uniforms_N=torch.from_numpy(np.concatenate(uniforms)).to(device),
+            law_N=batch.law_N,
+            entropy_floor=entropy_floor,
             progress=progress,
         )
         scores = None
@@ -370,6 +417,10 @@ def _refuse_empty_masks(lessons: Sequence[Lesson]) -> None:
                 f"task {task!r}: no token takes loss in {len(own)} rows: objective.mask_tokens"
                 " masks all that the student said, or every episode was dropped"
             )
+
+
+def _compares(objective: Any, progress: float) -> bool:
+    return isinstance(objective, Objective) and objective.compares_entropies(progress)
 
 
 def _joined(lessons: Sequence[Lesson]) -> TeacherScores:

@@ -27,6 +27,7 @@ from tutelage.distill.footprint import (
     student_footprint,
 )
 from tutelage.distill.gpus import suggestion
+from tutelage.distill.laws import biases
 from tutelage.distill.learner import DENSE_VOCABULARY
 from tutelage.distill.models import check_vocabularies, device_of, student_tokenizer
 from tutelage.distill.objectives.scores import CHUNK
@@ -544,6 +545,8 @@ def notes(plan: Plan) -> list[str]:
             found.append(f"not on this machine, {how}: {', '.join(dict.fromkeys(references))}")
     if _tokenizer_here(config) is None:
         found.append("the student's tokenizer is not on this machine: vocabularies go unchecked")
+    for name, own in biases(config).items():
+        found.append(f"tasks.{name}: {own.text}: {own.cure}")
     if len(config.tasks) > 1 and config.schedule.policy in ("token_budget", "gap"):
         found.append(
             f"schedule {config.schedule.policy} decides in the run: steps are those of replies as"

@@ -16,6 +16,7 @@ import numpy as np
 from tutelage.distill.answers import unpack_answer
 from tutelage.distill.config import RunConfig
 from tutelage.distill.identity import Identity
+from tutelage.distill.laws import told
 from tutelage.distill.learner import Course, Learner, Lesson
 from tutelage.distill.masks import loss_mask
 from tutelage.distill.objectives import TeacherScores
@@ -69,6 +70,14 @@ class Routing:
         """Whether enough of the task's episodes were played to learn from."""
         lost = sum(isinstance(outcome, Dropped) for outcome in outcomes)
         return lost < len(outcomes) and lost <= self._config.rollout_of(task).lost * len(outcomes)
+
+    def complete(self, outcomes: Outcomes) -> Outcomes:
+        """The outcomes with all that their objectives need of the law that drew their tokens."""
+        needy = {task for task in outcomes if self._courses[task].objective.needs_law}
+        return {
+            task: told(own, self._learner) if task in needy else own
+            for task, own in outcomes.items()
+        }
 
     def teach(self, outcomes: Outcomes) -> Taught:
         """The lessons of a step.

@@ -288,8 +288,9 @@ class Run:
         with clock.part("sync"):
             self.placement.sync(version)
         with clock.part("rollout"):
-            outcomes = self.ahead.next()
+            played = self.ahead.next()
         with clock.part("score"):
+            outcomes = self.routing.complete(played)
             taught = self.routing.teach(outcomes)
         everything = [outcome for own in outcomes.values() for outcome in own]
         with clock.part("journal"):

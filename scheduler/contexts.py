@@ -56,11 +56,13 @@ class ContextSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What was chosen in one turn: ids, the student's log-probabilities (NaN for an expert's)."""
+    """What was chosen in one turn: ids, the student's log-probabilities (NaN for an expert's), and
+    those under the law that drew them (None: nobody said)."""
 
     ids: Sequence[int]
     logprobs: Sequence[float]
     closed: bool  # ends with an end-of-turn token
+    law_logprobs: Sequence[float] | None = None
 
 
 class _RowBuilder:
@@ -70,24 +72,34 @@ class _RowBuilder:
         self._ids: list[int] = []
         self._turns: list[int] = []
         self._logprobs: list[float] = []
+        self._law: list[float] = []
         self._branches: list[int] = []
 
     def prompt(self, ids: Sequence[int]) -> None:
-        self._add(ids, NOT_CHOSEN, [float("nan")] * len(ids), 0)
+        self._add(ids, NOT_CHOSEN)
 
     def trunk(self, reply: Reply, turn: int) -> None:
-        self._add(reply.ids, turn, reply.logprobs, 0)
+        self._add(reply.ids, turn, reply.logprobs, reply.law_logprobs)
 
     def given(self, ids: Sequence[int], turn: int) -> None:
-        self._add(ids, turn, [float("nan")] * len(ids), 0)
+        self._add(ids, turn)
 
     def branch(self, ids: Sequence[int], turn: int) -> None:
-        self._add(ids, turn, [float("nan")] * len(ids), turn + 1)
+        self._add(ids, turn, branch=turn + 1)
 
-    def _add(self, ids: Sequence[int], turn: int, logprobs: Sequence[float], branch: int) -> None:
+    def _add(
+        self,
+        ids: Sequence[int],
+        turn: int,
+        logprobs: Sequence[float] | None = None,
+        law: Sequence[float] | None = None,
+        branch: int = 0,
+    ) -> None:
+        nobody = [float("nan")] * len(ids)
         self._ids.extend(ids)
         self._turns.extend([turn] * len(ids))
-        self._logprobs.extend(logprobs)
+        self._logprobs.extend(nobody if logprobs is None else logprobs)
+        self._law.extend(nobody if law is None else law)
         self._branches.extend([branch] * len(ids))
 
     def row(self) -> Row:
@@ -95,6 +107,7 @@ class _RowBuilder:
             ids_T=np.asarray(self._ids, dtype=np.int32),
             turns_T=np.asarray(self._turns, dtype=np.int32),
             logprobs_T=np.asarray(self._logprobs, dtype=np.float32),
+            law_logprobs_T=np.asarray(self._law, dtype=np.float32),
             branches_T=np.asarray(self._branches, dtype=np.int32),
         )
 
@@ -185,6 +198,7 @@ class Context:
                 ids_T=row.ids_T[:end],
                 turns_T=row.turns_T[:end],
                 logprobs_T=row.logprobs_T[:end],
+                law_logprobs_T=row.law_logprobs_T[:end],
                 branches_T=row.branches_T[:end],
             ),
         )

@@ -40,22 +40,32 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """The sampled ids, with natural log-probabilities over the full vocabulary at temperature 1."""
+    """The sampled ids, with natural log-probabilities over the full vocabulary at temperature 1.
+
+    law_logprobs: the same under the request's law, after temperature and top-p; None: the engine
+    does not know.
+    """
 
     session: int
     ids: list[int]
     logprobs: list[float]
     stopped: bool  # ended by a stop id, not by the length limit
+    law_logprobs: list[float] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.ids) != len(self.logprobs):
+        self._check(self.logprobs, "log-probability")
+        if self.law_logprobs is not None:
+            self._check(self.law_logprobs, "log-probability under the sampling law")
+
+    def _check(self, logprobs: Sequence[float], what: str) -> None:
+        if len(self.ids) != len(logprobs):
             raise RuntimeError(
-                f"the engine sampled {len(self.ids)} ids and {len(self.logprobs)} log-probabilities"
+                f"the engine sampled {len(self.ids)} ids and {len(logprobs)} log-probabilities"
             )
-        for at, (token, logprob) in enumerate(zip(self.ids, self.logprobs, strict=True)):
+        for at, (token, logprob) in enumerate(zip(self.ids, logprobs, strict=True)):
             if token < 0 or not -math.inf < logprob <= SLACK:
                 raise RuntimeError(
-                    f"the engine sampled id {token} with log-probability {logprob} (token {at} of"
+                    f"the engine sampled id {token} with {what} {logprob} (token {at} of"
                     f" {len(self.ids)}): ids count from 0, and log-probabilities are finite and at"
                     " most 0; its weights or its sampling are broken"
                 )

@@ -6,7 +6,7 @@ Letters of shape suffixes: T tokens of a row, N tokens that take loss, K support
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,17 @@ class SamplingLaw:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: it must be in (0, 1]")
 
+    @property
+    def whole(self) -> bool:
+        """Whether it draws from the policy itself, unchanged."""
+        return self.temperature == 1 and self.top_p == 1
+
 
 GREEDY = SamplingLaw(temperature=0.0)
+
+
+def _unsaid() -> npt.NDArray[np.float32]:
+    return np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +50,9 @@ class Row:
     logprobs_T: the student's natural log-probability of a token it sampled, over the full
     vocabulary at temperature 1; NaN where nothing was sampled (a stored 0.0 would look like
     certainty).
+    law_logprobs_T: the same token's log-probability under the law that drew it, after temperature
+    and top-p (greedy: 0); NaN where nothing was sampled, or the engine did not say. Of length 0 in
+    a row of an older version: nobody said.
     branches_T: 0 on the trunk. A token of branch b > 0 (an expert's action in a state where the
     student acted otherwise) sees the trunk before it and its own branch; nothing else sees it.
     """
@@ -49,9 +61,12 @@ class Row:
     turns_T: npt.NDArray[np.int32]
     logprobs_T: npt.NDArray[np.float32]
     branches_T: npt.NDArray[np.int32]
+    law_logprobs_T: npt.NDArray[np.float32] = field(default_factory=_unsaid)
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids_T), len(self.turns_T), len(self.logprobs_T), len(self.branches_T)}
+        if len(self.law_logprobs_T):
+            lengths.add(len(self.law_logprobs_T))
         if len(lengths) != 1:
             raise ValueError(f"a row's fields differ in length: {sorted(lengths)}")
         if len(self.ids_T) and self.turns_T[0] != NOT_CHOSEN:
@@ -63,6 +78,12 @@ class Row:
     def chosen_T(self) -> npt.NDArray[np.bool_]:
         """True on the tokens that take loss before the special-token mask."""
         return self.turns_T != NOT_CHOSEN
+
+    @property
+    def law_T(self) -> npt.NDArray[np.float32]:
+        """`law_logprobs_T`, NaN throughout where nobody said."""
+        said = self.law_logprobs_T
+        return said if len(said) else np.full(len(self.ids_T), np.nan, dtype=np.float32)
 
     def positions_T(self) -> npt.NDArray[np.int64]:
         """Position ids: the trunk counts on as if the branches were not there."""

@@ -288,7 +288,7 @@ class _Play:
     def _continue(self, live: _Live, *, closed: bool = False) -> Act | None:
         """Let the student go on from what was given; an act where nothing is left to say."""
         if closed or self._room(live) < 1:
-            return self._answer(live, ids=[], logprobs=[], closed=closed)
+            return self._answer(live, closed=closed)
         self._ask(live, self._engine)
         return None
 
@@ -337,25 +337,20 @@ class _Play:
                 )
             if completion.session < 0:  # a window's prompt is never extended
                 self._engine.release(completion.session)
-            acts.append(
-                self._answer(
-                    live,
-                    ids=completion.ids,
-                    logprobs=completion.logprobs,
-                    closed=completion.stopped,
-                )
-            )
+            acts.append(self._answer(live, completion, closed=completion.stopped))
         if acts:
             self._pool.send(acts)
 
-    def _answer(
-        self, live: _Live, *, ids: Sequence[int], logprobs: Sequence[float], closed: bool
-    ) -> Act:
+    def _answer(self, live: _Live, sampled: Completion | None = None, *, closed: bool) -> Act:
         """Record the turn: what was given, then what the student sampled."""
+        given = [float("nan")] * len(live.given)
+        ids, logprobs = (sampled.ids, sampled.logprobs) if sampled else ([], [])
+        law = sampled.law_logprobs if sampled else None
         reply = Reply(
             ids=[*live.given, *ids],
-            logprobs=[*[float("nan")] * len(live.given), *logprobs],
+            logprobs=[*given, *logprobs],
             closed=closed,
+            law_logprobs=None if law is None else [*given, *law],
         )
         live.given = []
         text = self._chat.text(reply.ids)

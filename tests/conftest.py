@@ -50,7 +50,22 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *(("advantage_gated", {"k": 4, "tau": tau}) for tau in (-1.0, 0.0, 0.05, 1.0)),
     ("reward_clipped", {"floor": -0.5, "switch": 1.0}),  # all of the run in the first phase
     ("reward_clipped", {"floor": -0.5, "switch": 0.0, "share": 0.5}),  # in the second
+    ("entropy_aware", {"k": 4, "tau": 1.2, "renormalize": True}),
     ("imitation", {"beta": 0.3}),
+    *(
+        (name, options | {"behavior": "sampling"})
+        for name, options in (
+            ("sampled_token", {"clip": 0.05, "dual_clip": 1.5}),
+            ("sampled_token", {"gamma": 0.5}),
+            ("trust_region", {"k": 4, "beta": 0.3}),
+            ("entropy_aware", {"k": 4, "tau": 1.2}),
+            ("advantage_gated", {"k": 4}),
+            ("reward_clipped", {"floor": -0.5, "switch": 0.0, "share": 0.5}),
+            ("local_support", {"k": 3, "renormalize": False, "tail": "sampled"}),
+            ("local_support", {"k": 4, "support": "teacher+sampled"}),
+            ("local_support", {"k": 4, "support": "student+sampled", "direction": "forward"}),
+        )
+    ),
 ]
 """Every objective with every option that changes its formula."""
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tutelage.distill.config import ConfigError, RunConfig, load_config
-from tutelage.distill.objectives import DenseStudent, TeacherScores, build
+from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
 
 Load = Callable[..., RunConfig]
 
@@ -273,7 +273,14 @@ class TestEngines:
         sent = replace(scores, entropy_N=None)
         own = yaml.safe_dump({"name": name, **options}, default_flow_style=True).strip()
         try:
-            build(name, **options)(student, sent, ids, behaviour, generator=torch.Generator())
+            build(name, **options)(
+                student,
+                sent,
+                ids,
+                behaviour,
+                generator=torch.Generator(),
+                tokens=Tokens(law_N=behaviour),
+            )
         except ValueError as error:
             assert "engine: transformers" in str(error)
             assert "calculator.engine" in _refused(load, SERVER, f"tasks.math.objective={own}")

@@ -32,7 +32,7 @@ from tutelage.distill.models import load_student
 from tutelage.distill.objectives import build
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.distill.training import Run, Watcher
-from tutelage.scheduler.episodes import Row
+from tutelage.scheduler.episodes import Row, SamplingLaw
 
 VOCABULARY = 101
 STEPS = 3
@@ -141,7 +141,7 @@ def student_rows(make_model: Make, make_row: Callable[..., Row]) -> list[Row]:
         said_N = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         logprobs_T = row.logprobs_T.copy()
         logprobs_T[prompt:] = said_N[prompt - 1 :].numpy() + 0.1 * rng.standard_normal(said)
-        rows.append(replace(row, logprobs_T=logprobs_T))
+        rows.append(replace(row, logprobs_T=logprobs_T, law_logprobs_T=0.8 * logprobs_T))
     return rows
 
 
@@ -196,7 +196,10 @@ OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
     ("full_vocabulary", {"direction": "jsd"}),
     ("sampled_token", {"gamma": 0.5}),
     ("trust_region", {"k": 8}),
-    ("reward_clipped", {"floor": -0.5, "switch": 1.0}),
+    ("reward_clipped", {"floor": -0.5, "switch": 1.0, "behavior": "sampling"}),
+    ("reward_clipped", {"switch": 0.0, "share": 0.3}),
+    ("entropy_aware", {"k": 8, "renormalize": True}),
+    ("advantage_gated", {"k": 8}),
     ("imitation", {}),
 ]
 
@@ -225,6 +228,17 @@ def test_two_processes_learn_what_one_does(
         lambda learner: _lessons(learner, student_rows, teacher, objective),
         {"t": Course(objective=objective, weight=0.7)},
     )
+
+
+def test_two_processes_say_what_one_does_of_a_sampling_law(
+    pair: Pairs, student_rows: list[Row]
+) -> None:
+    law = SamplingLaw(temperature=0.7, top_p=0.8)
+    alone, over_two = (
+        learner.law_logprobs(student_rows, law) for learner in pair(sparse=True).reset()
+    )
+    for one, other in zip(alone, over_two, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
 def test_one_row_is_learned_by_two_processes(

@@ -72,7 +72,7 @@ def _near_policy(rows: Sequence[Row], model: Any) -> list[Row]:
         logprobs_T = row.logprobs_T.copy()
         said_N = full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0].numpy()
         logprobs_T[row.chosen_T] = said_N + 0.1 * rng.standard_normal(len(said_N))
-        found.append(replace(row, logprobs_T=logprobs_T))
+        found.append(replace(row, logprobs_T=logprobs_T, law_logprobs_T=0.8 * logprobs_T))
     return found
 
 
@@ -110,7 +110,10 @@ def _direct(
         chosen = torch.from_numpy(np.flatnonzero(lesson.row.chosen_T))
         logits_NV = model(input_ids=ids_T[None]).logits[0, chosen - 1, :VOCABULARY]
         behaviour_N = torch.from_numpy(lesson.row.logprobs_T[lesson.row.chosen_T])
-        loss_N, _ = objective(DenseStudent(logits_NV), lesson.scores, ids_T[chosen], behaviour_N)
+        tokens = Tokens(law_N=torch.from_numpy(lesson.row.law_T[lesson.row.chosen_T]))
+        loss_N, _ = objective(
+            DenseStudent(logits_NV), lesson.scores, ids_T[chosen], behaviour_N, tokens=tokens
+        )
         losses.append(loss_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])])
     loss = reduce(losses)
     model.zero_grad()
@@ -589,6 +592,71 @@ class TestSeveralTasks:
         gradients = _gradients(model)
         wanted = {n: alone["match"][1][n] + alone["copy"][1][n] for n in gradients}
         _assert_same(gradients, wanted, atol=1e-6)
+
+
+class TestMicroBatches:
+    """How an update is cut into micro-batches is a matter of memory, and of nothing else."""
+
+    @pytest.fixture
+    def full(self, make_model: Make, rows: list[Row], teacher: TransformersTeacher) -> list[Lesson]:
+        """Ragged lessons near the policy, a third of their tokens masked."""
+        rows = _near_policy(rows, make_model(seed=1))
+        scores = teacher.score(rows, k=8, full=True)
+        masks = [row.chosen_T & (np.arange(len(row.ids_T)) % 3 > 0) for row in rows]
+        return [
+            Lesson(task="t", row=row, scores=own, mask_T=mask_T)
+            for row, own, mask_T in zip(rows, scores, masks, strict=True)
+        ]
+
+    @pytest.mark.parametrize("aggregate", ["token", "sequence"])
+    def test_no_objective_sees_them(
+        self,
+        aggregate: str,
+        variant: tuple[str, dict[str, Any]],
+        full: list[Lesson],
+        make_model: Make,
+    ) -> None:
+        """Losses, diagnostics and the gradient of every weight."""
+        name, options = variant
+        found = []
+        for micro_tokens in (1, 45, 10_000):
+            model = make_model(seed=1)
+            learner = _learner(model, micro_tokens=micro_tokens, aggregate=aggregate)
+            metrics = _update(learner, full, build(name, **options), seed=0)
+            found.append((metrics, _gradients(model)))
+        (whole_metrics, whole) = found[-1]
+        size = sum(float(gradient.square().sum()) for gradient in whole.values()) ** 0.5
+        assert size > 1e-3
+        for metrics, gradients in found[:-1]:
+            assert metrics == pytest.approx(whole_metrics, rel=1e-3, abs=1e-5)
+            off = sum(float((gradients[n] - whole[n]).square().sum()) for n in whole) ** 0.5
+            assert off < 1e-4 * size  # float32's rounding: 1e-6; another quantile: 0.4 and more
+
+    @pytest.mark.parametrize("micro_tokens", [1, 10_000])
+    @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+    def test_the_undecided_tokens_are_those_of_the_whole_optimizer_step(
+        self, share: float, micro_tokens: int, full: list[Lesson], make_model: Make
+    ) -> None:
+        """Of every task by itself: the highest entropies of all of its tokens that take loss,
+        computed row by row."""
+        lessons = [*full, *(replace(lesson, task="other") for lesson in full[:1])]
+        model, entropies = make_model(seed=1), []
+        for lesson in full:
+            ids_1T, chosen = _ids(lesson.row)
+            with torch.no_grad():
+                logits_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
+            own_N = DenseStudent(logits_NV).entropy()
+            entropies.append(own_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])])
+        objective = build("reward_clipped", switch=0.5, share=share)
+        courses = {task: Course(objective=objective) for task in ("t", "other")}
+        learner = _learner(model, micro_tokens=micro_tokens)
+        found = learner.update(lessons, courses, seed=0, progress=0.5)
+        for task, own in {"t": torch.cat(entropies), "other": entropies[0]}.items():
+            kept = (own >= own.double().quantile(1 - share) - 1e-6).double().mean().item()
+            assert found[task]["reward/kept"] == pytest.approx(kept)
+        each = [int((own >= own.quantile(1 - share) - 1e-6).sum()) for own in entropies if len(own)]
+        whole = found["t"]["reward/kept"] * sum(map(len, entropies))
+        assert share == 1 or sum(each) != round(whole)  # what quantiles of single rows would keep
 
 
 class TestTokens:

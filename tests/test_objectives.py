@@ -22,6 +22,7 @@ TOKENS = Tokens(
     segments_N=torch.tensor([0, 0, 0, 1, 1, 1, 1]),
     mask_N=torch.tensor([True, True, True, False, True, True, True]),
     uniforms_N=torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6]),
+    law_N=torch.tensor([-0.3, -1.5, -2.5, -0.1, -3.0, -0.8, -1.2]),
 )
 Variant = tuple[str, dict[str, Any]]
 
@@ -136,7 +137,9 @@ def test_no_tokens_are_no_loss(variant: Variant) -> None:
     name, options = variant
     objective, none = build(name, **options), torch.zeros(0, dtype=torch.long)
     scores = TeacherScores.from_logits(torch.zeros(0, V), none, k=max(1, objective.k))
-    loss_N, _ = objective(DenseStudent(torch.zeros(0, V)), scores, none, torch.zeros(0))
+    nobody = Tokens(law_N=torch.zeros(0))
+    student = DenseStudent(torch.zeros(0, V))
+    loss_N, _ = objective(student, scores, none, torch.zeros(0), tokens=nobody)
     assert loss_N.shape == (0,)
 
 

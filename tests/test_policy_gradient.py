@@ -363,6 +363,47 @@ class TestEntropyAware:
             assert loss_N[n].item() == pytest.approx(sampled_N[n].item() + added, rel=1e-10)
         assert 0 < metrics["teacher/undecided"].sum() < N
 
+    def test_renormalised_the_teacher_sums_to_one_on_its_top_k(
+        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+    ) -> None:
+        """sum_K q^ log(q^ / pi), q^ = q / q(K), pi over the whole vocabulary: by a loop, and by two
+        tokens of four that are written out. Its gradient is 1 / q(K) times the plain one's."""
+        student_NV, teacher_NV, old_N = lesson
+        scores = make_scores(teacher_NV, sampled_ids_N, k=4)
+        student, rest = DenseStudent(student_NV), (scores, sampled_ids_N, old_N)
+        options: dict[str, Any] = {"k": 4, "tau": 1.2}
+        plain_N, metrics = build("entropy_aware", **options)(student, *rest)
+        loss_N, _ = build("entropy_aware", renormalize=True, **options)(student, *rest)
+        for n in range(N):
+            pi, q = student_NV[n].softmax(-1).tolist(), teacher_NV[n].softmax(-1).tolist()
+            top = sorted(range(V), key=lambda v: -q[v])[:4]
+            mass = sum(q[v] for v in top)
+            wanted = sum(q[v] / mass * math.log(q[v] / mass / pi[v]) for v in top)
+            wanted -= _forward_kl(student_NV, teacher_NV, n, 4)
+            undecided = metrics["teacher/undecided"][n].item()
+            assert (loss_N - plain_N)[n].item() == pytest.approx(undecided * wanted, abs=1e-12)
+
+    def test_renormalised_by_hand(self, make_scores: Scores, gradient: Gradient) -> None:
+        """q = 0.4, 0.2, 0.3, 0.1 at K = 2: 4/7 log(4/7 / 0.1) + 3/7 log(3/7 / 0.3); plain:
+        0.4 log(0.4 / 0.1) + 0.3 log(0.3 / 0.3). The token itself has no advantage."""
+        q = torch.tensor([[0.4, 0.2, 0.3, 0.1]], dtype=torch.float64)
+        pi = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+        ids_N = torch.tensor([2])
+        scores = make_scores(q.log(), ids_N, k=2)
+        wanted = {True: 1.148843, False: 0.554518}
+        slopes = {}
+        for renormalize, value in wanted.items():
+            objective = build("entropy_aware", k=2, tau=1.0, renormalize=renormalize)
+            rest = (scores, ids_N, pi.log()[:, 2])
+            loss_N, _ = objective(DenseStudent(pi.log()), *rest)
+            assert loss_N.item() == pytest.approx(value, abs=1e-6)
+            slopes[renormalize] = gradient(
+                lambda z, o=objective, r=rest: o(DenseStudent(z), *r)[0], pi.log()
+            )
+        torch.testing.assert_close(0.7 * slopes[True], slopes[False])
+        hand = torch.tensor([[0.1 - 4 / 7, 0.2, 0.3 - 3 / 7, 0.4]], dtype=torch.float64)
+        torch.testing.assert_close(slopes[True], hand)
+
     def test_a_teacher_that_tells_no_entropy_is_refused(self) -> None:
         scores = TeacherScores(
             ids_NK=torch.tensor([[0]]),
@@ -463,3 +504,106 @@ class TestRewardClipped:
             assert loss_N[n].item() == pytest.approx(wanted, rel=1e-9)
             assert metrics["reward/kept"][n].item() == (n in kept)
         assert floored
+
+    def test_the_floor_of_the_whole_update_is_taken_where_there_is_one(
+        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+    ) -> None:
+        student_NV, teacher_NV, old_N = lesson
+        entropy_N = DenseStudent(student_NV).entropy()
+        scores = make_scores(teacher_NV, sampled_ids_N, k=1)
+        for floor in (0.0, float(entropy_N.sort().values[4]), 10.0):
+            _, metrics = build("reward_clipped", switch=0.0)(
+                DenseStudent(student_NV),
+                scores,
+                sampled_ids_N,
+                old_N,
+                tokens=Tokens(entropy_floor=floor),
+            )
+            assert torch.equal(metrics["reward/kept"].bool(), entropy_N >= floor)
+
+    def test_tokens_of_one_state_stay_together_whatever_rounds_them(self) -> None:
+        """Eight replies begin in one state: their first tokens' entropies are one number, but for
+        what shared their batch."""
+        rounding_N = 1e-6 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+        entropy_N = torch.cat([2.0 + rounding_N, torch.linspace(0.1, 1.5, 12)])
+        floor = build("reward_clipped", share=0.2).entropy_floor(entropy_N)
+        assert int((entropy_N >= floor).sum()) == 8
+
+
+class TestBehavior:
+    """The law that drew the tokens, by hand: w = pi_old / mu outside PPO's clips."""
+
+    @pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+    def test_the_weight_multiplies_what_the_clips_leave(
+        self,
+        weight: float,
+        lesson: tuple[torch.Tensor, ...],
+        sampled_ids_N: torch.Tensor,
+        make_scores: Scores,
+    ) -> None:
+        student_NV, teacher_NV, old_N = lesson
+        tokens = Tokens(law_N=old_N - math.log(weight), uniforms_N=torch.linspace(0, 0.99, N))
+        scores = make_scores(teacher_NV, sampled_ids_N, k=4)
+        student, rest = DenseStudent(student_NV), (scores, sampled_ids_N, old_N)
+        for name, options in (
+            ("sampled_token", {}),
+            ("reward_clipped", {}),
+            ("trust_region", {"k": 4}),
+            ("advantage_gated", {"k": 4}),
+        ):
+            full_N, sampling_N = (
+                build(name, behavior=behavior, **options)(student, *rest, tokens=tokens)[0]
+                for behavior in ("full", "sampling")
+            )
+            torch.testing.assert_close(sampling_N, weight * full_N)
+
+    def test_a_return_weighs_what_follows_decision_by_decision(self) -> None:
+        """A_t = R_t + gamma w_{t+1} A_{t+1}, inside each reply."""
+        values_N = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
+        weights_N = torch.tensor([9.0, 0.5, 3.0, 7.0, 0.25], dtype=torch.float64)
+        found_N = returns_to_go(
+            values_N, torch.tensor([0, 0, 0, 1, 1]), gamma=0.5, weights_N=weights_N
+        )
+        third, last = 4.0, 16.0
+        second = 2 + 0.5 * 3 * third
+        assert found_N.tolist() == [1 + 0.25 * second, second, third, 8 + 0.125 * last, last]
+
+    def test_given_tokens_have_no_law(
+        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+    ) -> None:
+        """A teacher's prefix keeps -beta log pi(y)."""
+        student_NV, teacher_NV, old_N = lesson
+        old_N[:3] = torch.nan
+        law_N = old_N + 1.0
+        loss_N, metrics = build("trust_region", k=4, beta=0.5, behavior="sampling")(
+            DenseStudent(student_NV),
+            make_scores(teacher_NV, sampled_ids_N, k=4),
+            sampled_ids_N,
+            old_N,
+            tokens=Tokens(law_N=law_N),
+        )
+        logprobs_N = student_NV.log_softmax(-1).gather(1, sampled_ids_N[:, None])[:, 0]
+        torch.testing.assert_close(loss_N[:3], -0.5 * logprobs_N[:3])
+        torch.testing.assert_close(metrics["behavior/weight"][3:].log(), old_N[3:] - law_N[3:])
+
+    def test_a_law_that_nobody_recorded_is_refused(
+        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+    ) -> None:
+        student_NV, teacher_NV, old_N = lesson
+        objective = build("sampled_token", behavior="sampling")
+        rest = (
+            DenseStudent(student_NV),
+            make_scores(teacher_NV, sampled_ids_N, k=1),
+            sampled_ids_N,
+            old_N,
+        )
+        with pytest.raises(ValueError, match=r"behavior='sampling' needs .* give tokens"):
+            objective(*rest)
+        law_N = old_N.clone()
+        law_N[4] = torch.nan
+        with pytest.raises(ValueError, match="log-probability of token 4 is not known"):
+            objective(*rest, tokens=Tokens(law_N=law_N))
+        with pytest.raises(ValueError, match="under the sampling law of 3 tokens for 7 positions"):
+            objective(*rest, tokens=Tokens(law_N=law_N[:3]))
+        with pytest.raises(ValueError, match="did you mean 'sampling'"):
+            build("sampled_token", behavior="sample")

@@ -27,6 +27,7 @@ TOKENS = Tokens(
     segments_N=torch.tensor([0, 0, 0, 1, 1, 1, 1]),
     mask_N=torch.tensor([True, True, True, False, True, True, True]),
     uniforms_N=torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6]),
+    law_N=torch.tensor([-0.3, -1.5, -2.5, -0.1, -3.0, -0.8, -1.2]),
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.distill.objectives import DenseStudent, TeacherScores, build
+from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
 from tutelage.distill.transport import LEAST, CompactScores, rounding_bound
 
 N, VOCABULARY = 64, 500
@@ -144,7 +144,11 @@ def test_rounding_moves_a_gradient_by_a_fifth_of_a_percent_at_most(
     def slope(given: TeacherScores | None) -> torch.Tensor:
         def loss(at_NV: torch.Tensor) -> torch.Tensor:
             draws = torch.Generator().manual_seed(8)
-            return objective(DenseStudent(at_NV), given, sampled_N, behaviour_N, generator=draws)[0]
+            tokens = Tokens(law_N=0.8 * behaviour_N)
+            student = DenseStudent(at_NV)
+            return objective(
+                student, given, sampled_N, behaviour_N, generator=draws, tokens=tokens
+            )[0]
 
         return gradient(loss, student_NV)
 

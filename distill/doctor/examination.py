@@ -113,6 +113,9 @@ def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
     for name in config.tasks:
         masked = config.objective_of(name).mask_tokens
         yield texts.check_mask(f"tasks.{name}", tokenizer, masked)
+        objective, law = build_objective(config.objective_of(name)), config.task_rollout(name).law
+        if objective.draws:
+            yield numbers.check_law(f"tasks.{name}", objective, law)
 
 
 def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> Iterator[Finding]:

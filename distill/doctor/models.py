@@ -21,12 +21,13 @@ from tutelage.distill.batches import pack
 from tutelage.distill.config import OptimizerConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.engine import TransformersEngine
+from tutelage.distill.laws import bias
 from tutelage.distill.learner import Learner
-from tutelage.distill.objectives import Objective, TeacherScores
+from tutelage.distill.objectives import Objective, TeacherScores, Tokens
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.scheduler.engine import Completion, Request
-from tutelage.scheduler.episodes import GREEDY, NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import GREEDY, NOT_CHOSEN, Row, SamplingLaw
 
 GREEDY_TOKENS, PROMPT_TOKENS = 24, 256  # the reference keeps whole logits: 0.2 GB at V = 150,000
 LOST = 0.9
@@ -253,6 +254,17 @@ def check_teacher_on_student(
     return check.ok(text)
 
 
+def check_law(subject: str, objective: Objective, law: SamplingLaw) -> Finding:
+    """Whether the objective's gradient is, in the mean, what it says, under the law that plays."""
+    check = Check(subject, "sampling law")
+    found = bias(objective, law)
+    if found is not None:
+        return check.note(found.text, found.cure)
+    if law.whole:
+        return check.ok(f"{objective.name}'s tokens are drawn from the whole policy")
+    return check.ok(f"{objective.name} weighs its tokens by the law that draws them")
+
+
 def check_engine(
     subject: str,
     model: Any,
@@ -333,6 +345,7 @@ def self_distilled(
             batch.targets_N,
             logprobs_N,
             generator=torch.Generator(model.device).manual_seed(0),
+            tokens=Tokens(law_N=logprobs_N),
         )
         losses.append(loss_N.abs())
     loss, reward = float(torch.cat(losses).mean()), float(torch.cat(rewards).mean())

@@ -106,6 +106,29 @@ class Objective:
         return bool(getattr(self.rule, "needs_entropy", False))
 
     @property
+    def draws(self) -> bool:
+        """Whether its loss is a mean over the draw of the token, so that the sampling law counts:
+        policy gradients, the sampled tail, supports that the sampled token joins."""
+        rule = self.rule
+        return hasattr(rule, "behavior") and (
+            not isinstance(rule, LocalSupport) or rule.tail or rule.with_sampled
+        )
+
+    @property
+    def needs_law(self) -> bool:
+        """Whether it needs log-probabilities under the law that drew the tokens."""
+        return bool(getattr(self.rule, "behavior", "full") == "sampling")
+
+    def compares_entropies(self, progress: float) -> bool:
+        """Whether it needs `Tokens.entropy_floor` when that share of the run is done."""
+        return isinstance(self.rule, RewardClipped) and self.rule.compares_entropies(progress)
+
+    def entropy_floor(self, entropy_N: torch.Tensor) -> float:
+        """`Tokens.entropy_floor`, from the entropies of all of a task's tokens that take loss in an
+        optimizer step."""
+        return float(self.rule.entropy_floor(entropy_N))
+
+    @property
     def takes_given(self) -> bool:
         """Whether tokens that the student did not sample may be among the others."""
         return bool(getattr(self.rule, "takes_given", False))
@@ -155,6 +178,7 @@ class Objective:
             "segments": case.tokens.segments_N,
             "a mask": case.tokens.mask_N,
             "uniform draws": case.tokens.uniforms_N,
+            "log-probabilities under the sampling law": case.tokens.law_N,
         }
         for what, value in given.items():
             if value is not None and len(value) != count:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_k, forward_kl
-from tutelage.distill.objectives.policy_gradient import check_clips, surrogate
-from tutelage.distill.objectives.tokens import Case, Loss
+from tutelage.distill.objectives.policy_gradient import check_clips, surrogate, weighted
+from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 
 class AdvantageGated:
@@ -21,19 +21,29 @@ class AdvantageGated:
     Args:
         k: the teacher's support (the paper's is not known). tau: a difference of probabilities.
         clip, dual_clip: PPO's bounds.
+        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
+            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`), on both sides
+            of the gate, which hangs on the token.
     """
 
     name = "advantage_gated"
     needs_teacher = True
 
     def __init__(
-        self, k: int = 32, tau: float = 0.0, clip: float = 0.2, dual_clip: float | None = 3.0
+        self,
+        k: int = 32,
+        tau: float = 0.0,
+        clip: float = 0.2,
+        dual_clip: float | None = 3.0,
+        behavior: str = "full",
     ) -> None:
+        check_behavior(self.name, behavior)
         check_clips(self.name, clip, dual_clip)
         check_k(self.name, k)
         if not -1 <= tau <= 1:
             raise ValueError(f"advantage_gated: tau={tau}: it must be between -1 and 1")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip
+        self.behavior = behavior
 
     def __call__(self, case: Case) -> Loss:
         gap_N = case.teacher_logprobs().exp() - case.behaviour_N.exp()
@@ -41,4 +51,5 @@ class AdvantageGated:
         gated_N = (gap_N <= self.tau) & (self.tau > -1)
         loss_N, metrics = surrogate(case, case.reward(), clip=self.clip, dual_clip=self.dual_clip)
         loss_N = torch.where(gated_N, forward_kl(case, self.k), loss_N)
-        return loss_N, {"gate/share": gated_N.float(), **metrics}
+        metrics = {"gate/share": gated_N.float(), **metrics}
+        return weighted(loss_N, metrics, case.drawn(self.behavior))

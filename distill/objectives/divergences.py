@@ -50,10 +50,11 @@ def kl(left_NK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
     return (left_NK.exp() * (left_NK - right_NK)).sum(-1)
 
 
-def forward_kl(case: Case, k: int) -> torch.Tensor:
-    """sum_{TopK q} q log(q / pi) [N], full-vocabulary log-probabilities, not renormalised."""
+def forward_kl(case: Case, k: int, *, renormalize: bool = False) -> torch.Tensor:
+    """sum_{TopK q} q log(q / pi) [N], full-vocabulary log-probabilities; with `renormalize` the
+    teacher's, and not the student's, sum to 1 on its top K."""
     scores = case.teacher
-    return kl(
-        scores.logprobs_NK[:, :k].clamp(min=IMPOSSIBLE),
-        case.student.logprobs_at(scores.ids_NK[:, :k]),
-    )
+    teacher_NK = scores.logprobs_NK[:, :k].clamp(min=IMPOSSIBLE)
+    if renormalize:
+        teacher_NK = teacher_NK.log_softmax(-1)
+    return kl(teacher_NK, case.student.logprobs_at(scores.ids_NK[:, :k]))

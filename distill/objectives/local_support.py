@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_direction, check_k, divergence
-from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss
+from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss, check_behavior
 from tutelage.envs.names import unknown
 
 SUPPORTS = ("teacher", "student", "teacher+sampled", "student+sampled")
@@ -44,6 +44,11 @@ class LocalSupport:
         mass: adaptive support: only the teacher's fewest tokens with this mass, at most K (the
             authors' future work). None: all K.
         importance_clip: the largest s; None: none (but e^20, as in the authors' code).
+        behavior: of what hangs on the draw, the tail and '+sampled'. full takes y for a draw of the
+            whole policy at temperature 1. sampling weighs by w = pi_old / mu, mu the law that drew
+            y (`Case.drawn`): s is then pi / mu, and a support that y joins is taken as
+            L_S + w (L_{S+y} - L_S), whose mean is that over y ~ pi_old but for what mu cuts off.
+            Where no draw matters it changes nothing.
     """
 
     name = "local_support"
@@ -58,7 +63,9 @@ class LocalSupport:
         tail: bool | str = False,
         mass: float | None = None,
         importance_clip: float | None = None,
+        behavior: str = "full",
     ) -> None:
+        check_behavior(self.name, behavior)
         check_direction(self.name, direction)
         if support not in SUPPORTS:
             raise ValueError(unknown("local_support support", support, SUPPORTS))
@@ -86,28 +93,45 @@ class LocalSupport:
         self.student_k = k if self.by == "student" else 0
         self.renormalize, self.direction, self.tail = renormalize, direction, bool(tail)
         self.mass, self.importance_clip = mass, importance_clip
+        self.behavior = behavior if self.tail or self.with_sampled else "full"
 
     def __call__(self, case: Case) -> Loss:
         ids_NK, teacher_NK, kept_NK = self._support(case)
         inside_N = ((ids_NK == case.ids_N[:, None]) & kept_NK).any(-1)
         mass_N = torch.where(kept_NK, teacher_NK.exp(), 0.0).sum(-1)
+        weight_N = case.drawn(self.behavior)
+        bare_NK = kept_NK
         if self.with_sampled:
             ids_NK = torch.cat([ids_NK, case.ids_N[:, None]], -1)
             teacher_NK = torch.cat([teacher_NK, case.teacher_logprobs()[:, None]], -1)
+            bare_NK = torch.cat([kept_NK, torch.zeros_like(inside_N)[:, None]], -1)
             kept_NK = torch.cat([kept_NK, ~inside_N[:, None]], -1)
         at = case.student.logits_at if self.renormalize else case.student.logprobs_at
-        student_NK = at(ids_NK).masked_fill(~kept_NK, IMPOSSIBLE)
-        teacher_NK = teacher_NK.masked_fill(~kept_NK, IMPOSSIBLE)
-        if self.renormalize:
-            student_NK, teacher_NK = student_NK.log_softmax(-1), teacher_NK.log_softmax(-1)
-        loss_N = divergence(student_NK, teacher_NK, direction=self.direction)
-        if self.tail:
-            loss_N = loss_N + torch.where(inside_N, 0.0, self._tail(case))
-        return loss_N, {
+        student_NK = at(ids_NK)
+        loss_N = self._divergence(student_NK, teacher_NK, kept_NK)
+        metrics = {
             "support/teacher_mass": mass_N,
             "support/sampled_outside": (~inside_N).float(),
             "support/size": kept_NK.sum(-1).float(),
         }
+        if self.with_sampled and weight_N is not None:
+            bare_N = self._divergence(student_NK, teacher_NK, bare_NK)
+            loss_N = bare_N + weight_N * (loss_N - bare_N)
+        if self.tail:
+            loss_N = loss_N + torch.where(inside_N, 0.0, self._tail(case, weight_N))
+        if weight_N is not None:
+            metrics["behavior/weight"] = weight_N
+        return loss_N, metrics
+
+    def _divergence(
+        self, student_NK: torch.Tensor, teacher_NK: torch.Tensor, kept_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """On those columns that are kept [N]."""
+        student_NK = student_NK.masked_fill(~kept_NK, IMPOSSIBLE)
+        teacher_NK = teacher_NK.masked_fill(~kept_NK, IMPOSSIBLE)
+        if self.renormalize:
+            student_NK, teacher_NK = student_NK.log_softmax(-1), teacher_NK.log_softmax(-1)
+        return divergence(student_NK, teacher_NK, direction=self.direction)
 
     def _support(self, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(ids, the teacher's log-probabilities there, which of them count) [N, K] each."""
@@ -122,9 +146,11 @@ class LocalSupport:
             kept_NK = probs_NK.cumsum(-1) - probs_NK < self.mass
         return ids_NK, teacher_NK.clamp(min=IMPOSSIBLE), kept_NK
 
-    def _tail(self, case: Case) -> torch.Tensor:
+    def _tail(self, case: Case, drawn_N: torch.Tensor | None) -> torch.Tensor:
         logprobs_N = case.student_logprobs()
         weight_N = (logprobs_N.detach() - case.behaviour_N).clamp(-20, 20).exp()
+        if drawn_N is not None:
+            weight_N = weight_N * drawn_N
         if self.importance_clip is not None:
             weight_N = weight_N.clamp(max=self.importance_clip)
         rho_N = (logprobs_N - logprobs_N.detach()).exp()

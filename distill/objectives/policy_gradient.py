@@ -19,13 +19,19 @@ def check_clips(objective: str, clip: float, dual_clip: float | None) -> None:
 
 
 def surrogate(
-    case: Case, advantage_N: torch.Tensor, *, clip: float, dual_clip: float | None
+    case: Case,
+    advantage_N: torch.Tensor,
+    *,
+    clip: float,
+    dual_clip: float | None,
+    weight_N: torch.Tensor | None = None,
 ) -> Loss:
     """PPO's clipped surrogate to minimise (Schulman et al. 2017, arXiv:1707.06347, equation 7):
 
         max(-A rho, -A clip(rho, 1 - e, 1 + e)),  rho = pi(y) / pi_old(y)
 
     and where A < 0 no more than -A dual_clip (Ye et al. 2020, arXiv:1912.09729, equation 5).
+    weight_N: of `Case.drawn`, outside the clips.
     """
     ratio_N = (case.student_logprobs() - case.behaviour_N).exp()
     clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
@@ -35,15 +41,32 @@ def surrogate(
         loss_N = torch.where(advantage_N < 0, bound_N, loss_N)
     with torch.no_grad():
         clipped = (-advantage_N * clipped_N > -advantage_N * ratio_N).float()
-    return loss_N, {"ppo/clip_share": clipped, "ppo/ratio": ratio_N.detach()}
+    metrics = {"ppo/clip_share": clipped, "ppo/ratio": ratio_N.detach()}
+    return weighted(loss_N, metrics, weight_N)
+
+
+def weighted(
+    loss_N: torch.Tensor, metrics: dict[str, torch.Tensor], weight_N: torch.Tensor | None
+) -> Loss:
+    """A loss that is a mean over the draw, with `Case.drawn`'s weight; None: as it is. The mean of
+    `behavior/weight` over the tokens is the mass that the sampling law leaves of the policy."""
+    if weight_N is None:
+        return loss_N, metrics
+    return weight_N * loss_N, metrics | {"behavior/weight": weight_N}
 
 
 def returns_to_go(
-    values_N: torch.Tensor, segments_N: torch.Tensor | None, *, gamma: float
+    values_N: torch.Tensor,
+    segments_N: torch.Tensor | None,
+    *,
+    gamma: float,
+    weights_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_{t' >= t} gamma^(t' - t) values_t' inside each segment [N] (Revisiting-OPD, section 3.1).
 
-    gamma = 0 gives the values back, gamma = 1 the reverse cumulative sum.
+    gamma = 0 gives the values back, gamma = 1 the reverse cumulative sum. weights_N: importance
+    weights w, by which what follows a token is as if it had been drawn from another law, decision
+    by decision (Precup et al. 2000): A_t = values_t + gamma w_{t+1} A_{t+1}.
     """
     if gamma == 0 or not len(values_N):
         return values_N
@@ -54,8 +77,11 @@ def returns_to_go(
     column_N = torch.arange(len(values_N), device=values_N.device) - starts_S[row_N]
     padded_SL = values_N.new_zeros(len(counts_S), int(counts_S.max()))
     padded_SL[row_N, column_N] = values_N
+    factors_SL = torch.full_like(padded_SL, gamma)
+    if weights_N is not None:
+        factors_SL[row_N, column_N] *= weights_N
     run_S = padded_SL.new_zeros(len(counts_S))
     for at in reversed(range(padded_SL.shape[1])):
-        run_S = padded_SL[:, at] + gamma * run_S
-        padded_SL[:, at] = run_S
+        padded_SL[:, at] += run_S
+        run_S = factors_SL[:, at] * padded_SL[:, at]
     return padded_SL[row_N, column_N]

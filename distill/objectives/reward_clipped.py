@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
-from tutelage.distill.objectives.tokens import Case, Loss
+from tutelage.distill.objectives.policy_gradient import weighted
+from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
+
+ALIKE = 1e-4
+"""Nats by which the entropies of one state may differ: rounding, by what shares a batch."""
 
 
 class RewardClipped:
@@ -19,11 +24,15 @@ class RewardClipped:
 
     The floor is c = log(lam) / (1 - lam), the Jensen bound of log((1 - lam) q/pi + lam); notes on
     the paper also give log(lam / (1 - lam)): `floor` sets c itself. The entropies compared are
-    those of one micro-batch. Left out: the division by sum M; the mean outside is over all tokens
-    that take loss, so the gradient is smaller by the share that M keeps (logged).
+    those of all of the task's tokens that take loss in one optimizer step, whatever micro-batches
+    and processes they are in (`Tokens.entropy_floor`). Left out: the division by sum M; the mean
+    outside is over all tokens that take loss, so the gradient is smaller by the share that M keeps
+    (logged).
 
     Args:
         lam: in (0, 1). floor: c, in place of lam's. share: in (0, 1]. switch: in [0, 1].
+        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
+            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`).
     """
 
     name = "reward_clipped"
@@ -36,7 +45,9 @@ class RewardClipped:
         floor: float | None = None,
         share: float = 0.2,
         switch: float = 0.5,
+        behavior: str = "full",
     ) -> None:
+        check_behavior(self.name, behavior)
         if not 0 < lam < 1:
             raise ValueError(f"reward_clipped: lam={lam}: it must lie between 0 and 1")
         if not 0 < share <= 1:
@@ -44,18 +55,32 @@ class RewardClipped:
         if not 0 <= switch <= 1:
             raise ValueError(f"reward_clipped: switch={switch}: it must be between 0 and 1")
         self.floor = math.log(lam) / (1 - lam) if floor is None else floor
-        self.share, self.switch = share, switch
+        self.share, self.switch, self.behavior = share, switch, behavior
         self.uses_progress = switch > 0
+
+    def compares_entropies(self, progress: float) -> bool:
+        """Whether it needs `Tokens.entropy_floor` at this point of the run."""
+        return progress >= self.switch
+
+    def entropy_floor(self, entropy_N: torch.Tensor) -> float:
+        """Of the tokens that take loss: the entropy from which on they are among the highest
+        `share`. Tokens in one and the same state stay together, though their entropies differ by
+        rounding."""
+        return float(np.quantile(entropy_N.double().cpu().numpy(), 1 - self.share)) - ALIKE
 
     def __call__(self, case: Case) -> Loss:
         reward_N = case.reward()
-        if case.tokens.progress < self.switch:
+        if not self.compares_entropies(case.tokens.progress):
             kept_N = reward_N >= self.floor
         else:
-            entropy_N, counted_N = case.student.entropy(), case.unmasked()
-            kept_N = torch.zeros_like(counted_N)
-            if counted_N.any():
-                kept_N = entropy_N >= entropy_N[counted_N].quantile(1 - self.share)
+            kept_N = self._undecided(case)
         ratio_N = (case.student_logprobs() - case.behaviour_N).exp()
         loss_N = torch.where(kept_N, -ratio_N * reward_N.clamp(min=self.floor), 0.0)
-        return loss_N, {"reward/kept": kept_N.float()}
+        return weighted(loss_N, {"reward/kept": kept_N.float()}, case.drawn(self.behavior))
+
+    def _undecided(self, case: Case) -> torch.Tensor:
+        entropy_N, counted_N = case.student.entropy(), case.unmasked()
+        floor = case.tokens.entropy_floor
+        if floor is None:
+            floor = self.entropy_floor(entropy_N[counted_N]) if counted_N.any() else math.inf
+        return entropy_N >= floor

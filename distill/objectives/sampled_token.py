@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.policy_gradient import check_clips, returns_to_go, surrogate
-from tutelage.distill.objectives.tokens import Case, Loss
+from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 
 class SampledToken:
@@ -23,6 +23,9 @@ class SampledToken:
         clip, dual_clip: PPO's bounds; dual_clip=None: none.
         reward_clip: clamp R to [-reward_clip, reward_clip]; None: none (the paper's scripts).
         gamma: discount, 0 to 1.
+        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
+            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`), and so what
+            follows a token in its return; its prefix stays as it was drawn.
     """
 
     name = "sampled_token"
@@ -35,7 +38,9 @@ class SampledToken:
         dual_clip: float | None = 3.0,
         reward_clip: float | None = None,
         gamma: float = 0.0,
+        behavior: str = "full",
     ) -> None:
+        check_behavior(self.name, behavior)
         check_clips(self.name, clip, dual_clip)
         if not 0 <= gamma <= 1:
             raise ValueError(f"sampled_token: gamma={gamma}: it must be between 0 and 1")
@@ -44,12 +49,17 @@ class SampledToken:
                 f"sampled_token: reward_clip={reward_clip}: it must be positive, or null"
             )
         self.clip, self.dual_clip, self.reward_clip = clip, dual_clip, reward_clip
-        self.gamma = gamma
+        self.gamma, self.behavior = gamma, behavior
 
     def __call__(self, case: Case) -> Loss:
         reward_N = case.reward()
         if self.reward_clip is not None:
             reward_N = reward_N.clamp(-self.reward_clip, self.reward_clip)
         reward_N = torch.where(case.unmasked(), reward_N, 0.0)
-        advantage_N = returns_to_go(reward_N, case.tokens.segments_N, gamma=self.gamma)
-        return surrogate(case, advantage_N, clip=self.clip, dual_clip=self.dual_clip)
+        weight_N = case.drawn(self.behavior)
+        advantage_N = returns_to_go(
+            reward_N, case.tokens.segments_N, gamma=self.gamma, weights_N=weight_N
+        )
+        return surrogate(
+            case, advantage_N, clip=self.clip, dual_clip=self.dual_clip, weight_N=weight_N
+        )

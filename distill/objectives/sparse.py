@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.distill.objectives.scores import CHUNK
+from tutelage.distill.objectives.students import law_logprobs
 
 GATHERED = 1 << 21
 """Elements of gathered head rows at once: 8 MB in float32, what a CPU's cache holds."""
@@ -78,6 +79,25 @@ class SparseStudent:
             [
                 _affine(hidden_CD, weight_VD, bias_V).topk(k, dim=-1).indices
                 for hidden_CD in self._chunks()
+            ]
+        )
+
+    @torch.no_grad()
+    def law_logprobs_at(
+        self, ids_N: torch.Tensor, *, temperature: float, top_p: float
+    ) -> torch.Tensor:
+        weight_VD, bias_V = self._head()
+        chunks = self._chunks()
+        parts = zip(chunks, ids_N.split([len(chunk) for chunk in chunks]), strict=True)
+        return torch.cat(
+            [
+                law_logprobs(
+                    _affine(hidden_CD, weight_VD, bias_V),
+                    ids_C,
+                    temperature=temperature,
+                    top_p=top_p,
+                )
+                for hidden_CD, ids_C in parts
             ]
         )
 

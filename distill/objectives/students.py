@@ -30,12 +30,37 @@ class Student(Protocol):
     def entropy(self) -> torch.Tensor:
         """Over the whole vocabulary, in nats [N]. No gradient."""
 
+    def law_logprobs_at(
+        self, ids_N: torch.Tensor, *, temperature: float, top_p: float
+    ) -> torch.Tensor:
+        """See `law_logprobs` [N]. No gradient."""
+
     def over_vocabulary(
         self,
         measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         teacher_NV: torch.Tensor,
     ) -> torch.Tensor:
         """measure(log pi, log q) -> [N], over every token of the vocabulary."""
+
+
+def law_logprobs(
+    logits_NV: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, top_p: float
+) -> torch.Tensor:
+    """Log-probability of each token under the law that drew it: softmax(logits / temperature), cut
+    to its nucleus (the fewest most probable tokens with mass >= top_p) and renormalised; 0 under a
+    temperature of 0. The token is taken to be in the nucleus, since it was drawn: at its edge
+    rounding could say otherwise."""
+    if temperature == 0:
+        return torch.zeros_like(logits_NV[:, 0])
+    logprobs_NV = (logits_NV / temperature).log_softmax(-1)
+    own_N1 = logprobs_NV.gather(1, ids_N[:, None])
+    if top_p == 1:
+        return own_N1[:, 0]
+    sorted_NV = logprobs_NV.sort(dim=-1, descending=True).values
+    probs_NV = sorted_NV.exp()
+    inside_NV = (probs_NV.cumsum(-1) - probs_NV < top_p) | (sorted_NV >= own_N1)
+    inside_NV[:, 0] = True
+    return own_N1[:, 0] - torch.where(inside_NV, probs_NV, 0.0).sum(-1).log()
 
 
 class DenseStudent:
@@ -68,6 +93,12 @@ class DenseStudent:
     def entropy(self) -> torch.Tensor:
         logprobs_NV = self.logprobs().detach()
         return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+    def law_logprobs_at(
+        self, ids_N: torch.Tensor, *, temperature: float, top_p: float
+    ) -> torch.Tensor:
+        logits_NV = self.logits_NV.detach()
+        return law_logprobs(logits_NV, ids_N, temperature=temperature, top_p=top_p)
 
     def over_vocabulary(
         self,

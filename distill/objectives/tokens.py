@@ -11,6 +11,7 @@ import torch
 
 from tutelage.distill.objectives.scores import TeacherScores
 from tutelage.distill.objectives.students import Student
+from tutelage.envs.names import unknown
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """Loss per token [N], unreduced, and per-token diagnostics [N], detached."""
@@ -18,6 +19,16 @@ Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 IMPOSSIBLE = -1e4
 """Log-probability of what a teacher rules out. Finite, so that 0 log 0 is 0 and a sampled token
 that the teacher finds impossible is a large loss instead of a NaN; its exponential is 0."""
+
+
+BEHAVIORS = ("full", "sampling")
+"""By which law an objective takes its tokens for drawn: the whole policy's, or the recorded one."""
+
+
+def check_behavior(objective: str, behavior: str) -> None:
+    """Raises ValueError for a behavior that is none, naming the nearest."""
+    if behavior not in BEHAVIORS:
+        raise ValueError(unknown(f"{objective} behavior", behavior, BEHAVIORS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +41,18 @@ class Tokens:
     everywhere.
     uniforms_N: the draw in [0, 1) that decides TrOPD's trust mask, so that a token's fate does not
     hang on its batch. None: drawn from the call's generator.
+    law_N: log-probability of the token under the law that drew it, after temperature and top-p;
+    NaN where none was drawn. None: nobody said, which `behavior: sampling` refuses.
+    entropy_floor: the student's entropy, in nats, from which on a token is among the most undecided
+    of its update (REOPOLD). None: of this call's tokens.
     progress: how much of the run is done, 0 to 1.
     """
 
     segments_N: torch.Tensor | None = None
     mask_N: torch.Tensor | None = None
     uniforms_N: torch.Tensor | None = None
+    law_N: torch.Tensor | None = None
+    entropy_floor: float | None = None
     progress: float = 0.0
 
 
@@ -65,8 +82,40 @@ class Case:
         return self.teacher.sampled_N.clamp(min=IMPOSSIBLE)
 
     def reward(self) -> torch.Tensor:
-        """R = log q(y) - log pi_old(y) [N], detached: Revisiting-OPD's -r_t, TrOPD's K1."""
+        """R = log q(y) - log pi_old(y) [N], detached: Revisiting-OPD's -r_t, TrOPD's K1. Both are
+        the whole laws', whatever drew y: which y are met is `drawn`'s to mend."""
         return (self.teacher_logprobs() - self.behaviour_N).detach()
+
+    def drawn(self, behavior: str) -> torch.Tensor | None:
+        """w = pi_old(y) / mu(y) [N], by which a mean over y ~ mu, the law that drew the tokens
+        (temperature, top-p), becomes one over y ~ pi_old:
+
+            E_mu[ w f(y) ] = sum_{y: mu(y) > 0} pi_old(y) f(y)
+
+        Exact for a law that cuts nothing (any temperature); under top-p what is never drawn is
+        missing, its sum over the cut tail. 1 where a token was given. None: behavior is full, which
+        takes mu for pi_old, as the papers' codes do.
+
+        PPO's clips stay on pi / pi_old, which is 1 on policy, and w multiplies what they leave: a
+        clip of pi / mu would cut tokens that no update has moved yet (the decoupled objective of
+        Hilton et al. 2022, arXiv:2110.00641).
+        """
+        if behavior == "full":
+            return None
+        if self.tokens.law_N is None:
+            raise ValueError(
+                "behavior='sampling' needs the tokens' log-probabilities under the law that drew"
+                " them, and got none: give tokens=Tokens(law_N=...), or behavior='full'"
+            )
+        law_N = self.tokens.law_N
+        unsaid_N = law_N.isnan() & ~self.behaviour_N.isnan() & self.unmasked()
+        if unsaid_N.any():
+            where = int(unsaid_N.nonzero()[0])
+            raise ValueError(
+                f"behavior='sampling': the sampling law's log-probability of token {where} is not"
+                " known: its rollout was recorded by an engine, or a version, that did not say"
+            )
+        return (self.behaviour_N - law_N).exp().nan_to_num(nan=1.0).detach()
 
     def unmasked(self) -> torch.Tensor:
         """[N] bool, True where the token takes loss."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_k, forward_kl
-from tutelage.distill.objectives.tokens import Case, Loss
+from tutelage.distill.objectives.policy_gradient import weighted
+from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 from tutelage.envs.names import unknown
 
 OUTLIERS = ("forward_kl", "mask", "clip", "forward_kl_pg")
@@ -32,6 +33,9 @@ class TrustRegion:
         trust: ratio (M above), or static, as in the paper's plain rows: trusted where R > tau.
         tau: log-ratio, for trust=static and outlier=clip; the paper gives no value.
         beta: of the prefix's tokens.
+        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
+            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`), trusted and
+            outlying ones alike; M is drawn as above.
     """
 
     name = "trust_region"
@@ -45,7 +49,9 @@ class TrustRegion:
         trust: str = "ratio",
         tau: float | None = None,
         beta: float = 0.001,
+        behavior: str = "full",
     ) -> None:
+        check_behavior(self.name, behavior)
         if outlier not in OUTLIERS:
             raise ValueError(unknown("trust_region outlier", outlier, OUTLIERS))
         if trust not in TRUSTS:
@@ -59,7 +65,7 @@ class TrustRegion:
         if beta < 0:
             raise ValueError(f"trust_region: beta={beta}: it must not be negative")
         self.k, self.outlier, self.trust, self.beta = k, outlier, trust, beta
-        self.tau = tau
+        self.tau, self.behavior = tau, behavior
 
     def __call__(self, case: Case) -> Loss:
         given_N = case.behaviour_N.isnan()
@@ -75,7 +81,8 @@ class TrustRegion:
         loss_N = torch.where(trusted_N, -reward_N * ratio_N, self._outlier(case, reward_N, ratio_N))
         loss_N = torch.where(given_N, -self.beta * logprobs_N, loss_N)
         trusted_N = trusted_N & ~given_N  # no draw decides a given token
-        return loss_N, {"trust/share": trusted_N.float(), "trust/given": given_N.float()}
+        metrics = {"trust/share": trusted_N.float(), "trust/given": given_N.float()}
+        return weighted(loss_N, metrics, case.drawn(self.behavior))
 
     def _outlier(self, case: Case, reward_N: torch.Tensor, ratio_N: torch.Tensor) -> torch.Tensor:
         if self.outlier == "mask":

@@ -13,6 +13,9 @@ Each estimate is what `tutelage.distill.objectives` gives for one sequence, on-p
 summed over the tokens. A token's gradient lies in the row of its own prefix, so that the tokens of
 a sequence are orthogonal, and TrOPD's draw is integrated out token by token.
 
+Tokens may be drawn by another law than the student's (temperature, top-p): `law_error` tells what
+that does to an estimator's mean.
+
 Letters: Y sequences, T tokens of each, N = Y T tokens, C prefixes, V vocabulary.
 """
 
@@ -25,6 +28,8 @@ from typing import Any
 import torch
 
 from tutelage.distill.objectives import DenseStudent, Objective, TeacherScores, Tokens, build
+from tutelage.distill.objectives.tokens import BEHAVIORS
+from tutelage.scheduler.episodes import SamplingLaw
 
 VOCABULARY = 6
 LENGTH = 5
@@ -32,6 +37,16 @@ WORLDS = 8
 """Random pairs of student and teacher that the study averages over."""
 TAU = -2.0
 """The static threshold of TrOPD's plain variants, a log-ratio; the paper gives none."""
+NEVER = -100.0
+"""Stands for the log-probability of what a law never draws."""
+WHOLE = SamplingLaw()
+LAWS = (
+    SamplingLaw(top_p=0.9),
+    SamplingLaw(temperature=0.7),
+    SamplingLaw(temperature=0.7, top_p=0.8),
+)
+LAW_VOCABULARY = 60
+"""Of the worlds, one token long, that laws are compared in: a nucleus is a part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +85,34 @@ class World:
         """Of each token given its prefix [Y, T]."""
         return logits_CV.log_softmax(-1)[self.prefixes_YT, self.ids_YT]
 
-    def probabilities(self) -> torch.Tensor:
+    def drawn(self, law: SamplingLaw) -> torch.Tensor:
+        """Log-probability of each token given its prefix, where the student plays by a law [Y, T];
+        -inf of what it never draws."""
+        return drawn(self.student_CV, law)[self.prefixes_YT, self.ids_YT]
+
+    def probabilities(self, law: SamplingLaw = WHOLE) -> torch.Tensor:
         """The student's, of each sequence [Y]."""
-        return self.logprobs(self.student_CV).sum(1).exp()
+        return self.drawn(law).sum(1).exp()
+
+    def reach(self, law: SamplingLaw) -> torch.Tensor:
+        """How probable it is that the student comes by each prefix [C]."""
+        reach_C = torch.zeros(len(self.student_CV), dtype=torch.float64)
+        for prefixes_Y in self.prefixes_YT.T:
+            reach_C.index_add_(0, prefixes_Y, self.probabilities(law))
+        return reach_C
+
+
+def drawn(logits_CV: torch.Tensor, law: SamplingLaw) -> torch.Tensor:
+    """Log-probabilities of a law's draws [C, V]: the fewest most probable tokens with mass >= top_p
+    of softmax(logits / temperature), renormalised."""
+    if law.whole:
+        return logits_CV.log_softmax(-1)
+    probs_CV = (logits_CV / (law.temperature or 1.0)).softmax(-1)
+    sorted_CV, order_CV = probs_CV.sort(dim=-1, descending=True)
+    cut_CV = sorted_CV.cumsum(-1) - sorted_CV >= (law.top_p if law.temperature else 0.0)
+    cut_CV[:, 0] = False
+    kept_CV = torch.zeros_like(probs_CV).scatter(1, order_CV, sorted_CV.masked_fill(cut_CV, 0.0))
+    return (kept_CV / kept_CV.sum(-1, keepdim=True)).log()
 
 
 def sequence_gradient(world: World) -> torch.Tensor:
@@ -101,13 +141,14 @@ class Estimate:
     variance: float
 
 
-def estimate(objective: Objective, world: World) -> Estimate:
-    """The moments of the objective's gradient over y ~ student (and over TrOPD's draw)."""
+def estimate(objective: Objective, world: World, law: SamplingLaw = WHOLE) -> Estimate:
+    """The moments of the objective's gradient over y that the student plays by a law (and over
+    TrOPD's draw)."""
     length, (rows, vocabulary) = world.ids_YT.shape[1], world.student_CV.shape
-    weight_N = world.probabilities().repeat_interleave(length)
+    weight_N = world.probabilities(law).repeat_interleave(length)
     mean_CV, second = torch.zeros(rows, vocabulary, dtype=torch.float64), 0.0
     for chance_N, uniforms_N in _fates(objective, world):
-        gradient_NV = _token_gradients(objective, world, uniforms_N)
+        gradient_NV = _token_gradients(objective, world, uniforms_N, law)
         weighted_NV = (weight_N * chance_N)[:, None] * gradient_NV
         mean_CV.index_add_(0, world.prefixes_YT.flatten(), weighted_NV)
         second += (weighted_NV * gradient_NV).sum().item()
@@ -127,7 +168,18 @@ def _fates(objective: Objective, world: World) -> list[tuple[torch.Tensor, torch
     return [(trusted_N, low_N), (1 - trusted_N, high_N)]
 
 
-def _token_gradients(objective: Objective, world: World, uniforms_N: torch.Tensor) -> torch.Tensor:
+def law_error(objective: Objective, world: World, law: SamplingLaw) -> float:
+    """How far the law moves the objective's mean gradient, relative to what it would be if tokens
+    were drawn from the whole student in the states that the law leads to."""
+    reach_C = world.reach(law) / world.reach(WHOLE)
+    wanted_CV = reach_C[:, None] * estimate(objective, world).mean_CV
+    found_CV = estimate(objective, world, law).mean_CV
+    return float((found_CV - wanted_CV).norm() / wanted_CV.norm())
+
+
+def _token_gradients(
+    objective: Objective, world: World, uniforms_N: torch.Tensor, law: SamplingLaw = WHOLE
+) -> torch.Tensor:
     """The gradient of a sequence's loss with respect to its tokens' logits [N, V]."""
     count, length = world.ids_YT.shape
     prefixes_N, ids_N = world.prefixes_YT.flatten(), world.ids_YT.flatten()
@@ -138,7 +190,10 @@ def _token_gradients(objective: Objective, world: World, uniforms_N: torch.Tenso
         ids_N,
         world.logprobs(world.student_CV).flatten(),
         tokens=Tokens(
-            segments_N=torch.arange(count).repeat_interleave(length), uniforms_N=uniforms_N
+            segments_N=torch.arange(count).repeat_interleave(length),
+            uniforms_N=uniforms_N,
+            # what is never drawn weighs nothing, and must not make that nothing a NaN
+            law_N=world.drawn(law).flatten().clamp(min=NEVER),
         ),
     )
     loss_N.sum().backward()
@@ -262,6 +317,43 @@ def run_enumeration(
             )
         )
     return qualities
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawError:
+    """An objective under a law: `law_error`, root mean square over worlds, by behavior."""
+
+    name: str
+    label: str
+    temperature: float
+    top_p: float
+    full: float
+    sampling: float
+
+
+def run_laws(worlds: int = WORLDS, vocabulary: int = LAW_VOCABULARY) -> list[LawError]:
+    """Every objective that takes its tokens for drawn, under every law."""
+    own = [World.random(seed, vocabulary, 1) for seed in range(worlds)]
+    found = []
+    for each in estimators([0.0], vocabulary):
+        if not build(each.name, **each.options).draws:
+            continue
+        for law in LAWS:
+            errors = {}
+            for behavior in BEHAVIORS:
+                objective = build(each.name, **each.options, behavior=behavior)
+                squares = [law_error(objective, world, law) ** 2 for world in own]
+                errors[behavior] = (sum(squares) / len(squares)) ** 0.5
+            found.append(
+                LawError(
+                    name=each.name,
+                    label=each.label,
+                    temperature=law.temperature,
+                    top_p=law.top_p,
+                    **errors,
+                )
+            )
+    return found
 
 
 def _compare(

@@ -23,7 +23,7 @@ from rich.text import Text
 from tutelage.distill import whole
 from tutelage.distill.display import ConsoleWatcher
 from tutelage.distill.studies import enumeration, toy_control
-from tutelage.distill.studies.enumeration import Quality, run_enumeration
+from tutelage.distill.studies.enumeration import LawError, Quality, run_enumeration, run_laws
 from tutelage.distill.studies.plots import check_matplotlib, plot_bias, plot_variance
 from tutelage.distill.studies.toy_control import ToyRun, run_toy
 
@@ -52,10 +52,11 @@ def run_study(
     begun = time.monotonic()
     with _one_thread(), ConsoleWatcher() as watcher:
         qualities = run_enumeration(GAMMAS, progress=watcher.advance)
+        errors = run_laws()
         runs = run_toy(GAMMAS, seeds, iterations, progress=watcher.advance)
     settings = {"gammas": GAMMAS, "seeds": seeds, "iterations": iterations}
-    sheets = [toy_sheet(runs, iterations), enumeration_sheet(qualities)]
-    _write(out, sheets, runs, qualities, settings)
+    sheets = [toy_sheet(runs, iterations), enumeration_sheet(qualities), laws_sheet(errors)]
+    _write(out, sheets, runs, qualities, errors, settings)
     for sheet in sheets:
         watcher.console.print(sheet.table())
     minutes = (time.monotonic() - begun) / 60
@@ -80,6 +81,7 @@ def _write(
     sheets: Sequence[Sheet],
     runs: Sequence[ToyRun],
     qualities: Sequence[Quality],
+    errors: Sequence[LawError],
     settings: dict[str, Any],
 ) -> None:
     text = "\n".join(sheet.markdown() for sheet in sheets)
@@ -88,6 +90,7 @@ def _write(
         "settings": settings,
         "toy": [asdict(run) | {"reached": run.reached, "diverged": run.diverged} for run in runs],
         "enumeration": [asdict(quality) for quality in qualities],
+        "laws": [asdict(error) for error in errors],
     }
     whole.write_json(out / "estimators.json", _finite(found))
     plot_variance(runs, out / "variance_against_gamma.png")
@@ -225,6 +228,33 @@ def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
             for number, quality in enumerate(qualities, 1)
         ],
         left=3,
+    )
+
+
+def laws_sheet(errors: Sequence[LawError]) -> Sheet:
+    """One row an objective, one column a law."""
+    laws = list(dict.fromkeys((error.temperature, error.top_p) for error in errors))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        cell = f"{error.full:.1%} → {error.sampling:.1%}"
+        rows.setdefault((error.name, error.label), []).append(cell)
+    return Sheet(
+        title=(
+            f"Tokens drawn by another law, {enumeration.LAW_VOCABULARY} tokens,"
+            f" {enumeration.WORLDS} random pairs"
+        ),
+        note=(
+            "Error of the mean gradient, relative to its own length under draws from the whole"
+            " policy at temperature 1: with behavior: full → sampling. What sampling leaves is what"
+            " top-p never draws."
+        ),
+        headings=[
+            "objective",
+            "estimator",
+            *(f"temperature {temperature:g},\ntop-p {top_p:g}" for temperature, top_p in laws),
+        ],
+        rows=[[*key, *cells] for key, cells in rows.items()],
+        left=2,
     )
 
 

@@ -24,6 +24,7 @@ from tutelage.distill.vllm import sync
 from tutelage.distill.vllm.processes import end
 from tutelage.distill.vllm.start import EngineFailure, broken, require_vllm, start, stop
 from tutelage.scheduler.engine import Completion, Request
+from tutelage.scheduler.episodes import SamplingLaw
 
 WANTED = "rollout.engine=vllm"
 
@@ -174,6 +175,7 @@ class VllmEngine:
             ids=ids,
             logprobs=list(said.logprobs.logprobs),
             stopped=ids[-1] in request.stop_ids,
+            law_logprobs=_under_law(request.law, said.logprobs.logprobs),
         )
 
     def sleep(self) -> None:
@@ -199,6 +201,14 @@ class VllmEngine:
 
     def _guarded(self, doing: str) -> _Guard:
         return _Guard(self, doing)
+
+
+def _under_law(law: SamplingLaw, logprobs: Sequence[float]) -> list[float] | None:
+    """The tokens' log-probabilities under the law that drew them. vLLM tells one kind of them, the
+    whole policy's (`logprobs_mode`): under another temperature or top-p the learner has to say."""
+    if law.whole:
+        return list(logprobs)
+    return [0.0] * len(logprobs) if law.temperature == 0 else None
 
 
 class _Guard:
