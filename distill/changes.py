@@ -13,6 +13,7 @@ import yaml
 
 from tutelage.distill import checkpoints, teacher_engines
 from tutelage.distill.config import ConfigError, RunConfig, build_objective, parse_config
+from tutelage.distill.reading import dump
 from tutelage.distill.whole import first_line, write_text
 
 FREE_TO_CHANGE = (
@@ -91,7 +92,7 @@ def write_config(folder: Path, config: RunConfig, *, step: int) -> None:
         lines = record.read_text(encoding="utf-8") if record.exists() else ""
         write_text(record, lines + json.dumps(line) + "\n", private=True)
     once = config.model_copy(update={"accept_changes": False})
-    text = yaml.safe_dump(once.model_dump(mode="json"), sort_keys=False)
+    text = dump(once.model_dump(mode="json"))
     write_text(path, text, private=True)  # an environment's argument may be a key
 
 

@@ -1,20 +1,32 @@
 """The run's configuration: plain data, read once, checked whole, before anything heavy loads.
 
-Unknown keys are refused with the nearest known one. Every default has its reason beside it; what
-has no sensible default is required.
+Unknown keys are refused with the nearest known one. A value is of its key's type or refused: no
+text becomes a number, no number a switch. Every default has its reason beside it; what has no
+sensible default is required. What hangs on this machine is preflight.py's.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from tutelage.distill import reading
+from tutelage.distill.faults import Like, printable, said, settled
 from tutelage.distill.objectives import Objective, build
 from tutelage.distill.teacher_engines import check_keys, check_sleep, lacking
-from tutelage.envs.names import unknown
+from tutelage.envs.names import nearest, unknown
 from tutelage.scheduler.contexts import ContextSettings
 from tutelage.scheduler.episodes import SamplingLaw
 from tutelage.scheduler.policies import Policy, make_policy
@@ -26,22 +38,80 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Positive = Annotated[int, Field(ge=1)]
+def _whole(value: Any) -> Any:
+    """1e3 is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", text):
+        raise ValueError(
+            "a name has 1 to 64 letters of a to z, digits, _ and -, and begins with no -: it names"
+            f" files and metrics (got {text!r:.80})"
+        )
+    return text
+
+
+def _place(text: str) -> str:
+    """A path, or what may be one: ~ and $NAME stand for what they do in a shell."""
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"it must not be empty (got {text!r})")
+    text = os.path.expanduser(os.path.expandvars(text))
+    left = re.search(r"^~[^/]*|\$\{?\w+\}?", text)
+    if left is not None:
+        raise ValueError(f"{left[0]} stands for nothing here: there is no such user or variable")
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", text):
+        near = nearest(text.partition(":")[0], ["cuda", "cpu", "auto"])
+        hint = f": did you mean {near!r}?" if near else ""
+        raise ValueError(f"a device is auto, cpu, cuda or cuda:N (got {text!r:.80}){hint}")
+    return text
+
+
+def _address(text: str) -> str:
+    """Of Ray."""
+    host, _, port = text.removeprefix("ray://").rpartition(":")
+    known = re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) and re.fullmatch(r"[0-9]{1,5}", port)
+    if text not in ("local", "auto") and not (known and 0 < int(port) < 65_536):
+        raise ValueError(
+            "it is local, auto, HOST:PORT or ray://HOST:PORT, such as ray://head:10001 (got"
+            f" {text!r:.80})"
+        )
+    return text
+
+
+MOST, MOST_STEPS, MOST_SEED = 10**9, 10**7, 2**32 - 1
+"""Whole numbers beyond these are a slip; seeds are NumPy's."""
+
+Whole = Annotated[int, BeforeValidator(_whole), Field(le=MOST)]
+Count = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1)]
+Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[str, AfterValidator(_place)]
+Device = Annotated[str, AfterValidator(_device)]
+Name = Annotated[str, AfterValidator(_name)]
+LISTED = Field(strict=False)  # a list is a tuple
 Section = TypeVar("Section", bound=BaseModel)
 
 
 class StudentConfig(_Section):
     """`model` (a folder or hub id), or `init` (architecture from scratch) with `tokenizer`."""
 
-    model: str | None = None
+    model: Place | None = None
     init: dict[str, Any] | None = None
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # bf16 weights lose AdamW's small updates
-    device: str = "auto"  # cuda where there is one
+    device: Device = "auto"  # cuda where there is one
     threads: Positive | None = None  # of torch in this process; none: every core
 
     @model_validator(mode="after")
@@ -57,11 +127,11 @@ class VllmConfig(_Section):
     """How a vLLM engine is started; its own names for what it has names for."""
 
     dtype: Literal["float32", "bfloat16"] | None = None  # none: the model's own in this run
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  # of the GPU, weights and
+    gpu_memory_utilization: Part = 0.45  # of the GPU, weights and
     # cache together: the learner, or a teacher, has the other half
     # of each process that computes; none: what the line above leaves, and on the CPU 1, which
     # holds 260,000 tokens of the tiny models
-    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    kv_cache_gib: Above0 | None = None
     max_model_len: Positive | None = None  # none: the model's context
     max_num_batched_tokens: Positive | None = None  # of one forward; none: as vLLM finds best
     tensor_parallel_size: Positive = 1  # GPUs, each with its process, that share the model
@@ -72,19 +142,19 @@ class VllmConfig(_Section):
 class TeacherConfig(_Section):
     """Every engine has some of the keys below; what belongs to another one is refused."""
 
-    model: str  # a folder or hub id; of a server: the name under which it serves
+    model: Place  # a folder or hub id; of a server: the name under which it serves
     engine: Literal["transformers", "vllm", "server"] = "transformers"
     # of a server, which has its own: how far the exam may be off (bfloat16 unless said)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    cache: str | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
+    device: Device = "auto"
+    cache: Place | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
     sleeps: bool = False  # between answers it leaves the device to others: slower, less memory
     vllm: VllmConfig | None = None  # engine: vllm; none: its defaults
     # engine: server, such as `vllm serve`
     url: str | None = None
-    weights: str | None = None  # a folder or hub id of the same model here, to compare it with
+    weights: Place | None = None  # a folder or hub id of the same model here, to compare it with
     api_key_env: str | None = None  # the environment variable that holds the key
-    timeout: Annotated[float, Field(gt=0)] = 300.0  # seconds of one answer
+    timeout: Above0 = 300.0  # seconds of one answer
     attempts: Positive = 8  # at one answer; the pauses between 8 of them last 91 s: a restart
     concurrency: Positive = 8  # rows in flight
     # of one answer; a longer one is refused. 32,000 tokens with K = 64 take some 180
@@ -113,9 +183,8 @@ class ObjectiveConfig(_Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "local_support"
-    mask_tokens: tuple[
-        str, ...
-    ] = ()  # texts whose ids take no loss where they first occur in a turn
+    # texts whose ids take no loss where they first occur in a turn
+    mask_tokens: Annotated[tuple[Text, ...], LISTED] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -130,7 +199,7 @@ class ObjectiveConfig(_Section):
 class ContextConfig(_Section):
     kind: Literal["full", "window"] = "full"
     repeat_task: bool = False
-    turns: Annotated[int, Field(ge=0)] = 4
+    turns: Count = 4
     admissible: bool = False
     format: str | None = None  # of prompts and replies, where the teacher has its own: gigpo
     system: str | None = None
@@ -145,18 +214,15 @@ class RolloutConfig(_Section):
     # vllm: faster; a run repeats up to the last bits of log-probabilities, not byte for byte
     engine: Literal["transformers", "vllm"] = "transformers"
     temperature: Annotated[float, Field(ge=0)] = 1.0  # the policy itself
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Part = 1.0
     max_turns: Positive = 30
     max_new_tokens: Positive = 32
     context: ContextConfig = ContextConfig()
     max_live: Positive = 128
-    processes: Annotated[int, Field(ge=0)] = (
-        1  # environment processes a task and worker; 0: in the worker itself, where none of its
-        # faults but an exception or sys.exit can be survived
-    )
-    timeout: Annotated[float, Field(gt=0)] = (
-        60.0  # seconds an environment may take for one batch of steps
-    )
+    # environment processes a task and worker; 0: in the worker itself, where none of its faults but
+    # an exception or sys.exit can be survived
+    processes: Count = 1
+    timeout: Above0 = 60.0  # seconds an environment may take for one batch of steps
     attempts: Positive = 3  # of an episode whose environment died or hung
     # characters of one observation: a million fill the longest contexts there are. A longer one is
     # a fault of the environment: its episode is dropped and counted
@@ -170,26 +236,28 @@ class GuidanceConfig(_Section):
 
     by: Literal["expert", "teacher"] = "expert"  # the environment's, or the task's own teacher
     share: Share = 0.2  # of the episodes (the official code: 128 beside 512)
-    until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's steps; then none is left
+    until: Part = 1.0  # share of the task's steps; then none is left
 
 
 class TaskConfig(_Section):
-    env: str
+    env: Text
     env_args: dict[str, Any] = {}
     eval_args: dict[str, Any] = {}  # replace env_args' keys in evaluation, such as the split
     # its name, or {name: weight}: each episode has one of them, as often as the weights say
-    teacher: str | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    teacher: str | dict[str, Above0] | None = None
     episodes: Positive = 16
     group: Positive = 1  # episodes of one game or problem
     # imitation: the share of episodes that the expert plays itself, or [at first, at last]
-    expert_share: Share | tuple[Share, Share] = 1.0
+    expert_share: Share | Annotated[tuple[Share, Share], LISTED] = 1.0
     guidance: GuidanceConfig | None = None
-    start: Annotated[int, Field(ge=0)] = 0  # the first of the run's steps that the task may have
+    start: Count = 0  # the first of the run's steps that the task may have
     end: Positive | None = None  # the first that it may have no more
     steps: Positive | None = None  # how many it gets at most
-    weight: Annotated[float, Field(gt=0)] = 1.0  # of this task's loss
-    objective: dict[str, Any] | None = None  # replaces the run's objective
-    rollout: dict[str, Any] = {}  # replaces keys of the run's rollout section
+    weight: Above0 = 1.0  # of this task's loss
+    # replaces the run's objective
+    objective: Annotated[dict[str, Any] | None, Like(ObjectiveConfig)] = None
+    # replaces keys of the run's rollout section
+    rollout: Annotated[dict[str, Any], Like(RolloutConfig)] = {}
 
     @property
     def teachers(self) -> dict[str, float]:
@@ -206,11 +274,11 @@ class ScheduleConfig(_Section):
     fastest."""
 
     policy: Literal["alternate", "weighted", "mixed", "token_budget", "gap"] = "alternate"
-    weights: dict[str, float] = {}  # by task, of weighted and token_budget; 1 where none is given
-    least: Annotated[float, Field(gt=0, le=1)] = 0.4  # gap: the part that all share equally
+    weights: dict[str, Above0] = {}  # by task, of weighted and token_budget; 1 where none is given
+    least: Part = 0.4  # gap: the part that all share equally
     # how many updates old the weights may be that play an episode; 0: strictly on-policy. With 1, a
     # Ray run plays the next step's episodes while the student learns
-    max_staleness: Annotated[int, Field(ge=0)] = 0
+    max_staleness: Count = 0
 
 
 class OptimizerConfig(_Section):
@@ -218,13 +286,13 @@ class OptimizerConfig(_Section):
     the tiny models from scratch. lr means the same for both."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip: Annotated[float, Field(gt=0)] = 1.0  # of the gradient's norm
-    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    lr: Above0 = 1e-4
+    betas: Annotated[tuple[Beta, Beta], LISTED] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Above0 = 1.0  # of the gradient's norm
+    warmup: Count = 0  # steps
     decay: Literal["constant", "cosine"] = "constant"
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine: share of lr left at the end
+    floor: Share = 0.1  # cosine: share of lr left at the end
     micro_tokens: Positive | None = None  # tokens, padding included, of one forward and backward;
     # none: 2,048 on the CPU, where what does not fit the cache costs twice, else 16,384
     # keep the inputs of layers alone and compute the rest again in the backward: a third more work,
@@ -244,17 +312,29 @@ class LearnerConfig(_Section):
 
     processes: Positive = 1
     # seconds that one exchange of these may take, by the slowest of them; then the run stops
-    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    timeout: Above0 = 1800.0
+
+
+def _each_once(modes: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(modes)) < len(modes):
+        raise ValueError(f"each mode once (got {', '.join(modes)})")
+    return modes
+
+
+Modes = Annotated[
+    tuple[Literal["greedy", "sampled"], ...],
+    LISTED,
+    Field(min_length=1),
+    AfterValidator(_each_once),
+]
 
 
 class EvaluationConfig(_Section):
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only when asked
+    every: Count = 0  # steps; 0: only when asked
     episodes: Positive | Literal["all"] = 100
     final: bool = False  # also after the last step
-    modes: tuple[Literal["greedy", "sampled"], ...] = ("greedy", "sampled")
-    live_modes: tuple[Literal["greedy", "sampled"], ...] = (
-        "greedy",
-    )  # while training: half the time
+    modes: Modes = ("greedy", "sampled")
+    live_modes: Modes = ("greedy",)  # while training: half the time
 
 
 class CheckpointConfig(_Section):
@@ -265,7 +345,7 @@ class CheckpointConfig(_Section):
 
 class JournalConfig(_Section):
     # seconds after which a step that does not end leaves its stack in RUN/stalled/learner.txt
-    stall: Annotated[float, Field(gt=0)] = 1800.0
+    stall: Above0 = 1800.0
     tensorboard: bool = True
     episodes_every: Positive = 1  # steps between episode files
     # a task's steps between diagnostics that need the student's distribution over all ids
@@ -276,17 +356,17 @@ class ClusterConfig(_Section):
     """address: `local` starts Ray here; `auto` or `ray://...` joins a running cluster, whose nodes
     see models and the files of environments under the same paths, or models by hub id."""
 
-    address: str = "local"
+    address: Annotated[str, AfterValidator(_address)] = "local"
     workers: Positive = 1
     threads: Positive = 1  # of torch in each actor
     # what Ray keeps for each of them, such as {GPU: 1} or a name that nodes were started with
-    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = {}
-    teacher_resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    worker_resources: dict[Text, Above0] = {}
+    teacher_resources: dict[Text, Above0] = {}
     # of one placement group for all of these; none: each goes where there is room
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
-    wheel: str | None = None  # a file: this package, for nodes that do not have it
+    wheel: Place | None = None  # a file: this package, for nodes that do not have it
     # seconds that an actor may take for one step's rollouts or one scoring; then it is replaced
-    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    timeout: Above0 = 1800.0
     attempts: Positive = 3  # of a piece of work, each on a fresh actor
 
     @model_validator(mode="after")
@@ -302,13 +382,13 @@ class ClusterConfig(_Section):
 class RunConfig(_Section):
     """A whole run."""
 
-    run: str
+    run: Place
     accept_changes: bool = False  # go on in a run folder that was made with another configuration
-    seed: Annotated[int, Field(ge=0)] = 0
-    steps: Positive
+    seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_SEED)] = 0
+    steps: Annotated[Positive, Field(le=MOST_STEPS)]
     student: StudentConfig
-    teachers: dict[str, TeacherConfig] = {}
-    tasks: dict[str, TaskConfig]
+    teachers: dict[Name, TeacherConfig] = {}
+    tasks: dict[Name, TaskConfig]
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -326,6 +406,7 @@ class RunConfig(_Section):
             raise ValueError("tasks is empty: name at least one")
         used = set()
         for name, task in self.tasks.items():
+            self._check_turns(name, task)
             objective = build_objective(self.objective_of(name))
             if self.rollout_of(name).engine != self.rollout.engine:
                 raise ValueError(
@@ -365,6 +446,21 @@ class RunConfig(_Section):
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
         return self
+
+    def _check_turns(self, name: str, task: TaskConfig) -> None:
+        """Raises ValueError for a task that can never be played, or not in whole groups."""
+        end = self.steps if task.end is None else min(task.end, self.steps)
+        if task.start >= end:
+            last = f"end, {task.end}" if end == task.end else f"the run's {self.steps} steps"
+            raise ValueError(
+                f"tasks.{name}.start: {task.start} is not before {last}: the task would never be"
+                " played: lower it, or leave the task out"
+            )
+        if task.episodes % task.group:
+            raise ValueError(
+                f"tasks.{name}.group: {task.episodes} episodes are no whole number of groups of"
+                f" {task.group}: set episodes to a multiple of it"
+            )
 
     def _check_engine(self, task: str, name: str, objective: Objective) -> None:
         """Raises ValueError for what the task's teacher `name` cannot do in its engine."""
@@ -461,43 +557,34 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply `key.path=value` overrides, check everything.
+    """Read a YAML file, apply `key.path=value` overrides (the last one of a key holds), check
+    everything.
 
     Raises:
         ConfigError: with the file, the key and the cure in one line.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not text: a configuration is YAML in UTF-8") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, not {type(data).__name__}")
-    for override in overrides or []:
-        _override(data, override, path)
+        data = reading.read_file(path)
+        if not isinstance(data, dict):
+            raise ValueError(f"must be a mapping of keys, not {_kind(data)}")
+        for override in overrides or []:
+            _override(data, override)
+    except ValueError as error:
+        raise ConfigError(printable(f"{path}: {error}")) from None
     return parse_config(data, str(path))
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:
-    """Check plain data; `source` is named in messages."""
-    data = _numbers(data)
-    if found := _unknown_key(RunConfig, data, ""):
-        raise ConfigError(f"{source}: {found}")
-    tasks = data.get("tasks")
-    for name, task in tasks.items() if isinstance(tasks, dict) else ():
-        own = task.get("rollout") if isinstance(task, dict) else None
-        if found := _unknown_key(RolloutConfig, own, f"tasks.{name}.rollout."):
-            raise ConfigError(f"{source}: {found}")
+    """Check plain data, or what reading.py makes of a text; `source` is named in messages."""
     try:
+        data = settled(RunConfig, data)
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_fault(error).lstrip('.: ')}") from None
+        fault = said(error, data).lstrip(".: ")
+    except ValueError as error:
+        fault = str(error)
+    raise ConfigError(printable(f"{source}: {fault}"))
 
 
 def _validated(kind: type[Section], data: Any, where: str) -> Section:
@@ -505,48 +592,27 @@ def _validated(kind: type[Section], data: Any, where: str) -> Section:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise ValueError(where + _fault(error)) from None
+        raise ValueError(where + said(error, data)) from None
 
 
-def _fault(error: ValidationError) -> str:
-    """The first fault in one line, `.key.path: what is wrong`; `: what is wrong` of the whole."""
-    first = error.errors()[0]
-    key = "".join(f".{part}" for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    value = first.get("input")
-    shown = "" if isinstance(value, dict) or first["type"] == "missing" else f" (got {value!r})"
-    return f"{key}: {message}{shown}"
+def _kind(data: Any) -> str:
+    if data is None:
+        return "an empty file"
+    return "a list" if isinstance(data, list) else "a single value"
 
 
-def _override(data: dict[str, Any], override: str, path: Path) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{path}: override {override!r}: write it as key.path=value")
-    *parents, last = key.split(".")
+def _override(data: dict[str, Any], override: str) -> None:
+    (*parents, last), value = reading.parse_pair(override, "key.path=value")
     place = data
-    for parent in parents:
-        child = place.get(parent)
-        if not isinstance(child, dict):
+    for at, parent in enumerate(parents):
+        child = place.setdefault(parent, {})
+        if isinstance(child, reading.Scalar) and child.value is None and not child.doubt:
             child = place[parent] = {}
+        if not isinstance(child, dict):
+            key = ".".join(parents[: at + 1])
+            raise ValueError(f"{override!r}: {key} holds no keys in the file: give {key}={{...}}")
         place = child
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{path}: override {override!r}: the value is not YAML") from None
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people mean the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    place[last] = value
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -557,38 +623,3 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
         )
     return merged
-
-
-def _unknown_key(section: type[BaseModel], data: Any, prefix: str) -> str | None:
-    """The first key that no field bears, with the nearest one; None when all are known."""
-    if not isinstance(data, dict):
-        return None
-    for key, value in data.items():
-        field = section.model_fields.get(str(key))
-        if field is None:
-            if section.model_config.get("extra") == "allow":
-                continue
-            said = unknown("key", key, section.model_fields)
-            if prefix and key in RunConfig.model_fields:
-                said = f"{key!r} is a key of the run's, at the top of the file; here: {said}"
-            return f"{prefix}{key}: {said}"
-        inner, many = _sections_of(field.annotation)
-        if inner is None or not isinstance(value, dict):
-            continue
-        children = value.items() if many else [(None, value)]
-        for name, child in children:
-            where = f"{prefix}{key}." + (f"{name}." if many else "")
-            if found := _unknown_key(inner, child, where):
-                return found
-    return None
-
-
-def _sections_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """(the section class inside an annotation, whether it is a mapping of them)."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    many = get_origin(annotation) is dict
-    for argument in get_args(annotation):
-        if isinstance(argument, type) and issubclass(argument, BaseModel):
-            return argument, many
-    return None, False

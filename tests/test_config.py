@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tutelage.distill.config import ConfigError, RunConfig, load_config
+from tutelage.distill.config import ConfigError, RunConfig, load_config, parse_config
 from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
 
 Load = Callable[..., RunConfig]
@@ -99,6 +99,345 @@ class TestReading:
             "split": "valid_unseen",
             "difficulty": "tiny",
         }
+
+
+class TestTypes:
+    """A value is of its key's type, or refused; text keeps its spelling."""
+
+    @pytest.mark.parametrize(
+        ("written", "text"),
+        [
+            ("1e5", "1e5"),
+            ("007", "007"),
+            ("3e2", "3e2"),
+            ("'3e2'", "3e2"),
+            ("5", "5"),
+            ("1:30", "1:30"),
+            ("2024-01-01", "2024-01-01"),
+            ("yes", "yes"),
+            ("1_000", "1_000"),
+            ("'null'", "null"),
+        ],
+    )
+    def test_text_is_what_was_written(self, load: Load, written: str, text: str) -> None:
+        """The run folder 1e5 is called so, from the file and from the command line."""
+        file = BASE.replace("runs/joint", written).replace("builtin:start", written)
+        config = load(f"rollout.context.system={written}", text=file)
+        assert (config.run, config.student.model) == (text, text)
+        assert config.rollout.context.system == text
+        assert load(f"run={written}").run == text
+        assert load(f"objective.mask_tokens=[{written}]").objective.mask_tokens == (text,)
+
+    def test_a_problems_prompt_may_be_any_text(self, load: Load) -> None:
+        prompt = "{problem} Think step by step."
+        for written in (prompt, f"'{prompt}'", f'"{prompt}"'):
+            config = load(f"tasks.math.env_args.prompt={written}")
+            assert config.tasks["math"].env_args == {"prompt": prompt}
+        file = BASE.replace("Math-v0,", "Math-v0, env_args: {prompt: '2e3 {problem}'},")
+        assert load(text=file).tasks["math"].env_args == {"prompt": "2e3 {problem}"}
+
+    def test_numbers_keep_their_type_where_any_is_taken(self, load: Load) -> None:
+        written = "{a: 3, b: 3.0, c: 1e2, d: '3', e: true, f: null, g: [1, x, {h: 2e0}]}"
+        args = load(f"tasks.math.env_args={written}").tasks["math"].env_args
+        assert args == {
+            "a": 3, "b": 3.0, "c": 100.0, "d": "3", "e": True, "f": None,
+            "g": [1, "x", {"h": 2.0}],
+        }  # fmt: skip
+        assert [type(args[key]) for key in "abcd"] == [int, float, float, str]
+
+    def test_a_whole_number_may_be_written_with_an_exponent(self, load: Load) -> None:
+        assert load("steps=1e3").steps == 1000 and type(load("steps=2.0").steps) is int
+
+    @pytest.mark.parametrize(
+        ("overrides", "named"),
+        [
+            (["steps=true"], "steps: it must be a whole number (got true)"),
+            (["steps=1.5"], "steps: it must be a whole number (got 1.5)"),
+            (["steps='5'"], "steps: it must be a whole number, without quotes (got '5')"),
+            (["steps=null"], "steps: it must be a whole number (got nothing)"),
+            (["steps=010"], "steps: 010 begins with a zero"),
+            (["steps=1:30"], "steps: 1:30 is a number to the base of sixty"),
+            (["steps=1_000"], "steps: 1_000 is a number in one version"),
+            (["steps=1e30"], "steps: "),
+            (["steps=1e8"], "steps: "),
+            (["seed=4294967296"], "seed: "),
+            (["optimizer.lr='3e-4'"], "optimizer.lr: it must be a number, without quotes"),
+            (["optimizer.lr=true"], "optimizer.lr: it must be a number (got true)"),
+            (["optimizer.betas=[true, 0.9]"], "optimizer.betas.0: it must be a number (got true)"),
+            (["evaluation.final=yes"], "evaluation.final: yes is text in YAML 1.2: write true or"),
+            (["evaluation.final=1"], "evaluation.final: it must be true or false (got 1)"),
+            (["evaluation.final='true'"], "evaluation.final: it must be true or false"),
+            (["run=true"], "run: it must be text, in quotes"),
+            (["run=null"], "run: it must be text"),
+            (["run={a}"], "run: it must be text"),
+            (["tasks.math.env_args={expert: no}"], "tasks.math.env_args.expert: no is text in YA"),
+            (["tasks.math.env_args={n: [010]}"], "tasks.math.env_args.n.0: 010 begins with"),
+            (["objective.renormalize=off"], "objective.renormalize: off is text in YAML 1.2"),
+            (["objective.k=true"], "objective: local_support: k=True"),
+            (["tasks.math.rollout={max_turns: true}"], "tasks.math.rollout.max_turns: it must"),
+            (["teachers.calculator.model=5.0"], ""),
+        ],
+    )
+    def test_nothing_turns_into_another_type(
+        self, load: Load, overrides: Sequence[str], named: str
+    ) -> None:
+        if not named:
+            assert load(*overrides).teachers["calculator"].model == "5.0"
+        else:
+            assert _refused(load, *overrides).startswith(named)
+
+    @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "optimizer.lr",
+            "optimizer.weight_decay",
+            "optimizer.clip",
+            "optimizer.floor",
+            "rollout.timeout",
+            "rollout.temperature",
+            "rollout.top_p",
+            "journal.stall",
+            "learner.timeout",
+            "tasks.math.weight",
+            "tasks.math.expert_share",
+            "tasks.math.env_args.timeout",
+            "tasks.math.rollout.timeout",
+            "objective.importance_clip",
+        ],
+    )
+    def test_no_number_is_infinite(self, load: Load, key: str, value: str) -> None:
+        assert _refused(load, f"{key}={value}").startswith(f"{key}: it must be a finite number")
+
+    def test_no_number_inside_a_list_or_mapping_is_infinite(self, load: Load) -> None:
+        for pair, key in (
+            ("optimizer.betas=[0.9, .nan]", "optimizer.betas.1"),
+            ("tasks.math.expert_share=[1, .inf]", "tasks.math.expert_share.1"),
+            ("tasks.math.teacher={calculator: .inf}", "tasks.math.teacher.calculator"),
+            ("cluster={worker_resources: {CPU: .inf}}", "cluster.worker_resources.CPU"),
+            ("student={tokenizer: x, init: {rope_theta: .nan}}", "student.init.rope_theta"),
+        ):
+            assert _refused(load, pair).startswith(f"{key}: it must be a finite number")
+
+    def test_plain_data_is_held_to_the_same(self, load: Load) -> None:
+        """From Python as from a file."""
+        data = yaml.safe_load(BASE) | {"optimizer": {"lr": 1e-4, "betas": (0.8, 0.9)}}
+        assert parse_config(data, "here").optimizer.betas == (0.8, 0.9)
+        for wrong in ({"steps": True}, {"steps": "60"}, {"run": 5}, {"seed": float("nan")}):
+            with pytest.raises(ConfigError, match=f"here: {next(iter(wrong))}: it must be"):
+                parse_config(data | wrong, "here")
+        for key in (1, True, None):
+            with pytest.raises(ConfigError, match=r"env_args\.a: the key .* is not text"):
+                task = {"env": "e-v0", "teacher": "calculator", "env_args": {"a": {key: 2}}}
+                parse_config(data | {"tasks": {"math": task}}, "here")
+
+    def test_half_a_character_is_refused_with_its_key(self, load: Load) -> None:
+        message = _refused(load, 'rollout.context.system="\\ud800"')
+        assert message.startswith("rollout.context.system: the text '\\ud800' holds half")
+
+
+class TestPlaces:
+    def test_home_and_variables_stand_for_what_they_do_in_a_shell(
+        self, load: Load, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", "/home/me")
+        monkeypatch.setenv("SCRATCH", "/scratch")
+        assert load("run=~/x/run").run == "/home/me/x/run"
+        assert load("run=${HOME}/x/run").run == "/home/me/x/run"
+        config = load("run=$SCRATCH/run", "student.model=~/m", "teachers.calculator.cache=~/c")
+        assert (config.run, config.student.model) == ("/scratch/run", "/home/me/m")
+        assert config.teachers["calculator"].cache == "/home/me/c"
+        config = load("cluster={wheel: $SCRATCH/tutelage.whl}")
+        assert config.cluster is not None and config.cluster.wheel == "/scratch/tutelage.whl"
+
+    @pytest.mark.parametrize(
+        ("run", "named"),
+        [
+            ("''", "run: it must not be empty"),
+            ("'  '", "run: it must not be empty"),
+            ("~nobody_of_that_name/x", "run: ~nobody_of_that_name stands for nothing"),
+            ("${TUTELAGE_UNSET}/x", "run: ${TUTELAGE_UNSET} stands for nothing"),
+            ("a/$TUTELAGE_UNSET", "run: $TUTELAGE_UNSET stands for nothing"),
+            ('"a\\0b"', "run: "),
+        ],
+    )
+    def test_what_is_no_place_is_refused(self, load: Load, run: str, named: str) -> None:
+        assert _refused(load, f"run={run}").startswith(named)
+
+    @pytest.mark.parametrize(
+        ("device", "near"),
+        [
+            ("gpu", "cuda"),
+            ("GPU:0", "cuda"),
+            ("tpu", None),
+            ("cuda:x", "cuda"),
+            ("cuda:-1", "cuda"),
+            ("cpu:0", "cpu"),
+            ("''", None),
+            ("meta", None),
+        ],
+    )
+    def test_an_unknown_device(self, load: Load, device: str, near: str | None) -> None:
+        for key in ("student.device", "teachers.calculator.device"):
+            message = _refused(load, f"{key}={device}")
+            assert message.startswith(f"{key}: a device is auto, cpu, cuda or cuda:N")
+            assert (f"did you mean {near!r}" in message) == (near is not None)
+
+    @pytest.mark.parametrize(
+        "address",
+        [
+            "lokal",
+            "head",
+            "head:",
+            "head:x",
+            "head:0",
+            "head:99999",
+            "http://head:1",
+            "ray://head",
+            "ray://",
+            "''",
+            "a b:5",
+            "ray://u@h:1",
+        ],
+    )
+    def test_an_address_that_is_none(self, load: Load, address: str) -> None:
+        message = _refused(load, f"cluster={{address: {address!r}}}".replace('"', "'"))
+        assert message.startswith("cluster.address: it is local, auto, HOST:PORT or ray://HOST:PO")
+
+    @pytest.mark.parametrize(
+        "address",
+        ["local", "auto", "head:6379", "10.0.0.1:6379", "ray://head-1.x.org:10001", "[::1]:6379"],
+    )
+    def test_an_address(self, load: Load, address: str) -> None:
+        cluster = load(f"cluster={{address: '{address}'}}").cluster
+        assert cluster is not None and cluster.address == address
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "a/b",
+            "../a",
+            "..",
+            "a+b",
+            "evaluation:a",
+            "a b",
+            "",
+            "-a",
+            "a.b",
+            "é",
+            "a" * 65,
+            "a\\nb",
+            "~",
+            "a\\0",
+        ],
+    )
+    def test_what_names_files_and_metrics_is_plain(self, load: Load, name: str) -> None:
+        quoted = f'"{name}"'
+        task = f"tasks={{{quoted}: {{env: e-v0, teacher: calculator}}}}"
+        message = _refused(load, task, "teachers={calculator: {model: m}}")
+        assert message.startswith("tasks.") and "1 to 64 letters" in message
+        teachers = f"teachers={{{quoted}: {{model: m}}}}"
+        message = _refused(load, teachers, f"tasks={{a: {{env: e-v0, teacher: {quoted}}}}}")
+        assert message.startswith("teachers.") and "1 to 64 letters" in message
+
+    @pytest.mark.parametrize("name", ["math", "Math-2", "_x", "7b", "a" * 64])
+    def test_a_plain_one(self, load: Load, name: str) -> None:
+        task = f"tasks={{'{name}': {{env: e-v0, teacher: '{name}'}}}}"
+        assert [*load(task, f"teachers={{'{name}': {{model: m}}}}").tasks] == [name]
+
+    @pytest.mark.parametrize("name", ["1", "true", "null", "1.5"])
+    def test_one_that_is_not_text_says_so(self, load: Load, name: str) -> None:
+        message = _refused(load, text=BASE.replace("  math:", f"  {name}:"))
+        assert message.startswith(f"line 10: the key {name} is not text")
+
+
+class TestNeverPlayed:
+    @pytest.mark.parametrize(
+        ("overrides", "named"),
+        [
+            (["tasks.math.start=60"], "tasks.math.start: 60 is not before the run's 60 steps"),
+            (["tasks.math.start=5", "tasks.math.end=5"], "5 is not before end, 5"),
+            (["tasks.math.start=5", "tasks.math.end=3"], "5 is not before end, 3"),
+            (["tasks.math.start=70", "tasks.math.end=90"], "70 is not before the run's 60 steps"),
+            (["tasks.math.steps=0"], "tasks.math.steps: "),
+            (["tasks.math.end=0"], "tasks.math.end: "),
+            (["tasks.math.group=33"], "tasks.math.group: 32 episodes are no whole number of gro"),
+            (["tasks.math.group=5"], "tasks.math.group: 32 episodes"),
+            (["evaluation.modes=[]"], "evaluation.modes: "),
+            (["evaluation.live_modes=[]", "evaluation.every=5"], "evaluation.live_modes: "),
+            (["evaluation.modes=[greedy, greedy]"], "evaluation.modes: each mode once"),
+            (["schedule={policy: weighted, weights: {math: 0}}"], "schedule.weights.math: "),
+            (["schedule={policy: weighted, weights: {math: -1}}"], "schedule.weights.math: "),
+            (["schedule={policy: weighted, weights: {mth: 1}}"], "schedule.weights: unknown task"),
+            (["optimizer.betas=[0.9, 1]"], "optimizer.betas.1: "),
+            (["optimizer.betas=[-0.1, 0.9]"], "optimizer.betas.0: "),
+            (["optimizer.betas=[0.9]"], "optimizer.betas"),
+            (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay: "),
+            (["objective.mask_tokens=['']"], "objective.mask_tokens.0: it must not be empty"),
+        ],
+    )
+    def test_it_is_refused(self, load: Load, overrides: Sequence[str], named: str) -> None:
+        assert named in _refused(load, *overrides)
+
+    def test_the_last_possible_step_is_enough(self, load: Load) -> None:
+        assert load("tasks.math.start=59", "tasks.math.end=60").tasks["math"].start == 59
+
+
+class TestOtherPeoplesWords:
+    @pytest.mark.parametrize(
+        ("pair", "meant"),
+        [
+            ("learning_rate=1", "optimizer.lr"),
+            ("lr=1", "optimizer.lr"),
+            ("optimizer.learning_rate=1", "'lr'"),
+            ("temp=1", "rollout.temperature"),
+            ("temperature=1", "rollout.temperature"),
+            ("rollout.temp=1", "'temperature'"),
+            ("tasks.math.temperature=1", "tasks.math.rollout.temperature"),
+            ("max_length=1", "rollout.max_new_tokens"),
+            ("rollout.max_tokens=1", "'max_new_tokens'"),
+            ("batch_size=1", "tasks.NAME.episodes"),
+            ("tasks.math.batch_size=1", "'episodes'"),
+            ("tasks.math.num_generations=1", "'group'"),
+            ("epochs=1", "'steps'"),
+            ("num_steps=1", "'steps'"),
+            ("gradient_accumulation_steps=1", "optimizer.micro_tokens"),
+            ("optimizer.max_grad_norm=1", "'clip'"),
+            ("kl_coef=1", "tasks.NAME.weight"),
+            ("teacher_model=x", "'teachers'"),
+            ("output_dir=x", "'run'"),
+            ("k=5", "objective.k"),
+            ("tasks.math.k=5", "tasks.math.objective.k"),
+            ("student.precision=x", "'dtype'"),
+            ("rollout.top_k=5", "no top-k sampling"),
+            ("bf16=true", "student.dtype=bfloat16"),
+            ("system_prompt=x", "rollout.context.system"),
+            ("tasks.math.env_kwargs={}", "'env_args'"),
+            ("Steps=3", "'steps'"),
+            ("student.dtype=bf16", "did you mean 'bfloat16'"),
+            ("student.dtype=fp32", "did you mean 'float32'"),
+            ("student.dtype=half", "did you mean 'bfloat16'"),
+            ("teachers.calculator.engine=hf", "did you mean 'transformers'"),
+            ("schedule.policy=round_robin", "did you mean 'alternate'"),
+            ("optimizer.name=AdamW", "did you mean 'adamw'"),
+            ("optimizer.decay=cos", "did you mean 'cosine'"),
+            ("objective.name=reverse_kl", "did you mean 'local_support'"),
+            ("objective={name: sft}", "did you mean 'imitation'"),
+            ("evaluation.modes=[argmax]", "did you mean 'greedy'"),
+        ],
+    )
+    def test_ours_is_named_with_its_whole_path(self, load: Load, pair: str, meant: str) -> None:
+        message = _refused(load, pair)
+        assert message.startswith(pair.partition("=")[0].split(".")[0]) and meant in message
+
+    @pytest.mark.parametrize("pair", ["teacher.calculator=3", "steps.x=1", "run.folder=x"])
+    def test_a_value_is_not_replaced_by_a_key_inside_it(self, load: Load, pair: str) -> None:
+        parts = pair.partition("=")[0].split(".")
+        place = f"tasks.math.{pair}" if parts[0] == "teacher" else pair
+        message = _refused(load, place)
+        assert "holds no keys in the file" in message and place.rpartition(".")[0] in message
 
 
 class TestOverrides:

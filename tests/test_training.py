@@ -934,7 +934,7 @@ class TestRefusals:
 
     def test_a_mask_text_that_gives_no_token(self, configure: Configure) -> None:
         objective = {"name": "local_support", "k": 8, "mask_tokens": [""]}
-        with pytest.raises(ValueError, match=r"objective\.mask_tokens: ''"):
+        with pytest.raises(ValueError, match=r"objective\.mask_tokens\.0: it must not be empty"):
             Run(configure({"math": MATH}, objective=objective))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tutelage.envs.grading import MAX_ANSWER, extract
 from tutelage.envs.math import dapo
-from tutelage.envs.names import unknown
+from tutelage.envs.names import nearest, unknown
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def _read(
 
 
 def _missing(where: str, column: str, row: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(column, map(str, row))
+    hint = f" (did you mean {near!r}?)" if near else ""
     present = ", ".join(map(str, row)) or "none"
     return f"{where}: no column {column!r}{hint}; columns present: {present}"
 
