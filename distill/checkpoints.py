@@ -185,7 +185,7 @@ def check(checkpoint: Path, *, without: Container[str] = ()) -> None:
         except (OSError, ValueError) as error:
             raise Damaged(f"{name}: {first_line(error)}") from error
         if found != digest:
-            raise Damaged(f"{name} is not what was saved: its SHA-256 is another")
+            raise Damaged(f"{name} is not what {SUMS} says")
 
 
 def check_loadable(folder: Path) -> None:
@@ -210,6 +210,8 @@ def _listed(folder: Path) -> dict[str, str]:
     found = {}
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
+        if not name:
+            raise ValueError("a line that names no file")
         found[name] = digest
     return found
 

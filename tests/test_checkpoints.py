@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +265,176 @@ class TestLoading:
         checkpoints.load_weights(path, other)
         assert torch.equal(other.lm_head.weight, one.lm_head.weight)
         assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+SAVED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    checkpoints.STATE,
+    checkpoints.SUMS,
+)
+
+
+def _flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a bit at its begin": lambda path: _flip(path, 0.0),
+    "a bit in the middle": lambda path: _flip(path, 0.5),
+    "a bit at its end": lambda path: _flip(path, 1.0),
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "gone": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+class TestDamage:
+    @pytest.fixture
+    def two(self, folder: Path, model: Any, tokenizer: Any) -> Path:
+        """Two checkpoints; the weights of the second differ."""
+        _save(folder, 1, model, tokenizer)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+        _save(folder, 2, model, tokenizer)
+        with torch.no_grad():
+            model.lm_head.weight.sub_(1)
+        return folder
+
+    def test_every_file_is_listed(self, two: Path) -> None:
+        """In the format of the tool that everybody has."""
+        newest = two / "000002"
+        names = {path.name for path in newest.iterdir()}
+        assert names == {*SAVED}
+        done = subprocess.run(
+            ["sha256sum", "--strict", "-c", checkpoints.SUMS],
+            cwd=newest,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and done.stdout.count(": OK") == len(names) - 1
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    @pytest.mark.parametrize("name", SAVED)
+    def test_it_is_set_aside_and_the_one_before_it_taken(
+        self, two: Path, make_model: Make, name: str, damage: str
+    ) -> None:
+        before = checkpoints.load_state(two / "000001")
+        DAMAGES[damage](two / "000002" / name)
+        if (name, damage) == (checkpoints.SUMS, "gone"):  # nothing else is wrong
+            with pytest.warns(UserWarning, match=r"000002 has no SHA256SUMS.*taken as it is"):
+                found = checkpoints.load_newest(two, make_model(seed=3))
+            assert found is not None and found[0].name == "000002"
+            return
+        if name == checkpoints.STATE and damage in ("gone", "a folder"):  # half-copied: no number
+            found = checkpoints.load_newest(two, make_model(seed=3))
+        else:
+            with pytest.warns(UserWarning, match=rf"000002 is damaged \(.*{name}.*set aside as"):
+                found = checkpoints.load_newest(two, make_model(seed=3))
+            assert (two / ".000002.damaged").is_dir()
+        assert found is not None and found[0].name == "000001"
+        assert found[1] == before
+
+    def test_what_somebody_puts_beside_is_no_harm(self, two: Path, make_model: Make) -> None:
+        (two / "000002" / "NOTES.md").write_text("the good one")
+        found = checkpoints.load_newest(two, make_model(seed=3))
+        assert found is not None and found[0].name == "000002"
+
+    def test_the_only_one_is_left_where_it_is(
+        self, folder: Path, model: Any, tokenizer: Any
+    ) -> None:
+        path = _save(folder, 1, model, tokenizer)
+        _flip(path / "model.safetensors", 0.9)
+        before = _contents(folder)
+        with pytest.raises(
+            RuntimeError, match=r"000001 is damaged \(model\.safetensors is not"
+        ) as no:
+            checkpoints.load_newest(folder, model)
+        assert "put it back from a copy" in str(no.value) and "\n" not in str(no.value)
+        assert _contents(folder) == before
+
+    @pytest.mark.parametrize("size", [0, 1, 100, 1000, -1])
+    def test_a_state_cut_off_is_found_without_hashes_too(
+        self, two: Path, make_model: Make, size: int
+    ) -> None:
+        """Of an earlier version: whatever torch makes of it, it is one warning."""
+        state = two / "000002" / checkpoints.STATE
+        os.truncate(state, size if size >= 0 else state.stat().st_size - 1)
+        (two / "000002" / checkpoints.SUMS).unlink()
+        with pytest.warns(UserWarning) as warned:
+            found = checkpoints.load_newest(two, make_model(seed=3))
+        assert found is not None and found[0].name == "000001"
+        said = [str(one.message) for one in warned]
+        assert "000002 has no SHA256SUMS" in said[0] and "000002 is damaged (" in said[1]
+        assert not any("\n" in one for one in said)
+
+    @pytest.mark.parametrize("name", [x for x in SAVED if x != checkpoints.STATE])
+    def test_nobody_loads_it_as_a_model(self, two: Path, name: str) -> None:
+        """As a student, as a teacher, in an evaluation. What a trainer needs is not read there."""
+        from tutelage.distill.models import load_model
+
+        load_model(str(two / "000002"), dtype="float32", device="cpu")
+        _flip(two / "000002" / checkpoints.STATE, 0.5)
+        load_model(str(two / "000002"), dtype="float32", device="cpu")
+        _flip(two / "000002" / name, 0.5)
+        with pytest.raises(ConfigError, match=r"000002 is damaged \(.*take another") as refused:
+            load_model(str(two / "000002"), dtype="float32", device="cpu")
+        assert "\n" not in str(refused.value)
+
+
+class TestKilledInTheMiddle:
+    """Between any two of the system calls that put a checkpoint in place."""
+
+    @pytest.mark.parametrize("call", range(6))
+    def test_what_bears_a_number_is_whole(
+        self,
+        call: int,
+        folder: Path,
+        model: Any,
+        tokenizer: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """One is replaced, another falls out: of the two that there are at least one stays."""
+
+        class Killed(BaseException):
+            pass
+
+        _save(folder, 1, model, tokenizer)
+        _save(folder, 2, model, tokenizer)
+        before = {name: _contents(folder / name) for name in ("000001", "000002")}
+        calls = iter(range(99))
+
+        def deadly(function: Any) -> Any:
+            def called(*args: Any, **options: Any) -> Any:
+                if next(calls) >= call:
+                    raise Killed
+                return function(*args, **options)
+
+            return called
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints.os, "replace", deadly(os.replace))
+            patch.setattr(checkpoints.shutil, "rmtree", deadly(shutil.rmtree))
+            try:
+                _save(folder, 2, model, tokenizer, keep=1)
+                ended = True
+            except Killed:
+                ended = False
+        checkpoints.tidy(folder)
+        left = sorted(path.name for path in folder.iterdir())
+        assert left in (["000002"], ["000001", "000002"])
+        assert ended <= (left == ["000002"])
+        for name in left:
+            checkpoints.check(folder / name)
+            assert _contents(folder / name).keys() == before[name].keys()
 
 
 class TestJsonFiles:
