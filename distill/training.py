@@ -235,20 +235,20 @@ class Run:
         """Save what was learned since the last checkpoint, unless an update was cut off."""
         done = len(self.timetable.history)
         whole = self.learner.whole and self.learner.version == done
-        if done and whole and self._saved() != done:
+        newest = checkpoints.newest(self._checkpoints)
+        if done and whole and (newest is None or int(newest.name) != done):
             self._save(done, journal)
 
     def standing(self) -> str:
         """What of this run is on the disk, in one line."""
-        saved, done = self._saved(), len(self.timetable.history)
-        lost = max(0, done - (saved or 0))
+        newest, done = checkpoints.newest(self._checkpoints), len(self.timetable.history)
+        lost = max(0, done - (int(newest.name) if newest else 0))
         steps = f"{lost} step{'s' * (lost != 1)}"
-        if saved is None:
+        if newest is None:
             said = f"no checkpoint yet: {steps} lost" if lost else "nothing was learned yet"
             return f"{self.folder}: {said}; the same command begins anew"
-        where = checkpoints.newest(self._checkpoints)
         said = f"; what came after it is lost, {steps}" if lost else ""
-        return f"{self.folder}: saved as {where}{said}; the same command goes on from there"
+        return f"saved as {newest}{said}; the same command goes on from there"
 
     def evaluate(self, modes: Sequence[str]) -> dict[str, Any]:
         """Scores of the student as it is, by task and mode."""
@@ -337,11 +337,6 @@ class Run:
             return False
         self._best = mean, done
         return True
-
-    def _saved(self) -> int | None:
-        """How many steps the newest checkpoint has."""
-        newest = checkpoints.newest(self._checkpoints)
-        return None if newest is None else int(newest.name)
 
     def _save(self, done: int, journal: Journal) -> None:
         checkpoints.save(
