@@ -120,7 +120,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
             Reply(ids=found[0].ids, logprobs=found[0].logprobs, closed=found[0].stopped),
             action=action,
         )
-        return action
+        return context.read(action).command
 
     return reply
 

@@ -16,6 +16,9 @@ SENTINELS = ("⟦first user⟧", "⟦first reply⟧", "⟦second user⟧")
 class Chat:
     """Turns observations into prompt ids.
 
+    `thought` is the "<think>" that the template itself puts before every reply (DeepSeek-R1's and
+    others' do), or "": whoever reads a reply reads it after that.
+
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template (without one: the texts, bare).
         system: a system message for the opening, or None.
@@ -28,6 +31,7 @@ class Chat:
             self._head, self._close, self._tail = _pieces(tokenizer, system)
         else:
             self._head, self._close, self._tail = "", "\n", "\n"
+        self.thought = _open_thought(self._tail)
         self._special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._close_ids = self._encode(self._close)
 
@@ -82,6 +86,12 @@ class Chat:
             return list(backend.encode(text, add_special_tokens=False).ids)
         finally:
             backend.encode_special_tokens = False
+
+
+def _open_thought(tail: str) -> str:
+    """The thought that a prompt leaves open at its end."""
+    begun = tail.rfind("<think>")
+    return tail[begun:] if begun > tail.rfind("</think>") else ""
 
 
 def _eos_ids(tokenizer: Any) -> frozenset[int]:

@@ -137,10 +137,12 @@ class Context:
         return self._settings.kind == "full"
 
     def read(self, text: str) -> Said:
-        """What a reply's text wants done: all of it is the command, where no format says more."""
+        """What a reply's text wants done: all of it is the command, where no format says more. The
+        thought that the prompt began is part of it: one that never ends is no answer."""
+        whole = self._chat.thought + text
         if self._format is None:
-            return Said(command=text, remembered=text)
-        return self._format.read(text)
+            return Said(command=whole, remembered=text)
+        return self._format.read(whole)
 
     def say(self, command: str) -> str:
         """A command, as a reply in this context would put it."""

@@ -176,3 +176,18 @@ def test_a_special_token_spelled_by_an_environment_is_plain_text(tokenizer: Any)
     assert [i for i in spelled if i in special] == [i for i in plain if i in special]
     assert text in tokenizer.decode(spelled)
     assert chat.following(text, closed=True)[-1] == chat.following("x", closed=True)[-1]
+
+
+@pytest.mark.parametrize(
+    ("tail", "thought"),
+    [
+        ("assistant\n", ""),
+        ("assistant\n<think>\n", "<think>\n"),
+        ("assistant\n<think>\n\n</think>\n\n", ""),  # Qwen3 that is asked not to think
+    ],
+)
+def test_a_thought_that_the_template_begins_is_known(
+    tokenizer: Any, tail: str, thought: str
+) -> None:
+    template = CHATML.replace("'<|im_start|>assistant\n'", repr(f"<|im_start|>{tail}"))
+    assert Chat(_with_template(tokenizer, template)).thought == thought

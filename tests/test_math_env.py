@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -209,3 +210,13 @@ def test_an_index_out_of_range_or_an_unknown_reset_option_is_refused() -> None:
         env.reset(options={"index": 500})
     with pytest.raises(ValueError, match="did you mean 'index'"):
         env.reset(options={"idx": 1})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_expression_answers_an_integer_unless_strict(tmp_path: Path, strict: bool) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "?", "answer": "120"}')
+    env = MathEnv(str(problems), strict=strict)
+    for said, right in (("\\binom{10}{3}", not strict), ("x=120", True), ("5!+1", False)):
+        env.reset(seed=0)
+        assert env.step(f"\\boxed{{{said}}}")[4]["success"] is right, said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -487,3 +488,32 @@ class TestGuidance:
         assert guide.pending == worker.engine.pending == 0
         seeds = [request.seed for request in (*guide.requests, *worker.engine.requests)]
         assert len(set(seeds)) == len(seeds)  # the teacher's draws are not the student's
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "right"),
+    [
+        ("<think>\\n", "It is \\boxed{7}", False),  # the thought never ended
+        ("<think>\\n", "It is \\boxed{3}</think>\\boxed{7}", True),
+        ("<think>\\n", "It is \\boxed{7}</think>", False),
+        ("", "It is \\boxed{7}", True),
+    ],
+)
+def test_a_thought_that_the_prompt_began_pays_only_once_it_has_ended(
+    tokenizer: Any, tmp_path: Path, template: str, reply: str, right: bool
+) -> None:
+    """DeepSeek-R1's template puts "<think>" into the prompt, so that no reply shows it."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>THINK' }}{% endif %}"
+    ).replace("THINK", template)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "3+4", "answer": "7"}')
+    how = TaskRollout(env="tutelage/Math-v0", env_args={"problems": str(problems)}, processes=0)
+    worker = RolloutWorker(FakeEngine(thinking, lambda prompt: reply), thinking, {"t": how})
+    (episode,) = _episodes(worker.collect(_orders(0)))
+    worker.close()
+    assert episode.success is right
+    ids = episode.rows[0].ids_T[episode.rows[0].turns_T == 0].tolist()
+    assert tokenizer.decode(ids) == f"{reply}<|end|>"  # what was sampled stays as it was

@@ -122,11 +122,14 @@ class HouseholdGameEnv(gym.Env[str, str]):
         return view.observation, self._info(game, view)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carry out a command. Anything that isn't an admissible one answers "Nothing happens."."""
+        """Carry out a command. Anything that isn't an admissible one answers "Nothing happens.".
+
+        A "<think>" before it is the chat template's: who has no thoughts goes on with the command.
+        """
         game = self._game
         if game is None:
             raise gym.error.ResetNeeded("no episode is running: call reset first")
-        command = action.strip() if isinstance(action, str) else ""
+        command = action.removeprefix("<think>").strip() if isinstance(action, str) else ""
         view = self._engine.step(command)
         if self._expert is not None:
             self._expert.observe(command, view)

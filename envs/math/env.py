@@ -43,7 +43,7 @@ _FILE_OPTIONS: tuple[str, ...] = (
     "layout",
 )
 _OPTIONS = (
-    "problems", "split", "prompt", "expert", "require_box", "timeout",
+    "problems", "split", "prompt", "expert", "require_box", "strict", "timeout",
     *_ARITHMETIC_OPTIONS, *_FILE_OPTIONS,
 )  # fmt: skip
 
@@ -81,6 +81,7 @@ class MathEnv(gym.Env[str, str]):
             paper's prompt for files.
         expert: put a worked solution into info["expert_action"].
         require_box: grade only what stands in a `\\boxed{}`.
+        strict: an integer is answered by a numeral, not by an expression with its value (`10!`).
         timeout: processor seconds that grading one response may take. A machine that can't give
             them within WAIT seconds decides nothing: `step` raises Undecided.
         preset, kinds, digits, length: the size of generated arithmetic, see `arithmetic.sizes`.
@@ -104,6 +105,7 @@ class MathEnv(gym.Env[str, str]):
         prompt: str | None = None,
         expert: bool = False,
         require_box: bool = True,
+        strict: bool = False,
         timeout: float = 5.0,
         render_mode: None = None,
         **options: Any,
@@ -115,6 +117,7 @@ class MathEnv(gym.Env[str, str]):
         self._prompt = _template(prompt, BARE_PROMPT if problems == "arithmetic" else PAPER_PROMPT)
         self._expert = expert
         self._require_box = require_box
+        self._strict = strict
         self._timeout = timeout
         self._current: Problem | None = None
 
@@ -147,6 +150,7 @@ class MathEnv(gym.Env[str, str]):
             timeout=self._timeout,
             wait=max(WAIT, self._timeout),
             require_box=self._require_box,
+            strict=self._strict,
         )
         if verdict.undecided:
             raise Undecided(
