@@ -20,7 +20,7 @@ def run_demo(path: Path, overrides: list[str]) -> int:
     begun = time.monotonic()
     config = load_config(path, overrides)
     folder = Path(config.run)
-    with ConsoleWatcher() as watcher, Signals() as signals, Lock(folder):
+    with ConsoleWatcher(evaluates_after=True) as watcher, Signals() as signals, Lock(folder):
         say = watcher.say
         say(f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}")
         columns = _measured(config, watcher)

@@ -116,8 +116,13 @@ class Run:
         try:
             if config.cluster is None:
                 pools.open(rollouts)  # a bad id or option shows before a model loads
+            self.watch.doing(f"loading {config.student.model or 'student.init'}")
             self.learner = make_learner(config, self.vocabulary)
             try:
+                if config.cluster is not None:
+                    self.watch.doing("starting workers and teachers on Ray")
+                elif config.teachers:
+                    self.watch.doing(f"loading teachers: {', '.join(config.teachers)}")
                 self.placement = make_placement(
                     config, self.learner, self.tokenizer, self.vocabulary, pools
                 )
@@ -287,8 +292,12 @@ class Run:
         clock, timetable, version = Clock(), self.timetable, self.learner.version
         with clock.part("sync"):
             self.placement.sync(version)
+        told = f"step {step + 1} of {self.config.steps}"
+        orders = ", ".join(f"{self.config.tasks[task].episodes} of {task}" for task in tasks)
+        self.watch.doing(f"{told}: the student plays episodes, {orders}")
         with clock.part("rollout"):
             played = self.ahead.next()
+        self.watch.doing(f"{told}: teachers score them")
         with clock.part("score"):
             outcomes = self.routing.complete(played)
             taught = self.routing.teach(outcomes)
@@ -297,6 +306,7 @@ class Run:
             if step % self.config.journal.episodes_every == 0:
                 journal.write_episodes(step, everything, taught.lessons, version)
         turn = timetable.turn(tasks[0])
+        self.watch.doing(f"{told}: the student learns from them")
         with clock.part("update"):
             update = self.learner.update(
                 taught.lessons,
@@ -422,6 +432,9 @@ def _versions() -> dict[str, str]:
 class Watcher:
     """Told what a run does, as it does it. This one keeps silent; the command line's draws it."""
 
+    def doing(self, what: str) -> None:
+        """This begins, and may take a while."""
+
     def start(self, config: RunConfig, step: int) -> None:
         """Training begins at `step`."""
 
@@ -429,7 +442,7 @@ class Watcher:
         """A step is done."""
 
     def evaluating(self, task: str, mode: str, done: int, total: int) -> None:
-        """Evaluation has played `done` of `total` episodes."""
+        """Evaluation has played `done` of `total` episodes, 0 at first."""
 
     def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
         """A task has been evaluated."""

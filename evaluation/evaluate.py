@@ -60,13 +60,15 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     part: int = 64,
 ) -> dict[str, Any]:
-    """Play the games and summarise; `progress(done, total)` is called after every `part`."""
+    """Play the games and summarise; `progress(done, total)` is called at first and after every
+    `part`."""
     wanted = orders(task, episodes=episodes, num_games=num_games)
     outcomes: list[Episode | Dropped] = []
+    tell = progress or (lambda done, total: None)
+    tell(0, len(wanted))
     for start in range(0, len(wanted), part):
         outcomes += collect(wanted[start : start + part], law)
-        if progress is not None:
-            progress(len(outcomes), len(wanted))
+        tell(len(outcomes), len(wanted))
     return summarise(outcomes) | {
         "seed": EVALUATION_SEED,
         "temperature": law.temperature,

@@ -118,7 +118,7 @@ def test_evaluate_plays_all_in_parts_and_reports_progress() -> None:
         progress=lambda *at: progress.append(at),
     )
     assert batches == [(4, LAW), (4, LAW), (2, LAW)]
-    assert progress == [(4, 10), (8, 10), (10, 10)]
+    assert progress == [(0, 10), (4, 10), (8, 10), (10, 10)]
     assert (found["value"], found["n"]) == (0.3, 10)
     assert (found["temperature"], found["top_p"]) == (0.4, 0.9)
 
