@@ -87,14 +87,11 @@ class Host:
         except KeyboardInterrupt:  # the user's
             raise
         except Garbage as error:
-            self._discard(episode)
-            return (episode, "garbage", str(error))
+            return self._failed(episode, "garbage", str(error))
         except Undecided as error:
-            self._discard(episode)
-            return (episode, "undecided", str(error))
+            return self._failed(episode, "undecided", str(error))
         except BaseException:
-            self._discard(episode)
-            return (episode, "raised", traceback.format_exc()[-_DETAIL:])
+            return self._failed(episode, "raised", traceback.format_exc())
 
     def close(self) -> None:
         for env in (*self._live.values(), *self._free):
@@ -156,12 +153,14 @@ class Host:
         if env is not None:
             self._free.append(env)
 
-    def _discard(self, episode: int) -> None:
+    def _failed(self, episode: int, reason: str, detail: str) -> Reply:
         """An environment that failed may be in any state: it is not used again."""
         env = self._live.pop(episode, None)
         if env is not None:
             with contextlib.suppress(Exception, SystemExit):
                 env.close()
+        # in characters that every file and terminal takes
+        return (episode, reason, detail[-_DETAIL:].encode(errors="backslashreplace").decode())
 
 
 def num_episodes(env: gym.Env[Any, Any]) -> int | None:

@@ -80,8 +80,15 @@ class Faulty(gym.Env[str, str]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self.steps = 0
-        if self.flavour == "hangs":
-            time.sleep(600)
+        match self.flavour:
+            case "hangs":
+                time.sleep(600)
+            case "loops":
+                _ = 9**9**9
+            case "dies":
+                os._exit(0)
+            case "leaves":
+                sys.exit(0)
         index = (options or {}).get("index")
         return f"seed {seed} index {index}", {
             "success": False,
@@ -126,7 +133,7 @@ class Faulty(gym.Env[str, str]):
             case ["half", "info"]:
                 info["admissible_actions"] = ["look", "take \udc00"]
             case ["raise"]:
-                raise RuntimeError("the kitchen is on fire")
+                raise RuntimeError("the kitchen \udc00 is on fire")
             case ["number"]:
                 return 7, 0.0, False, False, info
             case ["nan"]:

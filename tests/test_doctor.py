@@ -418,6 +418,28 @@ def test_environments(sickness: str, check: str, level: str, text: str) -> None:
     _level({finding.check: finding for finding in found}[check], level, text)
 
 
+@pytest.mark.parametrize(
+    ("flavour", "count", "text"),
+    [
+        ("dies", 7, "its process ends: exit code 0"),
+        ("loops", 7, "it hangs: no answer within 0.5 s"),
+        ("exits", 7, "SystemExit: 0"),
+        ("leaves", 7, "gymnasium's check_env: SystemExit: 0"),
+        ("plain", 0, "ValueError: num_episodes is 0: "),
+        ("plain", "many", "ValueError: num_episodes is 'many': "),
+    ],
+)
+def test_an_environment_that_ends_its_process_ends_no_examination(
+    monkeypatch: pytest.MonkeyPatch, flavour: str, count: Any, text: str
+) -> None:
+    """One that holds the interpreter lock for ever is found, too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    args = {"flavour": flavour, "num_episodes": count}
+    within = 0.5 if flavour == "loops" else 60
+    found = environments.check_environment("tasks.x", "pool_envs:Faulty-v0", args, timeout=within)
+    _level(found[0], "fault", text)
+
+
 def test_an_environment_that_hangs_is_left_behind() -> None:
     (found,) = environments.check_environment(
         "tasks.x", "EchoDoctor-v0", {"sickness": "hangs"}, timeout=0.3

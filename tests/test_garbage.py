@@ -41,6 +41,8 @@ class Garbled(gym.Env[str, str]):
         return f"{self._index}+1=", {"success": False}
 
     def step(self, action: str) -> Any:
+        if self._index == 2 and isinstance(Garbled.garbage, BaseException):
+            raise Garbled.garbage
         if self._index == 2:
             return Garbled.garbage
         return "done", 1.0, True, False, {"success": True}
@@ -109,6 +111,21 @@ class TestEnvironments:
             (("x", 1.0, "yes", False, {}), "terminated is 'yes', not a bool"),
             (("x", 1.0, True, False, ["success"]), "info is ['success'], not a dict"),
             (("x", 1.0, True, False, {"success": "yes"}), "info['success'] is 'yes', not a bool"),
+            (("x", 1.0, True, False, {"success": None}), "info['success'] is None, not a bool"),
+            (("x", -math.inf, True, False, {}), "the reward is -inf, not a finite number"),
+            ((b"x", 1.0, True, False, {}), "the observation is b'x', not text"),
+            (
+                ("\ud83d", 1.0, True, False, {}),
+                "half of a surrogate pair, '\\ud83d', at character 0",
+            ),
+            (
+                ("x", 1.0, True, False, {"expert_action": "\udfff"}),
+                "info has half of a surrogate pair",
+            ),
+            (
+                ("x" * 2000, 1.0, True, False, {}),
+                "2000 characters, and rollout.max_observation allows",
+            ),
         ],
         ids=lambda value: None if isinstance(value, tuple) else value,
     )
@@ -116,7 +133,8 @@ class TestEnvironments:
         self, configure: Configure, garbage: Any, said: str
     ) -> None:
         Garbled.garbage = garbage
-        folder = _train(configure(env="Garbled-v0", steps=2))
+        rollout = {"processes": 0, "max_turns": 1, "max_new_tokens": 4, "max_observation": 1000}
+        folder = _train(configure(env="Garbled-v0", steps=2, rollout=rollout))
         for step, line in enumerate(_lines(folder)):
             assert (line["episodes/played"], line["episodes/dropped"]) == (5, 1)
             (lost,) = line["episodes/lost"]
@@ -124,6 +142,20 @@ class TestEnvironments:
             text = (folder / "episodes" / f"{step:06d}.jsonl").read_text(encoding="utf-8")
             (dropped,) = [one for one in map(json.loads, text.splitlines()) if "dropped" in one]
             assert (dropped["dropped"], dropped["attempts"]) == ("garbage", 3)
+
+    @pytest.mark.parametrize("end", [SystemExit(0), SystemExit("bye"), BaseException("no")])
+    def test_an_exit_in_this_process_is_no_end_of_the_run_nor_of_its_evaluation(
+        self, configure: Configure, end: BaseException
+    ) -> None:
+        """It ended both, silently, with the code that the environment chose."""
+        Garbled.garbage = end
+        evaluation = {"final": True, "modes": ["greedy"], "episodes": 6}
+        folder = _train(configure(env="Garbled-v0", steps=1, evaluation=evaluation))
+        (line,) = _lines(folder)
+        (lost,) = line["episodes/lost"]
+        assert f"raised: {type(end).__name__}: {end}" in lost
+        found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["sums"]["greedy"]
+        assert (found["n"], found["dropped"], found["value"]) == (5, 1, 1.0)
 
     def test_a_step_without_losses_names_none(self, configure: Configure) -> None:
         assert not any("episodes/lost" in line for line in _lines(_train(configure(steps=1))))

@@ -133,6 +133,8 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
         (b'{"problems": "x", "answer": "1"}\n', {}, "mean 'problems'.*present: problems, answer"),
         (b'{"problem": "x", "answer": null}\n', {}, r":1: column 'answer' holds None"),
         (b'{"problem": "  ", "answer": "1"}\n', {}, r":1: column 'problem' is empty"),
+        (b'{"problem": "x \\ud83d", "answer": "1"}\n', {}, r":1: column 'problem' has half of a"),
+        (b'{"problem": "x", "answer": "\\udc00"}\n', {}, r":1: column 'answer' has half of a"),
         (b'{"problem": "x", "answer": "1"}\n', {"gold_format": "gsm8k"}, "no '####'"),
         (b'{"problem": "x", "answer": "1"}\n', {"gold_format": "gsm9k"}, "did you mean 'gsm8k'"),
         (b'{"problem": "x", "answer": "1"}\n', {"split": "test"}, "has no split 'test'"),

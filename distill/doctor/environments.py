@@ -17,8 +17,8 @@ from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.envs import grading_pool
 from tutelage.envs.grading import judge
 from tutelage.envs.grading_pool import Allowance
-from tutelage.envs.pool import START_SECONDS
-from tutelage.envs.worker import Undecided
+from tutelage.envs.pool import START_SECONDS, Act, EnvironmentPool, Failed, Observed, Reset
+from tutelage.envs.worker import Undecided, num_episodes
 
 GOLDS = 20
 """Gold answers that are graded against themselves."""
@@ -38,11 +38,14 @@ def check_environment(
     hold the expert's action, the admissible ones. timeout: seconds for all of it."""
     opens = Check(subject, check)
     found: list[Finding] = []
+    if deadly := _deadly(opens, env_id, env_args, timeout):
+        return [deadly]
 
     def examine() -> None:
         try:
             env = gymnasium.make(env_id, disable_env_checker=True, **env_args)
-        except Exception as error:  # somebody else's code
+            num_episodes(env)
+        except (Exception, SystemExit) as error:  # somebody else's code
             cure = "correct env and env_args; `tutelage envs` lists both"
             found.append(opens.fault(_line(error), cure))
             return
@@ -52,20 +55,45 @@ def check_environment(
             found.extend(_golds(subject, env))
         except Undecided as error:  # the machine's fault, not the environment's
             found.append(opens.note(f"not all could be looked at: {error}", LATER))
-        except Exception as error:  # somebody else's code
+        except (Exception, SystemExit) as error:  # somebody else's code
             cure = "answer an action that makes no sense with text, never with an exception"
             found.append(opens.fault(f"it raises {_line(error)}", cure))
         finally:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 env.close()
 
     thread = threading.Thread(target=examine, daemon=True)  # left behind if it hangs
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        cure = "find what it waits for; rollouts would kill it at rollout.timeout, again and again"
-        return [*found, opens.fault(f"it hangs: no answer within {timeout:g} s", cure)]
+        return [*found, opens.fault(f"it hangs: no answer within {timeout:g} s", WAITS)]
     return found
+
+
+WAITS = "find what it waits for; rollouts would kill it at rollout.timeout, again and again"
+
+
+def _deadly(
+    check: Check, env_id: str, env_args: Mapping[str, Any], timeout: float
+) -> Finding | None:
+    """A fault that an examination in this process would not survive: found in another one."""
+    try:
+        with EnvironmentPool(env_id, env_args, processes=1, timeout=timeout) as pool:
+            pool.send([Reset(episode=0, seed=3)])
+            (answer,) = pool.receive()
+            if isinstance(answer, Observed):
+                pool.send([Act(episode=0, action="zzz")])
+                (answer,) = pool.receive()
+    except ValueError:
+        return None  # this process tells it better, or is the only one that knows the id
+    except RuntimeError as error:
+        return check.fault(str(error), "it must be possible to make it: see what ends its process")
+    if isinstance(answer, Failed) and answer.reason == "timeout":
+        return check.fault(f"it hangs: {answer.detail}", WAITS)
+    if isinstance(answer, Failed) and answer.reason == "died":
+        cure = "correct what ends its process: every such episode would be lost"
+        return check.fault(f"its process ends: {answer.detail}", cure)
+    return None
 
 
 def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Finding]:
@@ -75,7 +103,7 @@ def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Fi
             check_env(env.unwrapped, skip_render_check=True)
         except Undecided:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return [
                 check.fault(
                     f"gymnasium's check_env: {_line(error)}",
@@ -147,7 +175,7 @@ def _golds(subject: str, env: gymnasium.Env[Any, Any]) -> list[Finding]:
     if "answer" not in env.reset(seed=0, options={"index": 0})[1]:
         return []
     check = Check(subject, "gold answers")
-    count = min(GOLDS, int(getattr(env.unwrapped, "num_episodes", GOLDS)))
+    count = min(GOLDS, num_episodes(env) or GOLDS)
     wrong: list[tuple[int, str, str]] = []
     for index in range(count):
         gold = str(env.reset(options={"index": index})[1]["answer"])

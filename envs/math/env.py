@@ -118,7 +118,7 @@ class MathEnv(gym.Env[str, str]):
         self._expert = expert
         self._require_box = require_box
         self._strict = strict
-        self._timeout = timeout
+        self._timeout = _seconds(timeout)
         self._current: Problem | None = None
 
     @property
@@ -183,6 +183,12 @@ def _source(problems: str, split: str, options: dict[str, Any]) -> Problems:
     if problems == "arithmetic":
         return ArithmeticProblems(split, sizes(**options))
     return load(problems, split=split, **options)
+
+
+def _seconds(timeout: Any) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < 3600:
+        raise ValueError(f"timeout={timeout!r}: it is in seconds, above 0 and below 3600")
+    return float(timeout)
 
 
 def _template(prompt: str | None, default: str) -> str:

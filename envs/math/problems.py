@@ -128,6 +128,13 @@ def _text(where: str, column: str, value: Any) -> str:
         raise ValueError(f"{where}: column {column!r} holds {value!r:.60}, not text")
     if not value.strip():
         raise ValueError(f"{where}: column {column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: column {column!r} has half of a surrogate pair, {value[error.start]!r}, at"
+            f" character {error.start}, which no tokenizer takes: correct or drop the row"
+        ) from None
     return value.strip()
 
 
