@@ -5,6 +5,7 @@ contract.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import subprocess
 import sys
