@@ -197,10 +197,7 @@ def test_the_prompt_template_is_filled_and_checked() -> None:
         ({"kinds": []}, "kinds is empty"),
         ({"kinds": ["seq"], "length": 1}, "seq needs at least 2"),
         ({"problem_column": "q"}, "an option of problem files"),
-        *(
-            ({"timeout": t}, "in seconds, above 0")
-            for t in (0, -1, float("nan"), float("inf"), "5")
-        ),
+        *(({"timeout": t}, "in seconds, above 0") for t in (0, -1, math.nan, math.inf, "5")),
     ],
 )
 def test_mistakes_are_named_in_one_line(options: dict, message: str) -> None:
