@@ -62,8 +62,12 @@ class Meter:
 def recorded(scores: TeacherScores, behaviour_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """Teacher against the policy that sampled, on sampled tokens (NaN behaviour: meaningless).
 
-    gap/mean: log q(y) - log pi_old(y), minus the k1 estimate of KL(pi || q) (Schulman 2020).
-    kl/k3: r - 1 - log r with r = q/pi: KL(pi || q) in the mean too, and never negative.
+    Means over the tokens as they were drawn: estimates of a divergence of the whole policy only
+    where that is what drew them. Under top-p and other temperatures they are of the tokens that
+    the student says, which is what the schedule `gap` compares, and no divergence.
+
+    gap/mean: log q(y) - log pi_old(y), over y ~ pi minus the k1 estimate of KL(pi || q) (Schulman
+    2020). kl/k3: r - 1 - log r with r = q/pi: KL(pi || q) in that mean too, and never negative.
     A token that the teacher rules out counts with IMPOSSIBLE, as in the losses: means stay finite.
     """
     gap_N = scores.sampled_N.clamp(min=IMPOSSIBLE) - behaviour_N

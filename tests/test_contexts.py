@@ -23,9 +23,10 @@ def chat(tokenizer: Any) -> Chat:
 
 
 def _reply(chat: Chat, text: str, turn: int, *, closed: bool = True) -> Reply:
-    """Log-probabilities that name their turn and place: -turn.place."""
+    """Log-probabilities that name their turn and place: -turn.place; the law's are half of them."""
     ids = chat.reply(text) if closed else chat.reply(text)[:-1]
-    return Reply(ids=ids, logprobs=[-turn - 0.01 * i for i in range(len(ids))], closed=closed)
+    said = [-turn - 0.01 * i for i in range(len(ids))]
+    return Reply(ids=ids, logprobs=said, closed=closed, law_logprobs=[0.5 * x for x in said])
 
 
 def _play(
@@ -76,6 +77,7 @@ class TestFull:
             expected = _reply(chat, said, turn).logprobs
             assert row.logprobs_T[row.turns_T == turn].tolist() == pytest.approx(expected)
         assert np.isnan(row.logprobs_T[~row.chosen_T]).all()
+        np.testing.assert_array_equal(row.law_T, 0.5 * row.logprobs_T)
         assert not row.branches_T.any()
 
     def test_a_reply_cut_off_is_closed_by_a_token_that_nobody_chose(self, chat: Chat) -> None:
@@ -152,6 +154,7 @@ class TestWindow:
             assert _chosen(chat, row) == {turn: f"{said}<|end|>"}
             assert chat.tokenizer.decode(row.ids_T.tolist()) == f"{prompt}{said}<|end|>"
             assert np.isfinite(row.logprobs_T[row.chosen_T]).all()
+            np.testing.assert_array_equal(row.law_T, 0.5 * row.logprobs_T)
         assert not Context(chat, ContextSettings(kind="window")).appends
 
 
@@ -166,6 +169,7 @@ class TestDagger:
         assert prompts == plain_prompts  # what the student sees is its own history
         assert _chosen(chat, row) == {i: f"{said}<|end|>" for i, said in enumerate(self.EXPERTS)}
         assert np.isnan(row.logprobs_T).all()  # nobody sampled these
+        assert np.isnan(row.law_T).all()
         # Each branch has a number of its own, and all that takes loss is on one.
         assert row.branches_T[row.chosen_T].tolist() == (row.turns_T[row.chosen_T] + 1).tolist()
         assert not row.branches_T[~row.chosen_T].any()
@@ -192,6 +196,7 @@ class TestDagger:
                 f"{prompt}{self.EXPERTS[turn]}<|end|>"
             )
             assert np.isnan(row.logprobs_T).all() and not row.branches_T.any()
+            assert np.isnan(row.law_T).all()
 
 
 def test_an_unknown_kind_is_refused(chat: Chat) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.distill.engine import FORWARD, TransformersEngine, _parts
+from tutelage.distill.objectives import DenseStudent, SparseStudent
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
 
@@ -97,6 +99,71 @@ class TestOneRequest:
         completion = _run(engine, [_request(1, prompt, law=law, seed=77)])[1]
         assert len(completion.ids) == 8
         _assert_exact(model, prompt, completion)
+
+    @pytest.mark.parametrize(
+        "law",
+        [
+            SamplingLaw(temperature=0.5),
+            SamplingLaw(temperature=1.7),
+            SamplingLaw(top_p=0.6),
+            SamplingLaw(temperature=0.7, top_p=0.8),
+        ],
+        ids=["cool", "hot", "nucleus", "both"],
+    )
+    def test_the_laws_own_logprobs_are_those_of_its_draws(
+        self, model: Any, engine: TransformersEngine, law: SamplingLaw
+    ) -> None:
+        """Tempered, cut by hand to the fewest tokens with the mass, renormalised."""
+        prompts = _prompts([5, 3, 9])
+        requests = [_request(i, ids, law=law, seed=i + 7) for i, ids in enumerate(prompts)]
+        # a batch of mixed laws: none of them is another's
+        others = [SamplingLaw(), GREEDY]
+        requests += [_request(10 + i, prompts[0], law=other) for i, other in enumerate(others)]
+        found = _run(engine, requests)
+        for i, prompt in enumerate(prompts):
+            said = found[i]
+            assert said.law_logprobs is not None
+            logprobs_TV = _logprobs(model, [*prompt, *said.ids])
+            probs_TV = (logprobs_TV[len(prompt) - 1 : -1] / law.temperature).softmax(-1)
+            for token, logprob, probs_V in zip(said.ids, said.law_logprobs, probs_TV, strict=True):
+                mass, kept = 0.0, []
+                for v in sorted(range(len(probs_V)), key=lambda v, p=probs_V: -p[v]):
+                    if mass >= law.top_p:
+                        break
+                    mass += probs_V[v].item()
+                    kept.append(v)
+                assert token in kept
+                assert logprob == pytest.approx(math.log(probs_V[token].item() / mass), abs=1e-4)
+        assert found[10].law_logprobs == found[10].logprobs  # to the bit: w is 1
+        assert found[11].law_logprobs == [0.0] * len(found[11].ids)
+        assert any(abs(a - b) > 0.05 for a, b in zip(said.logprobs, said.law_logprobs, strict=True))
+
+    def test_the_student_says_of_a_law_what_the_engine_does(
+        self, model: Any, engine: TransformersEngine
+    ) -> None:
+        """So that an engine that does not know it can be helped; whole logits and gathered ones."""
+        for law in (
+            GREEDY,
+            SamplingLaw(),
+            SamplingLaw(temperature=0.7, top_p=0.8),
+            SamplingLaw(top_p=0.3),
+        ):
+            (prompt,) = _prompts([5])
+            said = _run(engine, [_request(1, prompt, law=law, seed=77)])[1]
+            engine.release(1)
+            ids_T = torch.tensor([*prompt, *said.ids])
+            with torch.no_grad():
+                hidden_ND = model.base_model(input_ids=ids_T[None]).last_hidden_state[0]
+                hidden_ND = hidden_ND[len(prompt) - 1 : -1]
+                head = model.get_output_embeddings()
+                for student in (
+                    DenseStudent(head(hidden_ND)[:, :VOCABULARY]),
+                    SparseStudent(hidden_ND, head, vocabulary=VOCABULARY),
+                ):
+                    found_N = student.law_logprobs_at(
+                        ids_T[len(prompt) :], temperature=law.temperature, top_p=law.top_p
+                    )
+                    assert found_N.tolist() == pytest.approx(said.law_logprobs, abs=1e-4)
 
     def test_a_stop_id_ends_the_reply_and_is_kept(
         self, model: Any, engine: TransformersEngine

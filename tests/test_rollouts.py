@@ -103,6 +103,7 @@ class FakeEngine:
             ids=ids,
             logprobs=[-0.5] * len(ids),
             stopped=ids[-1] in request.stop_ids,
+            law_logprobs=[-0.25] * len(ids),
         )
 
     def release(self, session: int) -> None:
@@ -454,6 +455,7 @@ class TestGuidance:
             inside = row.turns_T == turn
             sampled = np.isfinite(row.logprobs_T[inside])
             assert sampled.tolist() == [False] * count + [True] * (inside.sum() - count)
+            assert (np.isfinite(row.law_T[inside]) == sampled).all()
             said = tokenizer.decode(row.ids_T[inside].tolist())
             right = f"{4 - turn}<|end|>"
             assert said == {0: "look<|end|>", 1: f"{4 - turn}look<|end|>", 2: right}[count]

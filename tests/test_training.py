@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 
 from tutelage.distill import assembly, checkpoints, whole
 from tutelage.distill.config import ConfigError, RunConfig, parse_config
+from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.learner import Learner
 from tutelage.distill.training import Run, Watcher, evaluate_model
 from tutelage.envs.pool import EnvironmentPool
@@ -863,9 +866,59 @@ class TestEpisodeFiles:
                 ends = [i for i in own if row["ids"][i] == tokenizer.eos_token_id]
                 assert [i for i in own if not row["mask"][i]] == ends[:1]
             for i, turn in enumerate(row["turn"]):
-                for key in ("sampled_logprob", "teacher_logprob"):
+                for key in ("sampled_logprob", "law_logprob", "teacher_logprob"):
                     assert (row[key][i] is None) == (turn == -1)
+            # a part of the policy's mass is cut off: what is left has more of it
+            pairs = zip(row["law_logprob"], row["sampled_logprob"], strict=True)
+            gains = [law - own for law, own in pairs if own is not None]
+            assert all(-1e-5 < gain <= -math.log(0.9) + 1e-5 for gain in gains) and any(gains)
             assert episode["top_p"] == 0.9 and episode["version"] == 0
+
+
+class TestSamplingLaw:
+    def _config(self, configure: Configure, run: str, **sections: Any) -> RunConfig:
+        return configure(
+            {"household": HOUSEHOLD, "math": MATH},
+            run,
+            objective={"name": "sampled_token", "behavior": "sampling"},
+            rollout={"processes": 0, "top_p": 0.8, "temperature": 0.7},
+            **sections,
+        )
+
+    def test_the_learner_says_it_where_the_engine_does_not(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """vLLM's case: the weights are still those that played, so the run is the same."""
+        told = _metrics(_train(self._config(configure, "told", steps=2)))
+        step = TransformersEngine.step
+
+        def silent(self: TransformersEngine) -> list[Any]:
+            return [replace(one, law_logprobs=None) for one in step(self)]
+
+        monkeypatch.setattr(TransformersEngine, "step", silent)
+        folder = _train(self._config(configure, "silent", steps=2))
+        for one, other in zip(told, _metrics(folder), strict=True):
+            numbers = {key: value for key, value in one.items() if isinstance(value, float)}
+            assert numbers["behavior/weight"] != 1
+            found = {key: other[key] for key in numbers}
+            assert found == pytest.approx(numbers, rel=1e-3, abs=1e-4)
+        for text in _episodes(folder)["000001.jsonl"].decode().splitlines():
+            for row in json.loads(text)["rows"]:
+                drawn = [own is not None for own in row["sampled_logprob"]]
+                assert [law is not None for law in row["law_logprob"]] == drawn
+
+    def test_it_is_kept_with_the_episodes_that_were_played_ahead(
+        self, configure: Configure
+    ) -> None:
+        """Their weights are gone: a run that goes on finds it in the checkpoint, to the bit."""
+        ahead = {"steps": 3, "schedule": {"max_staleness": 1}}
+        whole = _train(self._config(configure, "whole", **ahead))
+        config = self._config(configure, "parts", **ahead)
+        watch = _StopAfter(0)
+        with Run(config, watch=watch) as run:
+            watch.run = run
+            run.train()
+        _assert_same_run(_train(config), whole, 3)
 
 
 class TestRefusals:

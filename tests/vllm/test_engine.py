@@ -28,6 +28,15 @@ def test_log_probabilities_are_those_of_a_plain_forward_at_temperature_one(
     assert sum(len(reply.ids) for reply in replies) > 300
 
 
+def test_of_the_laws_own_it_says_what_it_knows(engine: Any, prompts: Any, play: Any) -> None:
+    """The whole policy's and a greedy one's: the learner says the others."""
+    assert all(reply.law_logprobs is None for reply in play(engine, prompts[:2]))
+    for reply in play(engine, prompts[:2], law=SamplingLaw()):
+        assert reply.law_logprobs == reply.logprobs
+    for reply in play(engine, prompts[:2], law=GREEDY):
+        assert reply.law_logprobs == [0.0] * len(reply.ids)
+
+
 def test_the_most_probable_ids_are_those_of_a_plain_forward(engine: Any, student: Any) -> None:
     """As sets, but for ids that are as probable as the last one."""
     ids, k = np.random.default_rng(1).integers(2, VOCABULARY, size=200).tolist(), 8

@@ -1,0 +1,222 @@
+"""The law that draws the tokens: who says what it gave them, and which objective it biases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tutelage.distill import cli
+from tutelage.distill.config import parse_config
+from tutelage.distill.doctor.models import check_law
+from tutelage.distill.laws import bias, told
+from tutelage.distill.objectives import build
+from tutelage.distill.plan import make_plan, notes
+from tutelage.distill.vllm.engine import _under_law
+from tutelage.scheduler.episodes import GREEDY, Episode, Order, Row, SamplingLaw, revived
+
+DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
+WHOLE, TEMPERED = SamplingLaw(), SamplingLaw(temperature=0.7)
+CUT, BOTH = SamplingLaw(top_p=0.9), SamplingLaw(temperature=0.7, top_p=0.8)
+DRAWING: list[tuple[str, dict[str, Any]]] = [
+    ("sampled_token", {}),
+    ("trust_region", {}),
+    ("entropy_aware", {}),
+    ("reward_clipped", {}),
+    ("advantage_gated", {}),
+    ("local_support", {"renormalize": False, "tail": "sampled"}),
+    ("local_support", {"support": "teacher+sampled"}),
+    ("local_support", {"support": "student+sampled"}),
+]
+DIRECT: list[tuple[str, dict[str, Any]]] = [
+    ("local_support", {}),
+    ("local_support", {"support": "student", "renormalize": False}),
+    ("full_vocabulary", {}),
+    ("imitation", {}),
+]
+
+
+def _episode(*rows: Row, law: SamplingLaw, version: int = 3) -> Episode:
+    return Episode(
+        order=Order(task="t", number=0, seed=5, index=2),
+        rows=rows,
+        turns=(),
+        success=True,
+        reward=1.0,
+        task_type="",
+        ended="terminated",
+        law=law,
+        version=version,
+    )
+
+
+class Sayer:
+    """A learner that says -10 - i of the i-th chosen token of each row."""
+
+    version = 3
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, SamplingLaw]] = []
+
+    def law_logprobs(self, rows: list[Row], law: SamplingLaw) -> list[torch.Tensor]:
+        self.asked.append((len(rows), law))
+        return [-10.0 - torch.arange(int(row.chosen_T.sum())) for row in rows]
+
+
+@pytest.fixture
+def row(make_row: Callable[..., Row]) -> Row:
+    """Two replies, the first token of the second given; nobody said what the law gave."""
+    made = make_row([("prompt", [1, 2]), ("said", [5, 9]), ("prompt", [3]), ("said", [7, 4])])
+    logprobs_T = made.logprobs_T.copy()
+    logprobs_T[5] = np.nan
+    return replace(made, logprobs_T=logprobs_T)
+
+
+class TestRows:
+    def test_a_row_of_an_older_version_says_nothing(self, row: Row) -> None:
+        """As a checkpoint holds it: without the field."""
+        plain = asdict(_episode(row, law=CUT))
+        for each in plain["rows"]:
+            del each["law_logprobs_T"]
+        found = revived(plain)
+        assert isinstance(found, Episode)
+        assert np.isnan(found.rows[0].law_T).all() and len(found.rows[0].law_T) == len(row.ids_T)
+
+    def test_what_was_said_comes_back(self, row: Row) -> None:
+        said = replace(row, law_logprobs_T=row.logprobs_T * 0.5)
+        found = revived(asdict(_episode(said, law=CUT)))
+        assert isinstance(found, Episode)
+        np.testing.assert_array_equal(found.rows[0].law_T, row.logprobs_T * 0.5)
+
+    def test_another_length_is_refused(self, row: Row) -> None:
+        with pytest.raises(ValueError, match="differ in length"):
+            replace(row, law_logprobs_T=row.logprobs_T[:-1])
+
+
+class TestTold:
+    def test_the_student_says_it_of_its_own_tokens_and_no_others(self, row: Row) -> None:
+        learner, known = Sayer(), replace(row, law_logprobs_T=row.logprobs_T * 0.5)
+        episodes = [_episode(row, known, law=BOTH), _episode(row, law=CUT)]
+        first, second = told(episodes, learner)  # type: ignore[arg-type]
+        assert isinstance(first, Episode) and isinstance(second, Episode)
+        assert learner.asked == [(1, BOTH), (1, CUT)] and first.rows[1] is known
+        nan = math.nan
+        for filled in (first.rows[0], second.rows[0]):
+            wanted = [nan, nan, -10.0, -11.0, nan, nan, -13.0]
+            np.testing.assert_array_equal(filled.law_T, np.float32(wanted))
+            np.testing.assert_array_equal(filled.logprobs_T, row.logprobs_T)
+
+    def test_of_the_whole_policy_nobody_need_be_asked(self, row: Row) -> None:
+        learner = Sayer()
+        (found,) = told([_episode(row, law=WHOLE, version=1)], learner)  # type: ignore[arg-type]
+        assert isinstance(found, Episode) and not learner.asked
+        np.testing.assert_array_equal(found.rows[0].law_T, row.logprobs_T)
+
+    def test_weights_that_are_gone_are_not_replaced_by_others(self, row: Row) -> None:
+        with pytest.raises(
+            RuntimeError, match=r"t\[2\] seed 5: .*version 2, now 3.*behavior: full"
+        ):
+            told([_episode(row, law=CUT, version=2)], Sayer())  # type: ignore[arg-type]
+
+    def test_what_vllm_knows_of_a_law(self) -> None:
+        """It tells the whole policy's log-probabilities: under another law, nothing."""
+        logprobs = [-0.5, -2.0]
+        assert _under_law(WHOLE, logprobs) == logprobs
+        assert _under_law(GREEDY, logprobs) == [0.0, 0.0]
+        assert _under_law(CUT, logprobs) is None and _under_law(TEMPERED, logprobs) is None
+
+
+class TestBias:
+    @pytest.mark.parametrize(("name", "options"), DRAWING)
+    def test_each_law_is_named_with_what_mends_it(self, name: str, options: Any) -> None:
+        full = build(name, **options)
+        sampling = build(name, behavior="sampling", **options)
+        takes = f"{name} takes its tokens for draws of the whole policy at temperature 1;"
+        part = "set behavior: sampling (what is never drawn stays without its part), or"
+        wanted = {
+            CUT: (f"{takes} top_p 0.9 draws from a part", f"{part} top_p 1"),
+            TEMPERED: (
+                f"{takes} temperature 0.7 draws by another law",
+                "set behavior: sampling (exact), or temperature 1",
+            ),
+            BOTH: (
+                f"{takes} temperature 0.7 with top_p 0.8 draws from a part",
+                f"{part} temperature 1 and top_p 1",
+            ),
+            GREEDY: (f"{takes} temperature 0 draws from a part", f"{part} temperature 1"),
+        }
+        for law, (text, cure) in wanted.items():
+            found = bias(full, law)
+            assert found is not None and (found.text, found.cure) == (text, cure)
+        assert bias(full, WHOLE) is bias(sampling, WHOLE) is bias(sampling, TEMPERED) is None
+        for law, cure in ((CUT, "top_p 1"), (BOTH, "top_p 1"), (GREEDY, "temperature 1")):
+            left = bias(sampling, law)
+            assert left is not None and left.cure == f"{cure} leaves nothing out"
+            assert "never draws has no part in its gradient" in left.text
+
+    @pytest.mark.parametrize(("name", "options"), DIRECT)
+    def test_a_loss_that_takes_no_draw_has_none(self, name: str, options: Any) -> None:
+        assert all(bias(build(name, **options), law) is None for law in (CUT, BOTH, GREEDY))
+
+    def test_the_doctor_says_so(self) -> None:
+        objective = build("sampled_token")
+        assert check_law("tasks.t", objective, WHOLE).level == "ok"
+        note = check_law("tasks.t", objective, CUT)
+        assert note.level == "note" and "top_p 0.9" in note.text and "top_p 1" in note.cure
+        weighed = check_law("tasks.t", build("sampled_token", behavior="sampling"), TEMPERED)
+        assert weighed.level == "ok" and "weighs its tokens" in weighed.text
+
+
+def _config(**sections: Any) -> Any:
+    task = {"env": "tutelage/Math-v0", "env_args": {"problems": "arithmetic"}, "teacher": "a"}
+    data = {
+        "run": "runs/x",
+        "steps": 2,
+        "student": {"model": "builtin:start"},
+        "teachers": {"a": {"model": "builtin:arithmetic"}},
+        "tasks": {"math": task},
+        "objective": {"name": "sampled_token"},
+    }
+    return parse_config(data | sections, "test")
+
+
+class TestConfigs:
+    def test_the_plan_says_so_in_a_line(self) -> None:
+        config = _config(rollout={"top_p": 0.9})
+        (line,) = [note for note in notes(make_plan(config)) if "behavior" in note]
+        assert line == (
+            "tasks.math: sampled_token takes its tokens for draws of the whole policy at"
+            " temperature 1; top_p 0.9 draws from a part: set behavior: sampling (what is never"
+            " drawn stays without its part), or top_p 1"
+        )
+        sampling = {"name": "sampled_token", "behavior": "sampling"}
+        for sections in (
+            {"rollout": {"top_p": 1.0}},
+            {"rollout": {"top_p": 1.0, "temperature": 0.7}, "objective": sampling},
+            {"rollout": {"top_p": 0.9}, "objective": {"name": "local_support", "k": 8}},
+        ):
+            found = notes(make_plan(_config(**sections)))
+            assert not [note for note in found if "drawn" in note or "draws" in note]
+
+    def test_where_nobody_can_say_it_is_refused_before_anything_loads(self) -> None:
+        """vLLM does not know, and stale weights are gone by the time the learner could say."""
+        sampling = {"name": "sampled_token", "behavior": "sampling"}
+        rollout, stale = {"engine": "vllm", "top_p": 0.9}, {"max_staleness": 1}
+        with pytest.raises(ValueError, match=r"tasks\.math: objective\.behavior: sampling needs"):
+            _config(objective=sampling, rollout=rollout, schedule=stale)
+        _config(objective=sampling, rollout=rollout)
+        _config(objective=sampling, rollout=rollout | {"top_p": 1.0}, schedule=stale)
+        _config(objective=sampling, rollout={"top_p": 0.9}, schedule=stale)
+
+    def test_a_behavior_that_is_none_is_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", str(DEMO), "objective={name: sampled_token, behavior: mu}"])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert "sampled_token behavior 'mu'" in error and error.count("\n") == 1
