@@ -9,9 +9,10 @@ loss_N is unreduced and minimised; masks and averages are applied outside, in on
 (distill/learner.py). Every log-probability is a natural log over the full vocabulary at temperature
 1. `metrics` holds per-token diagnostics [N], detached.
 
-Some losses are means over the draw of the token (`Objective.draws`) and take it for one of the whole
-policy, whatever temperature and top-p drew it. `behavior="sampling"` weighs it (`Case.drawn`); full,
-the default, is what the papers' codes do and what runs were made with before there was another.
+Some losses are means over the draw of the token (`Objective.draws`) and take it for one of the
+whole policy, whatever temperature and top-p drew it. `behavior="sampling"` weighs it
+(`Case.drawn`); full, the default, is what the papers' codes do, and what runs were made with until
+there was a choice.
 
 One file is one loss: a class whose options are its `__init__`'s and whose `__call__` reads as the
 paper does. What is common to all, the call's arguments and their checks, is `Objective`, here.
