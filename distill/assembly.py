@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -27,6 +26,7 @@ from tutelage.distill.models import (
 )
 from tutelage.distill.server_teacher import ServerTeacher, check_server
 from tutelage.distill.teachers import Teacher, TeacherService, TransformersTeacher
+from tutelage.distill.threads import cores
 from tutelage.distill.transport import array_of
 from tutelage.distill.vllm import sync
 from tutelage.distill.vllm.engine import WANTED
@@ -153,7 +153,7 @@ def rank_model(student: StudentConfig, seed: int, rank: int) -> Any:
 
 def learner_threads(config: RunConfig) -> int:
     """Of torch in each of the learner's processes."""
-    return config.student.threads or max(1, (os.cpu_count() or 1) // config.learner.processes)
+    return config.student.threads or max(1, cores() // config.learner.processes)
 
 
 def make_placement(

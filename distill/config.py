@@ -112,7 +112,8 @@ class StudentConfig(_Section):
     tokenizer: Place | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # bf16 weights lose AdamW's small updates
     device: Device = "auto"  # cuda where there is one
-    threads: Positive | None = None  # of torch in this process; none: every core
+    threads: Positive | None = None  # of torch in this process; none: every core that it may use
+    # (OMP_NUM_THREADS, taskset). Forwards too small to gain from a second one take one
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:

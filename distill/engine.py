@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.distill.threads import fitting, matrix_size
 from tutelage.distill.transport import weight_of
 from tutelage.scheduler.engine import Completion, Request
 
@@ -126,6 +127,7 @@ class TransformersEngine:
     def __init__(self, model: Any, *, vocabulary: int, prefill_tokens: int = 16_384) -> None:
         self.model, self.version = model, 0
         self._vocabulary, self._prefill_tokens = vocabulary, prefill_tokens
+        self._matrix_size = matrix_size(model)
         self.max_context = int(model.config.max_position_embeddings)
         self._cache = SlotCache()
         self._sessions: dict[int, _Session] = {}
@@ -272,16 +274,17 @@ class TransformersEngine:
         slots = [row.session.slot for row in rows]
         self._cache.slots_B = torch.tensor(slots, device=device) if anywhere else None
         self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
-        hidden_BQD = self.model.base_model(
-            input_ids=torch.from_numpy(ids_BQ).to(device),
-            attention_mask=mask_B1QP,
-            position_ids=positions_BQ,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
-        last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-        logits_BV = self.model.get_output_embeddings()(last_BD)[:, : self._vocabulary].float()
-        sampled = _sample(logits_BV, rows)
+        with fitting(self._matrix_size, ids_BQ.size):
+            hidden_BQD = self.model.base_model(
+                input_ids=torch.from_numpy(ids_BQ).to(device),
+                attention_mask=mask_B1QP,
+                position_ids=positions_BQ,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
+            last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+            logits_BV = self.model.get_output_embeddings()(last_BD)[:, : self._vocabulary].float()
+            sampled = _sample(logits_BV, rows)
         self.prefilled_tokens += sum(lengths) if width > 1 else 0
         for row, chunk, token, logprob, law in zip(rows, chunks, *sampled, strict=True):
             if row.done:

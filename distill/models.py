@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 
 from tutelage.distill.checkpoints import check_loadable
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig
+from tutelage.distill.threads import cores
 
 BUILTIN = "builtin:"
 """`builtin:NAME` names a tiny model that ships with the package, in distill/tiny/NAME."""
@@ -216,7 +216,7 @@ def prepare_process(threads: int | None) -> None:
     than with one), and let glibc keep freed memory: by default every large tensor is mapped,
     faulted in and unmapped anew, which cost a fifth of an update.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or cores())
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
