@@ -114,7 +114,7 @@ def exchange(
         if where.scheme == "https":
             line = _encrypted(line, host, deadline, lines, tls)
         connection = http.client.HTTPConnection(host, port)
-        connection.sock = _Line(line, deadline, most)  # type: ignore[assignment]
+        connection.sock = _Line(line, deadline, most)
         method = "GET" if data is None else "POST"
         with closing(connection):
             connection.request(method, where.path, data, dict(headers))

@@ -138,7 +138,10 @@ class ServerTeacher:
         except Refused as refused:
             raise self._mistake(refused, tokens=end, k=k) from None
         except ValueError as error:  # TeacherScores names the id, not whose it is
-            raise ConfigError(f"teachers.{self.name}: {self._client.url}: {error}") from None
+            raise ConfigError(
+                f"teachers.{self.name}: {self._client.url}: {error}: choose a teacher with the"
+                " student's tokenizer, served without padding rows"
+            ) from None
 
     def _mistake(self, refused: Refused, *, tokens: int, k: int) -> ConfigError:
         """What the user must change, by what the server said no to."""
@@ -179,12 +182,12 @@ class ServerTeacher:
                 raise self._mistake(refused, tokens=0, k=0) from None
             raise ConfigError(
                 f"teachers.{self.name}.url: {url} is no OpenAI-compatible server: /v1/models is"
-                f" {refused}"
+                f" {refused}: correct it, or start one there, such as vllm serve"
             ) from None
         except (KeyError, TypeError):
             raise ConfigError(
                 f"teachers.{self.name}.url: {url} is no OpenAI-compatible server: it lists no"
-                " models under /v1/models"
+                " models under /v1/models: correct it, or start one there, such as vllm serve"
             ) from None
         if self._model not in served:
             raise ConfigError(
