@@ -1,6 +1,7 @@
 """Where workers and teachers run: in this process, or as Ray actors.
 
-The same classes either way, chosen by one line of configuration. The only module that imports Ray.
+The same classes either way, chosen by one line of configuration. It and ray_start.py alone import
+Ray.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import os
 import pickle
 import platform
+import sys
 import tempfile
 import time
 import zipfile
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingLaw
+from tutelage.scheduler.ray_start import connected
 from tutelage.scheduler.rollouts import RolloutWorker
 from tutelage.scheduler.watchdog import Watchdog, sweep
 
@@ -97,6 +100,9 @@ START_SECONDS = 3600.0
 LOOK = 10.0
 """Seconds of waiting after which it is looked whether any node is left."""
 
+SLOW = 60.0
+"""Seconds of waiting for a start after which it is said."""
+
 
 class RayCluster:
     """Rollout workers and teachers as Ray actors; the learner stays here.
@@ -106,7 +112,7 @@ class RayCluster:
     had happened.
 
     Args:
-        address: `local` starts Ray on this machine; `auto` or `ray://...` joins a running cluster.
+        address: see ray_start.connected.
         workers: rollout workers. Each plays a fixed share of every step's episodes, so one worker
             plays exactly what an in-process run does.
         threads: of torch in each actor.
@@ -147,23 +153,17 @@ class RayCluster:
         # (the student's weights in Ray's store, their version)
         self._loaded: tuple[Any, int | None] = None, None
         self._group: Any = None
+        self._workers: list[_Member] = []
+        self._teachers: dict[str, _Member] = {}
         self.restarts = 0
-        self._owned = not ray.is_initialized()
-        if self._owned:
-            # Ray's own is 15: on a machine that does anything else, the learner waits for actors
-            # that starve. Heard where Ray is started, not where it is joined.
-            os.environ.setdefault("RAY_worker_niceness", "0")
+        self._connection = contextlib.ExitStack()
+        if not ray.is_initialized():
             with _unpacked(wheel) as modules:
-                self._connect(
-                    address=address,
-                    include_dashboard=False,
-                    log_to_driver=True,
-                    configure_logging=False,
-                    runtime_env={"py_modules": modules} if modules else None,
+                self._connection.enter_context(
+                    connected(address, attempts=attempts, modules=modules)
                 )
         needs = [dict(worker_resources or {})] * workers
         needs += [dict(teacher_resources or {})] * len(make_teachers)
-        places = self._places(needs, strategy)
         makers = {f"worker-{i}": make_worker for i in range(workers)}
         makers |= {f"teacher-{name}": make for name, make in make_teachers.items()}
 
@@ -172,30 +172,19 @@ class RayCluster:
             dump = None if stalled is None else (str(stalled / f"{name}.txt"), 0.9 * timeout)
             return _Member(name, lambda: actor.remote(name, make, threads, dump))
 
-        members = [
-            member(name, make, options)
-            for (name, make), options in zip(makers.items(), places, strict=True)
-        ]
-        self._workers = members[:workers]
-        self._teachers = dict(zip(make_teachers, members[workers:], strict=True))
-        for one in members:  # they load side by side
-            self._await_start(one)
-
-    def _connect(self, *, address: str, **options: Any) -> None:
-        """Raises RuntimeError where Ray does not answer."""
-        for attempt in range(1, self._attempts + 1):
-            try:
-                self._ray.init(address=address, **options)
-                return
-            except ConnectionError as error:  # Ray gives the server of a ray:// client 30 s
-                self._ray.shutdown()
-                _forget_client()
-                if attempt == self._attempts:
-                    raise RuntimeError(
-                        f"cluster.address: {address} did not answer in {attempt} tries"
-                        f" ({str(error).strip().splitlines()[-1]}): is Ray running there (ray"
-                        " status), and for ray:// its client server?"
-                    ) from error
+        try:
+            places = self._places(needs, strategy)
+            members = [
+                member(name, make, options)
+                for (name, make), options in zip(makers.items(), places, strict=True)
+            ]
+            self._workers = members[:workers]
+            self._teachers = dict(zip(make_teachers, members[workers:], strict=True))
+            for one in members:  # they load side by side
+                self._await_start(one)
+        except BaseException:
+            self._end()
+            raise
 
     def sync(self, version: int) -> None:
         if self._loaded[1] == version:
@@ -236,12 +225,16 @@ class RayCluster:
         for worker in self._workers:
             with contextlib.suppress(self._ray.exceptions.RayError):  # dead or hung: killed below
                 self._get(_Job(worker, "close").start().reference, 10.0)
-        for one in (*self._workers, *self._teachers.values()):
-            self._ray.kill(one.actor)
-        if self._group is not None:
-            self._ray.util.remove_placement_group(self._group)
-        if self._owned:
-            self._ray.shutdown()
+        self._end()
+
+    def _end(self) -> None:
+        """Stop all that was started, as it is."""
+        with contextlib.suppress(self._ray.exceptions.RayError):  # there may be no Ray any more
+            for one in (*self._workers, *self._teachers.values()):
+                self._ray.kill(one.actor)
+            if self._group is not None:
+                self._ray.util.remove_placement_group(self._group)
+        self._connection.close()
         if self._stalled is not None:
             sweep([*self._stalled.glob("*.txt")])  # killed actors could not
 
@@ -275,12 +268,28 @@ class RayCluster:
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
             self._group = placement_group([dict(need) for need in needs], strategy=strategy)
-            self._get(self._group.ready(), START_SECONDS)
+            self._await_group(needs, strategy)
             for i, option in enumerate(options):
                 option["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                     self._group, placement_group_bundle_index=i
                 )
         return options
+
+    def _await_group(self, needs: Sequence[Mapping[str, float]], strategy: str) -> None:
+        """Raises RuntimeError where the cluster has no room for the placement group."""
+        what = f"a {strategy} placement of {[dict(need) for need in needs]}"
+        try:
+            self._get(self._group.ready(), START_SECONDS, what=what)
+        except self._ray.exceptions.GetTimeoutError:
+            raise RuntimeError(
+                f"cluster: {what} found no room in {START_SECONDS:g} s: {self._room()}; ask for"
+                " less, or set cluster.strategy to PACK"
+            ) from None
+
+    def _room(self) -> str:
+        """What the cluster has left."""
+        free = {k: v for k, v in self._ray.available_resources().items() if ":" not in k}
+        return f"free now: {free}"
 
     def _run(self, jobs: Sequence[_Job]) -> list[Any]:
         return self._finish([job.start() for job in jobs])
@@ -339,7 +348,7 @@ class RayCluster:
         """
         for attempt in range(1, self._attempts + 1):
             try:
-                self._get(member.ready, START_SECONDS)
+                self._get(member.ready, START_SECONDS, what=member.name)
                 return
             except self._ray.exceptions.RayTaskError:
                 raise  # what it could not load, another could not
@@ -351,13 +360,14 @@ class RayCluster:
                     ) from error
             self._refill(member)
 
-    def _get(self, reference: Any, timeout: float) -> Any:
-        """A result; an error that the actor's own code raised is raised as itself.
+    def _get(self, reference: Any, timeout: float, *, what: str = "") -> Any:
+        """A result; an error that the actor's own code raised is raised as itself. what: what is
+        started, which is said when it takes long.
 
         Raises:
             RuntimeError: no node is left to wait for.
         """
-        deadline = time.monotonic() + timeout
+        deadline, told = time.monotonic() + timeout, not what
         try:
             while (left := deadline - time.monotonic()) > LOOK:
                 with contextlib.suppress(self._ray.exceptions.GetTimeoutError):
@@ -367,17 +377,14 @@ class RayCluster:
                         "cluster: Ray has no node left (its raylet died): run the same command"
                         " again, which goes on from the last checkpoint"
                     )
+                if not told and left < timeout - SLOW:
+                    told = True
+                    said = f"{what} has not started in {SLOW:g} s, and is waited for"
+                    print(f"tutelage: cluster: {said} ({self._room()})", file=sys.stderr)
             return self._ray.get(reference, timeout=max(0.0, left))
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause.with_traceback(None) from None
-
-
-def _forget_client() -> None:
-    """After a `ray://` that failed Ray takes the next cluster for a client's, too."""
-    from ray._private.client_mode_hook import _explicitly_disable_client_mode
-
-    _explicitly_disable_client_mode()
 
 
 @contextlib.contextmanager

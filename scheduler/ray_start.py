@@ -1,0 +1,236 @@
+"""Ray, started for one run or joined: behind a token, on this machine alone, in bounded time.
+
+A Ray that is started here listens on the loopback address, takes orders from nobody without the
+run's own random token, which travels in the environment of its processes, has no dashboard, and
+keeps its files in a folder of the user's alone, gone when it ends. One that is joined is its
+owner's affair: the user's token is used, and a cluster without any is told of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+TOKEN_SINCE = "2.52"
+"""The first Ray that knows tokens."""
+
+PATIENCE = 15.0
+"""Seconds of waiting for Ray after which it is said."""
+
+LONGEST_FOLDER = 40
+"""Characters: Ray puts sockets 60 further down, and Linux takes 107 in all."""
+
+
+@contextlib.contextmanager
+def connected(address: str, *, attempts: int, modules: Sequence[str] = ()) -> Iterator[None]:
+    """Ray, until the end of the block. address: `local`, `auto` or `ray://...`. modules: folders of
+    packages for nodes that lack them.
+
+    Raises:
+        RuntimeError: it does not start, does not answer, or refuses the token; with the cure.
+    """
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": True, "configure_logging": False}
+    if modules:
+        options["runtime_env"] = {"py_modules": [*modules]}
+    # Ray's own is 15: on a machine that does anything else, the learner waits for actors that
+    # starve. Heard where Ray is started, not where it is joined.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    mode = _token_mode()
+    if address != "local":
+        _join(address, options, attempts)
+        if not mode():
+            _say(
+                f"cluster.address: {address}: this cluster asks for no token, so whoever reaches it"
+                " runs code there: start it with RAY_AUTH_MODE=token"
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder, failed = _folder(), False
+    try:
+        with _on_its_own():
+            if not mode():
+                raise RuntimeError("cluster: Ray did not take RAY_AUTH_MODE=token from this run")
+            _start(folder / "r", options, attempts)  # Ray opens its own folder to everybody
+        yield
+    except RuntimeError:
+        failed = True
+        raise
+    finally:
+        ray.shutdown()
+        _read_settings()  # the next Ray of this process has another token, or none
+        if not failed:  # else whoever looks for the reason needs its logs
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _token_mode() -> Callable[[], bool]:
+    """What says whether this process shows a token to Ray.
+
+    Raises:
+        RuntimeError: this Ray knows none.
+    """
+    import ray
+
+    raylet: Any = importlib.import_module("ray._raylet")
+    if not hasattr(raylet, "get_authentication_mode"):
+        raise RuntimeError(
+            f"cluster: Ray {ray.__version__} has no token authentication: whoever reaches its port"
+            f" runs code here: install ray>={TOKEN_SINCE}, or leave cluster out"
+        )
+    return lambda: raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN
+
+
+@contextlib.contextmanager
+def _on_its_own() -> Iterator[None]:
+    """The settings of a Ray that starts here, for it alone: its processes inherit them, and
+    environments that start later do not."""
+    from ray._private import ray_constants
+
+    own = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Where Ray is not to span machines it listens on the loopback address: the switch is
+        # named after the systems on which this is so by default. It is read at the import.
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    }
+    before = {name: os.environ.get(name) for name in (*own, "RAY_AUTH_TOKEN_PATH")}
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ.update(own)
+    spans, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        _read_settings()
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = spans
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _read_settings() -> None:
+    """Ray reads its environment when it is imported; this is once more."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _folder() -> Path:
+    """A new one, for the user alone (0700).
+
+    Raises:
+        RuntimeError: there is no place for it.
+    """
+    where = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(where) > LONGEST_FOLDER and "RAY_TMPDIR" not in os.environ:
+        where = "/tmp"
+    try:
+        return Path(tempfile.mkdtemp(prefix="ray-", dir=where))
+    except OSError as error:
+        raise RuntimeError(
+            f"cluster: no folder for Ray's files can be made in {where} ({error.strerror}): set"
+            " RAY_TMPDIR to one that has room, with a short name"
+        ) from None
+
+
+def _start(folder: Path, options: dict[str, Any], attempts: int) -> None:
+    """Raises RuntimeError where Ray does not start."""
+    import ray
+
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's own: 30
+    begun = time.monotonic()
+    for attempt in range(1, attempts + 1):
+        try:
+            with _told("cluster: Ray is starting on this machine, which takes long"):
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
+            return
+        except Exception as error:  # Ray raises Exception itself where it was too slow
+            ray.shutdown()
+            what = _brief(error)
+            if attempt == attempts:
+                seconds = time.monotonic() - begun
+                raise RuntimeError(
+                    f"cluster: Ray did not start on this machine in {attempt} tries and"
+                    f" {seconds:.0f} s ({what}): see whether it has memory, processes (ulimit -u),"
+                    f" open files (ulimit -n) and room in /dev/shm and {folder} left, and the logs"
+                    " there; without `cluster` the run needs no Ray"
+                ) from error
+            _say(f"cluster: Ray did not start ({what}); trying again")
+
+
+def _join(address: str, options: dict[str, Any], attempts: int) -> None:
+    """Raises RuntimeError where Ray does not answer, or wants another token."""
+    import ray
+
+    for attempt in range(1, attempts + 1):
+        try:
+            with _told(f"cluster.address: {address} has not answered yet"):
+                ray.init(address=address, **options)
+            return
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            ray.shutdown()
+            _forget_client()
+            if _unauthorized(error):
+                raise RuntimeError(
+                    f"cluster.address: {address} wants a token, and this process has none or"
+                    " another: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the cluster's"
+                    " own (ray get-auth-token prints it there)"
+                ) from None
+            again = isinstance(error, ConnectionError)  # Ray gives a ray:// client 30 s
+            if attempt == attempts or not again:
+                raise RuntimeError(
+                    f"cluster.address: {address} did not answer in {attempt} tries"
+                    f" ({_brief(error)}): is Ray running there (ray status), and for ray:// its"
+                    " client server? One that wants a token wants it here, too: RAY_AUTH_MODE=token"
+                    " and RAY_AUTH_TOKEN_PATH"
+                ) from error
+
+
+def _unauthorized(error: BaseException | None) -> bool:
+    """Whether it, or what led to it, is about the token."""
+    while error is not None:
+        if any(word in f"{type(error).__name__} {error}" for word in ("uthenticat", "AuthToken")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _forget_client() -> None:
+    """After a `ray://` that failed Ray takes the next cluster for a client's, too."""
+    from ray._private.client_mode_hook import _explicitly_disable_client_mode
+
+    _explicitly_disable_client_mode()
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Nobody should wonder what a run waits for."""
+    timer = threading.Timer(PATIENCE, _say, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(what: str) -> None:
+    print(f"tutelage: {what}", file=sys.stderr, flush=True)
