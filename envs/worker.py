@@ -44,7 +44,7 @@ class Garbage(Exception):
     """An environment answered with something that is not text in and text out."""
 
 
-class Undecided(Exception):
+class Undecided(RuntimeError):
     """Raised by an environment that cannot say how an action went, for reasons that are the
     machine's: the episode is played again, and lost at last, but never counted as a failure.
     """

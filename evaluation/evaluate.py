@@ -11,6 +11,7 @@ import numpy as np
 
 from tutelage.evaluation.metrics import wilson
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.timetable import ENDLESS
 
 Collect = Callable[[Sequence[Order], SamplingLaw], list[Episode | Dropped]]
 
@@ -27,13 +28,18 @@ def orders(
     """Games 0..n-1, each `samples` times. episodes: how many games, or `all` of the split.
 
     Raises:
-        ValueError: `all` of an environment that does not say how many it has.
+        ValueError: `all` of an environment that does not say how many it has, or has no end.
     """
     if episodes == "all":
         if num_games is None:
             raise ValueError(
                 f"task {task!r}: evaluation.episodes is 'all', but the environment does not say how"
                 " many it has: give a number"
+            )
+        if num_games >= ENDLESS:
+            raise ValueError(
+                f"task {task!r}: evaluation.episodes is 'all', and the environment has {num_games}:"
+                " give a number"
             )
         count = num_games
     else:

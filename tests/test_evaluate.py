@@ -62,8 +62,9 @@ class TestOrders:
         assert [order.index for order in few] == [game for game in range(10) for _ in range(2)]
 
     def test_all_of_an_unknown_number_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"'kitchen'.*'all'.*give a number"):
-            orders("kitchen", episodes="all", num_games=None)
+        for count in (None, 10**15):
+            with pytest.raises(ValueError, match=r"'kitchen'.*'all'.*give a number"):
+                orders("kitchen", episodes="all", num_games=count)
 
 
 class TestSummary:
