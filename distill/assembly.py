@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig, TeacherConfig
+from tutelage.distill.conversations import spoken
 from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.footprint import student_footprint
 from tutelage.distill.identity import digest_of, digest_of_served
@@ -166,7 +167,8 @@ def make_placement(
             for name, teacher in config.teachers.items()
         }
         guides = _guides(config, teachers, vocabulary)
-        worker = RolloutWorker(engine, tokenizer, task_rollouts(config), pools, guides)
+        rollouts = task_rollouts(config)
+        worker = RolloutWorker(engine, tokenizer, rollouts, pools, guides, **spoken(config))
         return InProcess(worker, teachers)
     return RayCluster(
         address=config.cluster.address,
@@ -242,7 +244,7 @@ def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
         for name in set(_guiding(config).values()) & config.teachers.keys()
     }
     guides = _guides(config, teachers, vocabulary)
-    return RolloutWorker(engine, tokenizer, rollouts, pools, guides)
+    return RolloutWorker(engine, tokenizer, rollouts, pools, guides, **spoken(config))
 
 
 def _guiding(config: RunConfig) -> dict[str, str]:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.distill.architecture import context_of, one_line, window_of
+from tutelage.distill.config import ConfigError
 from tutelage.distill.threads import fitting, matrix_size
 from tutelage.distill.transport import weight_of
 from tutelage.scheduler.engine import Completion, Request
@@ -94,6 +96,46 @@ class SlotCache:
         return 0
 
 
+@torch.inference_mode()
+def check_cache(model: Any) -> None:
+    """Refuse a model that keeps something else than keys and values of every position: states of
+    its own, or none at all.
+
+    Raises:
+        ConfigError: it fails over our cache, or reads two tokens otherwise with it than without.
+    """
+    ids_1T = torch.tensor([[1, 2]], device=model.device)
+    ids_1T %= model.get_input_embeddings().weight.shape[0]
+    mask_B1QP = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=model.device)
+    cache, parts = SlotCache(), []
+    cache.reserve(1, 2)
+    who = f"{type(model).__name__} (type {model.config.model_type!r})"
+    cure = "choose a student whose layers attend, such as llama or qwen2, or rollout.engine=vllm"
+    try:
+        for t in range(2):
+            cache.positions_BQ, cache.reach = torch.tensor([[t]], device=model.device), t + 1
+            parts.append(
+                model.base_model(
+                    input_ids=ids_1T[:, t : t + 1],
+                    attention_mask=mask_B1QP[..., : t + 1],
+                    position_ids=cache.positions_BQ,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+            )
+        whole_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state.float()
+    except Exception as error:  # transformers' models raise what comes
+        raise ConfigError(
+            f"{who} cannot be played token by token here ({one_line(error)}): {cure}"
+        ) from None
+    apart = float((torch.cat(parts, dim=1).float() - whole_1TD).abs().max())
+    if apart > 0.1 * float(whole_1TD.abs().max()):  # (NaN is said where it matters)
+        raise ConfigError(
+            f"{who} says other things token by token than in one piece: it keeps more than keys and"
+            f" values: {cure}"
+        )
+
+
 @dataclass(slots=True)
 class _Session:
     slot: int
@@ -128,7 +170,10 @@ class TransformersEngine:
         self.model, self.version = model, 0
         self._vocabulary, self._prefill_tokens = vocabulary, prefill_tokens
         self._matrix_size = matrix_size(model)
-        self.max_context = int(model.config.max_position_embeddings)
+        # A layer that looks back over a window alone would be given more: our mask has none.
+        context = context_of(model.config)
+        self.max_context = min(context, window_of(model.config) or context)
+        check_cache(model)
         self._cache = SlotCache()
         self._sessions: dict[int, _Session] = {}
         self._free: list[int] = []

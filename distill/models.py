@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from tutelage.distill.architecture import (
+    check_architecture,
+    check_forward,
+    check_weights,
+    one_line,
+)
 from tutelage.distill.checkpoints import check_loadable
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig
 from tutelage.distill.threads import cores
@@ -55,7 +61,11 @@ def load_tokenizer(reference: str) -> Any:
         "tokenizer_class"
     ) in ("TokenizersBackend", "PreTrainedTokenizerFast")
     loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-    return _loading(reference, "tokenizer", loader.from_pretrained)
+    tokenizer = _loading(reference, "tokenizer", loader.from_pretrained)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_truncation()  # a file may ask for either, and every prompt would be cut
+        backend.no_padding()
+    return tokenizer
 
 
 def load_settings(reference: str) -> Any:
@@ -65,14 +75,32 @@ def load_settings(reference: str) -> Any:
     return _loading(reference, "configuration", AutoConfig.from_pretrained)
 
 
-def _loading(reference: str, what: str, load: Any) -> Any:
+def load_generation(reference: str) -> Any | None:
+    """A model's settings for generation; None: it has none."""
+    from transformers import GenerationConfig
+
     try:
-        return load(resolve(reference))
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
+        return _loading(reference, "generation_config.json", GenerationConfig.from_pretrained)
+    except ConfigError:
+        if (Path(resolve(reference)) / "generation_config.json").is_file():
             raise
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {reference!r}: its {what} does not load: {first}") from None
+        return None
+
+
+def _loading(reference: str, what: str, load: Any, **given: Any) -> Any:
+    """What `load` makes of a model's files; code that comes with them is never run."""
+    try:
+        return load(resolve(reference), trust_remote_code=False, **given)
+    except ConfigError:
+        raise
+    except Exception as error:  # what a broken file makes transformers raise, who knows
+        said = one_line(error)
+        if "trust_remote_code" in said:
+            raise ConfigError(
+                f"model {reference!r}: its {what} needs code of its own (auto_map), which is never"
+                " run here: choose a model whose type transformers knows"
+            ) from None
+        raise ConfigError(f"model {reference!r}: its {what} does not load: {said}") from None
 
 
 def device_of(name: str) -> torch.device:
@@ -86,15 +114,41 @@ def load_model(reference: str, *, dtype: str, device: str) -> Any:
     """A causal language model, in evaluation mode: without dropout rollouts and updates agree."""
     from transformers import AutoModelForCausalLM
 
+    who = f"model {reference!r}"
+    check_architecture(load_settings(reference), who)
     check_loadable(Path(resolve(reference)))
-    model = _loading(
+    model, found = _loading(
         reference,
         "weights",
-        lambda path: AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ),
+        AutoModelForCausalLM.from_pretrained,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        ignore_mismatched_sizes=True,  # to name them
+        output_loading_info=True,
     )
-    return _checked(model.to(device_of(device)).eval(), reference)
+    _check_keys(found, who)
+    return _checked(model.to(device_of(device)).eval(), who)
+
+
+def _check_keys(found: Mapping[str, Any], who: str) -> None:
+    """Refuse weights that are not the model's: transformers would draw what is missing at random,
+    leave out what is too much, and say so in a warning."""
+    if other := sorted(found["mismatched_keys"]):
+        name, there, here = other[0]
+        raise ConfigError(
+            f"{who}: {name} has shape {tuple(there)} in its files and {tuple(here)} by its"
+            f" config.json{_more(other)}: one of the two is another model's"
+        )
+    for keys, fault in (("missing_keys", "have no"), ("unexpected_keys", "hold an unknown")):
+        if names := sorted(found[keys]):
+            raise ConfigError(
+                f"{who}: its weight files {fault} {names[0]!r}{_more(names)}: they are incomplete,"
+                " or of another model than its config.json: fetch or save them again"
+            )
+
+
+def _more(names: Sequence[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def load_student(config: StudentConfig, *, seed: int) -> Any:
@@ -104,11 +158,24 @@ def load_student(config: StudentConfig, *, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     settings = student_settings(config)
+    check_architecture(settings, "student.init")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+        try:
+            model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+        except Exception as error:  # of sizes that do not fit each other
+            raise ConfigError(
+                f"student.init: a {settings.model_type!r} of this kind cannot be made:"
+                f" {one_line(error)}"
+            ) from None
     model = model.to(getattr(torch, config.dtype))
     return _checked(model.to(device_of(config.device)).eval(), "student.init")
+
+
+def _checked(model: Any, who: str) -> Any:
+    check_weights(model, who)
+    check_forward(model, who)
+    return model
 
 
 def recomputing(model: Any) -> list[Any]:
@@ -151,20 +218,6 @@ def student_tokenizer(config: StudentConfig) -> str:
     return reference
 
 
-@torch.inference_mode()
-def _checked(model: Any, reference: str) -> Any:
-    """Refuse a model that does more to its logits than its head does (soft caps, logit scales)."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    logits = model(input_ids=ids).logits
-    hidden = model.base_model(input_ids=ids).last_hidden_state
-    if not torch.allclose(logits, model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3):
-        raise ConfigError(
-            f"model {reference!r} ({type(model).__name__}) does more to its logits than its output"
-            " embedding does: not supported"
-        )
-    return model
-
-
 def check_vocabularies(config: RunConfig) -> int:
     """The number of ids that student and teachers share. Reads no weights. A server without files
     here is asked elsewhere (assembly.check_teachers).
@@ -177,6 +230,9 @@ def check_vocabularies(config: RunConfig) -> int:
     size = len(tokenizer)
     if config.student.model is not None:
         _check_room(config.student.model, size, "student.model")
+        check_architecture(load_settings(config.student.model), "student.model")
+    else:
+        check_architecture(student_settings(config.student), "student.init")
     for name, teacher in config.teachers.items():
         if (files := teacher.files) is None:
             continue

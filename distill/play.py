@@ -86,6 +86,7 @@ def _required(info: Mapping[str, Any], key: str, policy: str) -> Any:
 
 def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     """A student's greedy replies, over the whole history."""
+    from tutelage.distill.conversations import stop_ids
     from tutelage.distill.engine import TransformersEngine
     from tutelage.distill.models import load_model, load_tokenizer
     from tutelage.scheduler.chat import Chat
@@ -94,7 +95,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     from tutelage.scheduler.episodes import GREEDY
 
     tokenizer = load_tokenizer(reference)
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, stop_ids=stop_ids(reference))
     model = load_model(reference, dtype="float32", device="auto")
     engine = TransformersEngine(model, vocabulary=len(tokenizer))
     context = Context(chat, ContextSettings(repeat_task=True))

@@ -36,6 +36,7 @@ from tutelage.distill.assembly import (
 )
 from tutelage.distill.changes import refuse_changes, write_config
 from tutelage.distill.config import ConfigError, LearnerConfig, RunConfig, build_objective
+from tutelage.distill.conversations import as_begun, check_conversations, dated
 from tutelage.distill.identity import Identity, digest_of
 from tutelage.distill.journal import Journal, plain
 from tutelage.distill.learner import Course
@@ -75,6 +76,7 @@ class Run:
     def __init__(
         self, config: RunConfig, *, watch: Watcher | None = None, trains: bool = True
     ) -> None:
+        config = as_begun(config)
         self.config, self.watch = config, watch or Watcher()
         self.folder = Path(config.run)
         self._lock = Lock(self.folder) if trains else None
@@ -100,6 +102,8 @@ class Run:
         self.vocabulary = check_vocabularies(config)
         prepare_process(learner_threads(config))
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
+        config = self.config = dated(config, self.tokenizer)
+        check_conversations(config, self.tokenizer)
         check_teachers(config, self.tokenizer)
         self._courses = {
             name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
@@ -416,10 +420,12 @@ def evaluate_model(
         # now: a run that goes on may have deleted the checkpoint when all is played
         weights = None if name is None else digest_of(name)
         scores = run.evaluate(config.evaluation.modes)
+        date = run.config.date
     return {
         "model": name or "student.init",
         "weights": weights,
         "scores": scores,
+        **({} if date is None else {"date": date.isoformat()}),
         "versions": _versions(),
     }
 

@@ -7,10 +7,14 @@ therefore never asked to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Collection, Sequence
 from typing import Any
 
-SENTINELS = ("⟦first user⟧", "⟦first reply⟧", "⟦second user⟧")
+from tutelage.scheduler.templates import Pieces, pieces
+
+MARKERS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
+"""What usually ends a turn, where a vocabulary has it."""
 
 
 class Chat:
@@ -22,31 +26,55 @@ class Chat:
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template (without one: the texts, bare).
         system: a system message for the opening, or None.
+        stop_ids: what the model's own settings say ends a reply, beside what the tokenizer does.
+        date: what a template that asks takes for today; None: the clock's.
+
+    Raises:
+        ValueError: no reply could end, or the template does not do (templates.pieces).
     """
 
-    def __init__(self, tokenizer: Any, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        stop_ids: Collection[int] = (),
+        date: datetime.date | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.eos_ids = _eos_ids(tokenizer)
+        eos = _eos_id(tokenizer)
+        self.pieces = Pieces(head="", tail="\n", close="\n", again="\n")
         if tokenizer.chat_template:
-            self._head, self._close, self._tail = _pieces(tokenizer, system)
-        else:
-            self._head, self._close, self._tail = "", "\n", "\n"
-        self.thought = _open_thought(self._tail)
-        self._special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._close_ids = self._encode(self._close)
+            self.pieces = pieces(tokenizer, system=system, date=date)
+        self.thought = _open_thought(self.pieces.tail)
+        added = tokenizer.added_tokens_decoder
+        opening = [i for i in self._encode(self.pieces.head) if i in added]
+        self._opener = opening[-1] if opening else None
+        self._special = [token.content for token in added.values() if token.special]
+        self._close_ids = self._encode(self.pieces.close)
+        vocabulary = tokenizer.get_vocab()
+        known = {int(vocabulary[marker]) for marker in MARKERS if marker in vocabulary}
+        # An id of an ordinary word is a default that nobody set: replies would end within a word.
+        told = {int(i) for i in stop_ids if i in added}
+        closing = {i for i in self._close_ids[:1] if i in added and added[i].special}
+        self.eos_ids = frozenset({eos, *known, *told, *closing})
+        """Every id that ends a turn."""
 
     def opening(self, text: str) -> list[int]:
         """The ids before the first reply."""
-        return self._between(self._head, text, self._tail)
+        return self._between(self.pieces.head, text, self.pieces.tail)
 
-    def following(self, text: str, *, closed: bool) -> list[int]:
-        """The ids between two replies; `closed` says that the student ended its reply itself.
+    def following(self, text: str, *, closed: bool, end: int | None = None) -> list[int]:
+        """The ids between two replies; `closed` says that the student ended its reply itself, `end`
+        with which id.
 
         The template's closing tokens begin with the end-of-turn token: it is not repeated when it
-        was sampled.
+        was sampled. One that also opens what comes next (GLM's next speaker) stays after another
+        end.
         """
-        ids = self._between(self._close, text, self._tail)
-        if closed and ids and ids[0] in self.eos_ids:
+        ids = self._between(self.pieces.close, text, self.pieces.again)
+        said = end in (None, *ids[:1]) or ids[0] != self._opener
+        if closed and said and ids and ids[0] in self.eos_ids:
             del ids[0]
         return ids
 
@@ -63,7 +91,11 @@ class Chat:
     def text(self, ids: Sequence[int]) -> str:
         """What a reply says, without its end-of-turn token."""
         kept = [i for i in ids if i not in self.eos_ids]
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        return str(
+            self.tokenizer.decode(
+                kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _between(self, before: str, text: str, after: str) -> list[int]:
         """The ids of a text among the template's pieces, as one string, so that no word is split at
@@ -94,45 +126,14 @@ def _open_thought(tail: str) -> str:
     return tail[begun:] if begun > tail.rfind("</think>") else ""
 
 
-def _eos_ids(tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a turn: the tokenizer's EOS and those usual end-of-turn markers it has."""
-    if tokenizer.eos_token_id is None:
+def _eos_id(tokenizer: Any) -> int:
+    """The tokenizer's EOS, which it must know."""
+    name, eos = tokenizer.name_or_path, tokenizer.eos_token
+    if eos is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no EOS token: set eos_token in its config")
+    if eos not in tokenizer.get_vocab():
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no EOS token: set eos_token in its config"
+            f"tokenizer {name!r}: its EOS {eos!r} is not in its vocabulary, so no reply could end:"
+            " set eos_token in its config to a token that it has"
         )
-    ids = {int(tokenizer.eos_token_id)}
-    vocabulary = tokenizer.get_vocab()
-    for marker in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>"):
-        if marker in vocabulary:
-            ids.add(int(vocabulary[marker]))
-    return frozenset(ids)
-
-
-def _pieces(tokenizer: Any, system: str | None) -> tuple[str, str, str]:
-    """(before the first user text, between a reply and the next user text, after a user text)."""
-    first, reply, second = SENTINELS
-    opening = [{"role": "system", "content": system}] if system is not None else []
-    messages = [
-        *opening,
-        {"role": "user", "content": first},
-        {"role": "assistant", "content": reply},
-        {"role": "user", "content": second},
-    ]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    try:
-        head, rest = rendered.split(first)
-        middle, rest = rest.split(reply)
-        close, tail = rest.split(second)
-    except ValueError:
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} drops or repeats a message: a"
-            " template must show each user and assistant text exactly once; give the"
-            " model one that does"
-        ) from None
-    alone = tokenizer.apply_chat_template(
-        messages[: len(opening) + 1], tokenize=False, add_generation_prompt=True
-    )
-    if alone != head + first + tail and not middle.startswith(tail):
-        # What follows the first user text differs when a reply comes: trust what a live chat sees.
-        tail = alone.split(first)[1]
-    return head, close, tail
+    return int(tokenizer.eos_token_id)

@@ -122,6 +122,7 @@ class Context:
         self._history: list[tuple[str, str]] = []  # (observation, action), oldest first
         self._observation = ""
         self._closed = True
+        self._end: int | None = None
         self._builder = _RowBuilder()
         self._rows: list[Row] = []
         self._trunk: list[int] = []
@@ -159,7 +160,7 @@ class Context:
             ids = (
                 self._chat.opening(text)
                 if first
-                else self._chat.following(text, closed=self._closed)
+                else self._chat.following(text, closed=self._closed, end=self._end)
             )
         else:
             ids = self._chat.opening(self._window_text(observation, info))
@@ -181,7 +182,7 @@ class Context:
             self._builder.branch(expert_ids, turn)
             self._builder.prompt(reply.ids)  # the student's own words: seen, without loss
         self._trunk = self._trunk + list(reply.ids)
-        self._closed = reply.closed
+        self._closed, self._end = reply.closed, int(reply.ids[-1]) if reply.ids else None
         self._history.append((self._observation, action))
         if self._settings.kind == "window":
             self._rows.append(self._builder.row())

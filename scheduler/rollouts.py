@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,7 @@ class RolloutWorker:
         pools: the tasks' environments, where they were opened before; closed with the worker.
         guides: by task, the engine of the teacher that plays the prefix of guided episodes; where
             there is none, the expert does.
+        stop_ids, date: see Chat.
     """
 
     def __init__(
@@ -118,10 +120,13 @@ class RolloutWorker:
         tasks: Mapping[str, TaskRollout],
         pools: EnvironmentPools | None = None,
         guides: Mapping[str, Engine] | None = None,
+        *,
+        stop_ids: Collection[int] = (),
+        date: datetime.date | None = None,
     ) -> None:
         self.engine = engine
         self._guides = dict(guides or {})
-        self._tokenizer = tokenizer
+        self._tokenizer, self._stop_ids, self._date = tokenizer, stop_ids, date
         self._tasks = dict(tasks)
         self._vocabulary = len(tokenizer)
         self._pools = pools or EnvironmentPools(tasks)
@@ -154,6 +159,15 @@ class RolloutWorker:
             self.load(weights, version)
         return self.collect(orders, law=law)
 
+    def chat(self, task: str) -> Chat:
+        """How a task's conversation is written."""
+        return Chat(
+            self._tokenizer,
+            system=self._tasks[task].context.system,
+            stop_ids=self._stop_ids,
+            date=self._date,
+        )
+
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games or problems the task's environment has; None: it does not say."""
         count = self._pools[task].probe["num_episodes"]
@@ -177,7 +191,7 @@ class _Play:
         self._guide = worker._guides.get(task)
         self._how = worker._tasks[task]
         self._pool = ReplayingPool(worker._pools[task], attempts=self._how.attempts)
-        self._chat = Chat(worker._tokenizer, system=self._how.context.system)
+        self._chat = worker.chat(task)
         self._live: dict[int, _Live] = {}
         self._done: dict[int, Episode | Dropped] = {}
         self._waiting: deque[_Try] = deque()

@@ -327,16 +327,38 @@ def test_templates(
 
 
 def test_an_eos_of_its_own_is_named(tokenizer: Any, altered: Callable[..., Any]) -> None:
-    _level(tokenizers.check_eos("t", tokenizer, altered()), "ok", "'<|end|>'")
-    found = tokenizers.check_eos("t", tokenizer, altered(eos_token="<|pad|>"))
+    student = Chat(tokenizer)
+    _level(tokenizers.check_ends("t", student, Chat(altered())), "ok", "'<|end|>'")
+    found = tokenizers.check_ends("t", student, Chat(altered(eos_token="<|pad|>")))
     _level(found, "fault", "it ends with '<|pad|>' (0), the student with '<|end|>' (1)")
 
 
+def test_an_end_that_one_of_two_does_not_know_is_named(
+    tokenizer: Any, altered: Callable[..., Any]
+) -> None:
+    """GLM ends a turn with the next speaker's name, which its generation settings say."""
+    open_ended = GOOD.replace("<|end|>", "")
+    taught = Chat(altered(chat_template=open_ended), stop_ids=[1, 2])
+    assert taught.end_id == 2
+    bare = Chat(altered(chat_template=None))
+    found = tokenizers.check_ends("t", taught, bare)
+    _level(found, "fault", "replies end with '<|user|>' (2), the teacher's with '<|end|>' (1)")
+    found = tokenizers.check_ends("t", bare, taught)
+    _level(
+        found, "note", "may end with '<|end|>' (1), the teacher's with '<|end|>' (1), '<|user|>'"
+    )
+
+
 def test_a_reply_must_be_able_to_end(altered: Callable[..., Any]) -> None:
-    _level(tokenizers.check_end_of_turn("student", altered(), 1), "ok", "'<|end|>' (1)")
+    _level(tokenizers.check_end_of_turn("student", altered(), [1]), "ok", "'<|end|>' (1)")
+    # what the template closes with ends a reply, whatever the tokenizer's EOS
     found = tokenizers.check_end_of_turn("student", altered(eos_token="<|pad|>"))
-    _level(found, "note", "closes a reply with ['<|end|>'], which ends no turn")
-    _level(tokenizers.check_end_of_turn("student", altered(), [5]), "note", "say [5]")
+    _level(found, "ok", "'<|end|>' (1), or with '<|pad|>' (0)")
+    words = altered(chat_template=GOOD.replace("<|end|>", " over"))
+    found = tokenizers.check_end_of_turn("student", words)
+    _level(found, "note", "which ends no turn; replies end with '<|end|>'")
+    found = tokenizers.check_end_of_turn("student", altered(), [1, 50, 5_000])
+    _level(found, "note", "also say [50, 5000]")
     _level(tokenizers.check_end_of_turn("student", altered(eos_token=None)), "fault", "no EOS")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tutelage.distill.assembly import make_engine
 from tutelage.distill.config import ConfigError, RunConfig, build_objective
+from tutelage.distill.conversations import as_begun, chat_of, dated, spoken, stop_ids, teacher_chat
 from tutelage.distill.doctor import models as numbers
 from tutelage.distill.doctor import tokenizers as texts
 from tutelage.distill.doctor.engines import Known, examine_engine
@@ -26,7 +27,6 @@ from tutelage.distill.models import (
     student_tokenizer,
 )
 from tutelage.distill.teachers import TransformersTeacher
-from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.rollouts import RolloutWorker
@@ -58,6 +58,7 @@ def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding
             if teacher.files is not None:
                 yield from _tokenizer(f"teachers.{name}", teacher.files)[1]
         return
+    config = dated(as_begun(config), tokenizer)
     yield from _texts(config, tokenizer)
     say("student")
     played: dict[str, Played] = {}
@@ -109,7 +110,7 @@ def _absent(subject: str, what: str, error: Exception) -> Finding:
 def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
     systems = [config.rollout_of(name).context.system for name in config.tasks]
     for system in dict.fromkeys(systems):
-        yield texts.check_template("student", tokenizer, system)
+        yield texts.check_template("student", tokenizer, system, config.date)
     for name in config.tasks:
         masked = config.objective_of(name).mask_tokens
         yield texts.check_mask(f"tasks.{name}", tokenizer, masked)
@@ -128,7 +129,8 @@ def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> It
         return
     rows = model.get_output_embeddings().weight.shape[0]
     yield texts.check_padding("student", rows, size)
-    ends = texts.check_end_of_turn("student", tokenizer, model.generation_config.eos_token_id)
+    told = stop_ids(config.student.model)
+    ends = texts.check_end_of_turn("student", tokenizer, told, config.date)
     yield ends
     if rows < size or ends.level == "fault":
         return
@@ -189,7 +191,7 @@ def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Playe
         attempts=1,
     )
     check = Check(f"tasks.{name}", "rollout")
-    worker = RolloutWorker(engine, tokenizer, {name: how})
+    worker = RolloutWorker(engine, tokenizer, {name: how}, **spoken(config))
     try:
         count = worker.num_episodes(name)
         orders = [
@@ -235,7 +237,7 @@ def _teacher(
             return
         comparisons = [
             texts.check_vocabulary(subject, tokenizer, own),
-            texts.check_eos(subject, tokenizer, own),
+            _ends(config, tokenizer, subject, own),
             texts.check_same_template(subject, tokenizer, own),
         ]
         yield from comparisons
@@ -250,7 +252,7 @@ def _teacher(
             return  # its scores would be of other texts
         teacher = TransformersTeacher(model.requires_grad_(False), vocabulary=len(tokenizer))
         opening = next((p.opening for p in tasks.values()), None)
-        prompt = opening or Chat(tokenizer).opening("What is two and two?")
+        prompt = opening or tokenizer.encode("What is two and two?", add_special_tokens=False)
         yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
         if settings.engine != "transformers":
             own_rows = [row for found in tasks.values() for row in found.rows]
@@ -263,6 +265,18 @@ def _teacher(
         said = {task: found.rows for task, found in tasks.items()}
         yield from examine_engine(config, name, tokenizer, known, said)
         _free()
+
+
+def _ends(config: RunConfig, tokenizer: Any, subject: str, own: Any) -> Finding:
+    """Whether teacher and student end alike. own: the teacher's tokenizer."""
+    name = subject.removeprefix("teachers.")
+    taught = [task for task, section in config.tasks.items() if name in section.teachers]
+    try:
+        student = chat_of(config, tokenizer, taught[0])
+        teacher = teacher_chat(name, own, config.teachers[name].files)
+    except ConfigError as error:
+        return Check(subject, "EOS").fault(str(error), "see the message")
+    return texts.check_ends(subject, student, teacher)
 
 
 def examine_teacher(

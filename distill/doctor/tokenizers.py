@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Collection, Sequence
 from itertools import pairwise, zip_longest
 from typing import Any
 
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.masks import special_ids
 from tutelage.scheduler.chat import Chat
+from tutelage.scheduler.templates import conversation, reads_clock, render, spoken_of
 
 
 def check_vocabulary(subject: str, student: Any, teacher: Any) -> Finding:
@@ -31,32 +33,53 @@ def _id(number: int | None) -> str:
     return "none" if number is None else str(number)
 
 
-def check_eos(subject: str, student: Any, teacher: Any) -> Finding:
-    """Whether teacher and student end with the same token: else the teacher always wants to go on
-    where the student stops, and replies grow without end."""
+def check_ends(subject: str, student: Chat, teacher: Chat) -> Finding:
+    """Whether the teacher ends a reply as the student does: else it always wants to go on where the
+    student stops, and replies grow without end."""
     check = Check(subject, "EOS")
-    if teacher.eos_token_id == student.eos_token_id:
-        return check.ok(f"{teacher.eos_token!r}, id {teacher.eos_token_id}, as the student's")
-    return check.fault(
-        f"it ends with {teacher.eos_token!r} ({_id(teacher.eos_token_id)}), the student with"
-        f" {student.eos_token!r} ({_id(student.eos_token_id)})",
-        "set eos_token in the tokenizer_config.json of the one that is wrong; a base model and its"
-        " instruct version often differ here",
-    )
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    if theirs.eos_token_id != ours.eos_token_id:
+        return check.fault(
+            f"it ends with {theirs.eos_token!r} ({_id(theirs.eos_token_id)}), the student with"
+            f" {ours.eos_token!r} ({_id(ours.eos_token_id)})",
+            "set eos_token in the tokenizer_config.json of the one that is wrong; a base model and"
+            " its instruct version often differ here",
+        )
+    if student.end_id not in teacher.eos_ids:
+        return check.fault(
+            f"the student's replies end with {_tokens(ours, [student.end_id])}, the teacher's with"
+            f" {_tokens(theirs, teacher.eos_ids)}",
+            "choose a teacher that was taught in the student's chat template, or put the token into"
+            " eos_token_id of its generation_config.json",
+        )
+    if teacher.eos_ids != student.eos_ids:
+        return check.note(
+            f"the student's replies may end with {_tokens(ours, student.eos_ids)}, the teacher's"
+            f" with {_tokens(theirs, teacher.eos_ids)}",
+            "an end that one of the two does not know is seldom taught: make eos_token_id of both"
+            " generation_config.json the same",
+        )
+    return check.ok(f"{theirs.eos_token!r}, id {theirs.eos_token_id}, as the student's")
 
 
-def check_end_of_turn(subject: str, tokenizer: Any, model_eos: Any = None) -> Finding:
+def _tokens(tokenizer: Any, ids: Collection[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(ids))
+
+
+def check_end_of_turn(
+    subject: str, tokenizer: Any, told: Collection[int] = (), date: datetime.date | None = None
+) -> Finding:
     """Whether a reply can end: an EOS token there is, and the template closes with it.
 
-    model_eos: the `eos_token_id` of the model's own generation settings, an int or several.
+    told: what the model's own generation settings say ends a reply.
     """
     check = Check(subject, "end of turn")
-    if tokenizer.eos_token_id is None:
+    try:
+        chat = Chat(tokenizer, stop_ids=told, date=date)
+    except ValueError as error:
         return check.fault(
-            "the tokenizer has no EOS token: no reply can end",
-            "set eos_token in its tokenizer_config.json",
+            " ".join(str(error).split()), "correct the files of the tokenizer, as the message says"
         )
-    chat = Chat(tokenizer)
     end = chat.end_id
     said = f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})"
     closing = chat.following("x", closed=False)[:1]
@@ -67,13 +90,16 @@ def check_end_of_turn(subject: str, tokenizer: Any, model_eos: Any = None) -> Fi
             f" {said}",
             "set eos_token to the template's closing token, if that is what the model was taught",
         )
-    known = {model_eos} if isinstance(model_eos, int) else set(model_eos or [end])
-    if end not in known:
+    if strange := sorted({*told} - chat.eos_ids):
+        words = tokenizer.convert_ids_to_tokens([i for i in strange if i < len(tokenizer)])
         return check.note(
-            f"replies end with {said}, but the model's own settings say {sorted(known)}",
-            "harmless here, where the tokenizer decides; others read generation_config.json",
+            f"replies end with {said}; the model's own settings also say {strange} {words}, which"
+            " is no special token of this tokenizer: not taken",
+            "correct eos_token_id in its generation_config.json or config.json",
         )
-    return check.ok(f"replies end with {said}")
+    others = chat.eos_ids - {end}
+    more = f", or with {_tokens(tokenizer, others)}" if others else ""
+    return check.ok(f"replies end with {said}{more}")
 
 
 def check_padding(subject: str, rows: int, size: int) -> Finding:
@@ -92,7 +118,9 @@ def check_padding(subject: str, rows: int, size: int) -> Finding:
     )
 
 
-def check_template(subject: str, tokenizer: Any, system: str | None = None) -> Finding:
+def check_template(
+    subject: str, tokenizer: Any, system: str | None = None, date: datetime.date | None = None
+) -> Finding:
     """Whether the chat template shows every turn, and leaves earlier ones as they were.
 
     Rollouts append ids and never render again, so a template that rewrites what was said does no
@@ -105,24 +133,30 @@ def check_template(subject: str, tokenizer: Any, system: str | None = None) -> F
             "give an instruct model the chat_template that it was trained with",
         )
     try:
-        plain = _renderings(tokenizer, system, "{}")
-        thinking = _renderings(tokenizer, system, "<think>thought of {}</think>{}")
+        plain = _renderings(tokenizer, system, "{}", date)
+        thinking = _renderings(tokenizer, system, "<think>thought of {}</think>{}", date)
     except Exception as error:  # a template is a program: it may raise anything
-        return check.fault(
-            f"it fails on a conversation of three turns: {' '.join(str(error).split())}",
-            "give the tokenizer a template that takes user and assistant turns in alternation"
-            + ("" if system is None else " and a system message"),
-        )
-    if gone := [text for text in (*USERS, *REPLIES) if text not in plain[-1]]:
+        plain, thinking, said = [], [], " ".join(str(error).split())
+    if plain and (gone := [text for text in (*USERS, *REPLIES) if text not in plain[-1]]):
         return check.fault(
             f"it drops earlier turns: of three, {', '.join(map(repr, gone))} no longer show",
             "take a template that shows every turn, or prompt each turn afresh: rollout.context:"
             " {kind: window}",
         )
     try:
-        chat = Chat(tokenizer, system=system)
+        chat = Chat(tokenizer, system=system, date=date)
     except ValueError as error:
         return check.fault(" ".join(str(error).split()), "see the message")
+    if not plain:
+        return check.fault(
+            f"it fails on a conversation of three turns: {said}",
+            "give the tokenizer a template that takes user and assistant turns in alternation",
+        )
+    if chat.pieces.unasked:
+        return check.note(
+            f"it ignores add_generation_prompt; what opens a reply, {chat.pieces.unasked!r}, is"
+            " taken from its finished replies"
+        )
     changes = [] if _extends(plain) else ["rewrites earlier turns"]
     if any(f"thought of {text}" not in thinking[-1] for text in REPLIES):
         changes.append("drops the reasoning (<think>) of earlier turns")
@@ -135,24 +169,27 @@ def check_template(subject: str, tokenizer: Any, system: str | None = None) -> F
             f"it keeps what was said, but its text in one piece has other ids than turn by turn,"
             f" from token {at} on"
         )
-    return check.ok("keeps earlier turns as they were; appended ids are those of its own text")
+    text = "keeps earlier turns as they were; appended ids are those of its own text"
+    if date is not None and reads_clock(tokenizer):
+        text += f"; the day that it shows is {date.isoformat()} in all of this run"
+    return check.ok(text)
 
 
 USERS = ("first asked", "second asked", "third asked")
 REPLIES = ("first said", "second said")
 
 
-def _renderings(tokenizer: Any, system: str | None, reply: str) -> list[str]:
+def _renderings(
+    tokenizer: Any, system: str | None, reply: str, date: datetime.date | None
+) -> list[str]:
     """A conversation of three user turns, after each of them."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    found = []
-    for user, said in zip_longest(USERS, REPLIES):
-        messages.append({"role": "user", "content": user})
-        found.append(
-            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        )
-        messages.append({"role": "assistant", "content": reply.format(said, said)})
-    return found
+    spoken = spoken_of(tokenizer, date)
+    replies = [reply.format(said, said) for said in REPLIES]
+    texts = [USERS[0], replies[0], USERS[1], replies[1], USERS[2]]
+    return [
+        render(tokenizer, conversation(texts[:n], system=system, spoken=spoken), date=date)
+        for n in (1, 3, 5)
+    ]
 
 
 def _extends(texts: Sequence[str]) -> bool:
