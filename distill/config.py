@@ -388,11 +388,9 @@ class RunConfig(_Section):
     accept_changes: bool = False  # go on in a run folder that was made with another configuration
     seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_SEED)] = 0
     steps: Annotated[Positive, Field(le=MOST_STEPS)]
-    seed: Annotated[int, Field(ge=0)] = 0
     # what a chat template that shows the date takes for today; none: the day of the run's first
     # start, from its folder's config.yaml when it goes on or is evaluated
-    date: datetime.date | None = None
-    steps: Positive
+    date: Annotated[datetime.date, Field(strict=False)] | None = None
     student: StudentConfig
     teachers: dict[Name, TeacherConfig] = {}
     tasks: dict[Name, TaskConfig]
