@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -47,7 +48,7 @@ def _measured(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
     """The scores of the untrained student and of the teachers: those that an interrupted demo has
     measured already, and the others, each kept as soon as it is there."""
     path = Path(config.run) / "demo.json"
-    columns = _kept(path, watcher)
+    columns = _kept(path, config, watcher)
     if "before" not in columns:
         watcher.say("before:")
         columns["before"] = evaluate_model(config, None, watch=watcher)["scores"]
@@ -59,17 +60,26 @@ def _measured(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
     return columns
 
 
-def _kept(path: Path, watcher: ConsoleWatcher) -> dict[str, Any]:
+def _kept(path: Path, config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
     """What an interrupted demo had measured."""
+    taught = [name for name, task in config.tasks.items() if task.teachers]
+    wanted = {"before": [*config.tasks], "teacher": taught}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        columns = {name: dict(found[name]) for name in ("before", "teacher") if name in found}
-        for scores in columns.values():
-            score_table("", {"": scores})  # it can be shown
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        columns = {name: found[name] for name in wanted if name in found}
+        if not columns:
+            raise ValueError("no scores")
+        for name, scores in columns.items():
+            for task, mode in itertools.product(wanted[name], config.evaluation.modes):
+                score = scores[task][mode]
+                low, value, high = score["interval"][0], score["value"], score["interval"][1]
+                if not 0 <= low <= value <= high <= 1:
+                    raise ValueError(f"{task}, {mode}: {value} is no share")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        watcher.say(f"{path} is damaged ({first_line(error)}): its scores are measured again")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        watcher.say(f"{path} is damaged ({why}): its scores are measured again")
         return {}
     return columns
 

@@ -60,9 +60,10 @@ class Signals:
                 ended.add_note("there was nothing to save; the same command begins this again")
             raise ended
         self.stop()
+        again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
         # not by print: its lock may be taken where the signal fell
         with contextlib.suppress(OSError):
-            os.write(2, b"\ntutelage: saving after this step; Ctrl-C again ends at once\n")
+            os.write(2, f"\ntutelage: saving after this step{again}\n".encode())
 
 
 def _leave_terminal() -> None:

@@ -47,7 +47,9 @@ def _wait(until: Callable[[], Any]) -> bool:
     [{}, {"cluster": {"address": "local", "workers": 1}}, {"learner": {"processes": 2}}],
     ids=["here", "ray", "learners"],
 )
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=str
+)
 def test_no_process_and_no_shared_memory_outlives_a_run(
     tmp_path: Path, tokenizer: Any, save_model: Callable[..., str], how: int, where: Any
 ) -> None:
@@ -88,9 +90,10 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
             tmp_path / "log"
         ).read_text()
         assert len(_alive(mark)) > 1  # the run and its environments: the mark does find them
-        run.send_signal(how)
+        # a terminal's Ctrl-C, and its end, reach every process that it started
+        os.kill(run.pid, how) if how == signal.SIGKILL else os.killpg(run.pid, how)
         run.wait(PATIENCE)
-        assert run.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}.get(how, 130)
+        assert run.returncode == (-9 if how == signal.SIGKILL else 128 + how)
         # After a SIGKILL Ray's own agents end when they miss their raylet, which can take minutes.
         spared = "Agent" if how == signal.SIGKILL else "\0"
 
@@ -100,6 +103,7 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
         assert _wait(lambda: not ours()), ours()
         assert {*os.listdir("/dev/shm")} <= memory
         saved = (tmp_path / "run" / "checkpoints").is_dir()
-        assert saved == (how == signal.SIGTERM)
+        assert saved == (how != signal.SIGKILL)
+        assert (tmp_path / "run" / ".lock").exists() == (how == signal.SIGKILL)
     finally:
         os.killpg(run.pid, signal.SIGKILL) if _alive(mark) else None
