@@ -13,6 +13,7 @@ import importlib
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -155,7 +156,7 @@ def _start(folder: Path, options: dict[str, Any], attempts: int) -> None:
     begun = time.monotonic()
     for attempt in range(1, attempts + 1):
         try:
-            with _told("cluster: Ray is starting on this machine, which takes long"):
+            with _told("cluster: Ray is starting on this machine, which takes long"), _signals():
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
             return
         except Exception as error:  # Ray raises Exception itself where it was too slow
@@ -178,7 +179,7 @@ def _join(address: str, options: dict[str, Any], attempts: int) -> None:
 
     for attempt in range(1, attempts + 1):
         try:
-            with _told(f"cluster.address: {address} has not answered yet"):
+            with _told(f"cluster.address: {address} has not answered yet"), _signals():
                 ray.init(address=address, **options)
             return
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -230,6 +231,17 @@ def _told(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Whoever heard SIGTERM before hears it again: Ray's own handler ends the process unsaved."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _say(what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -183,6 +184,21 @@ class TestFaults:
             pass
         told = capfd.readouterr().err.splitlines()
         assert [line.partition(" (")[2][:12] for line in told] == ["The current ", "no room); tr"]
+
+    def test_sigterm_still_reaches_whoever_heard_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ray sets a handler of its own, which exits."""
+        import ray
+
+        def own(*_: Any) -> None:
+            """The run's."""
+
+        monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+        before = signal.signal(signal.SIGTERM, own)
+        try:
+            with connected("local", attempts=1):
+                assert signal.getsignal(signal.SIGTERM) is own
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def test_one_that_never_starts_is_an_error_with_its_cures(self, init: list[Exception]) -> None:
         init += [Exception("too slow"), Exception("\n two lines\nthe last")]
