@@ -40,6 +40,11 @@ class Batch:
         chosen: torch.Tensor = hidden_BTD[self.rows_N, self.sources_N]
         return chosen
 
+    def locate(self, n: int) -> tuple[int, int]:
+        """(which of the rows, how many of its chosen tokens stand before) of the token n."""
+        row = self.rows_N[n]
+        return self.members[int(row)], int((self.rows_N[:n] == row).sum())
+
 
 def pack(rows: Sequence[Row], *, max_tokens: int, device: torch.device) -> list[Batch]:
     """Batches of rows of like length, of at most `max_tokens`, padding included.

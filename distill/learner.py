@@ -97,6 +97,7 @@ class Learner:
         self._dense = vocabulary <= dense_vocabulary
         self.version = 0
         self.whole = True  # False: an update failed after some of its optimizer steps
+        self._fault = ""  # the first token of an optimizer step whose loss is no number
         self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
         self.optimizer = Optimizer(model, config, self._orthogonalized)
         self._layers = recomputing(model) if config.recompute else []
@@ -260,6 +261,7 @@ class Learner:
             )
 
         self.optimizer.zero_grad()
+        self._fault = ""
         self._each(passes, accumulate)
         norm = self._clip()
         for task in (task for task in meters if sizes[task]):
@@ -267,8 +269,8 @@ class Learner:
             if not math.isfinite(value) or not math.isfinite(norm):
                 raise FloatingPointError(
                     f"task {task!r}: loss {value / weight}, gradient norm {norm} at update"
-                    f" {self.version}: the weights are as they were; lower optimizer.lr, or look at"
-                    " the step's episodes"
+                    f" {self.version}{self._fault}: the weights are as they were; lower"
+                    " optimizer.lr, or look at the step's episodes"
                 )
         self.whole = False
         self.optimizer.step(self.learning_rate(self.version))
@@ -365,6 +367,8 @@ class Learner:
             return scale * loss, student, loss_N.detach(), metrics
 
         loss, student, loss_N, metrics = self._inside(forward)
+        if not self._fault and not loss.isfinite():
+            self._fault = _named(batch, student, scores, torch.where(weights_N > 0, loss_N, 0.0))
         loss.backward()
         with torch.no_grad():
             meter.add({"loss/mean": loss_N, **metrics}, weights_N)
@@ -417,6 +421,24 @@ def _refuse_empty_masks(lessons: Sequence[Lesson]) -> None:
                 f"task {task!r}: no token takes loss in {len(own)} rows: objective.mask_tokens"
                 " masks all that the student said, or every episode was dropped"
             )
+
+
+@torch.no_grad()
+def _named(
+    batch: Batch, student: Student, scores: TeacherScores | None, loss_N: torch.Tensor
+) -> str:
+    """The first token whose loss is no number, and whose numbers are none either."""
+    bad_N = ~loss_N.isfinite()
+    if not bad_N.any():
+        return ""
+    n = int(bad_N.nonzero()[0])
+    _, before = batch.locate(n)
+    own_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
+    teachers = "" if scores is None else f", the teacher's {float(scores.sampled_N[n]):.4g}"
+    return (
+        f" (first at the chosen token {before} of a row, id {int(batch.targets_N[n])}: the"
+        f" student's log-probability is {float(own_N[n]):.4g}{teachers})"
+    )
 
 
 def _compares(objective: Any, progress: float) -> bool:

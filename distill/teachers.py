@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tutelage.distill.batches import pack
+from tutelage.distill.batches import Batch, pack
+from tutelage.distill.config import ConfigError
 from tutelage.distill.identity import Identity, exam_rows
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
@@ -81,6 +82,9 @@ class TransformersTeacher:
 
         k: how many of its own ids a token. asked: for each row, ids [N, J] at which it is also
         wanted. full: keep every log-probability, 4 V bytes a token.
+
+        Raises:
+            FloatingPointError: logits that are NaN or infinite; names the row and the token.
         """
         scores: dict[int, TeacherScores] = {}
         head = self.model.get_output_embeddings()
@@ -90,16 +94,18 @@ class TransformersTeacher:
             asked_NJ = None
             if asked is not None:
                 asked_NJ = torch.cat([asked[i] for i in batch.members]).to(hidden_ND.device).long()
-            parts = [
-                TeacherScores.from_logits(
-                    head(hidden_ND[at : at + size])[:, : self.vocabulary],
+            parts = []
+            for at in range(0, len(hidden_ND), size):
+                logits_NV = head(hidden_ND[at : at + size])[:, : self.vocabulary]
+                self._check(logits_NV, at, batch, rows)
+                part = TeacherScores.from_logits(
+                    logits_NV,
                     batch.targets_N[at : at + size],
                     k=k,
                     keep_full=full,
                     asked_ids_NJ=None if asked_NJ is None else asked_NJ[at : at + size],
-                ).to("cpu")  # lessons are data, not device memory
-                for at in range(0, len(hidden_ND), size)
-            ]
+                )
+                parts.append(part.to("cpu"))  # lessons are data, not device memory
             joined = TeacherScores.join(parts)
             start = 0
             for member in batch.members:
@@ -107,6 +113,20 @@ class TransformersTeacher:
                 scores[member] = joined.take(torch.arange(start, start + count))
                 start += count
         return [scores[i] for i in range(len(rows))]
+
+    def _check(self, logits_NV: torch.Tensor, at: int, batch: Batch, rows: Sequence[Row]) -> None:
+        """Refuse logits that are no numbers. at: where in the batch the first stands."""
+        highest_N = logits_NV.amax(-1)  # of NaN among them, NaN; -inf alone rules an id out
+        if highest_N.isfinite().all():
+            return
+        n = at + int((~highest_N.isfinite()).nonzero()[0])
+        member, before = batch.locate(n)
+        place = int(np.flatnonzero(rows[member].chosen_T)[before])
+        raise FloatingPointError(
+            f"its logits are NaN or infinite at token {place} (id {rows[member].ids_T[place]}) of"
+            f" row {member} of {len(rows)}: check the teacher's weights: they are broken, or too"
+            f" large for {self.model.dtype}: fetch them again, or set its dtype to float32"
+        )
 
     def sleep(self) -> None:
         """Leave the device."""
@@ -148,7 +168,7 @@ class TeacherService:
         sleeps: between answers its weights lie in the CPU's memory, and its device is free.
 
     Raises:
-        ConfigError: it has no weights (see identity.UNIFORM).
+        ConfigError: it has no weights (see identity.UNIFORM), or they give no numbers.
     """
 
     def __init__(
@@ -202,7 +222,10 @@ class TeacherService:
         if new:
             given = None if asked is None else [torch.from_numpy(asked[i].copy()) for i in new]
             self.wake()
-            fresh = self.teacher.score([rows[i] for i in new], k=k, asked=given, full=full)
+            try:
+                fresh = self.teacher.score([rows[i] for i in new], k=k, asked=given, full=full)
+            except FloatingPointError as error:
+                raise RuntimeError(f"teachers.{self.name}: {error}") from error
             if self.teacher.remote:
                 self._identity = self._exam()
             if self._sleeps:
@@ -242,7 +265,11 @@ class TeacherService:
         self.teacher.close()
 
     def _exam(self) -> Identity:
-        scores = TeacherScores.join(self.teacher.score(exam_rows(self.teacher.vocabulary), k=1))
+        try:
+            answers = self.teacher.score(exam_rows(self.teacher.vocabulary), k=1)
+        except FloatingPointError as error:
+            raise ConfigError(f"teachers.{self.name}: in its exam {error}") from error
+        scores = TeacherScores.join(answers)
         # A top K tells no entropy. -log of the largest probability is one too, Renyi's of order
         # infinity: never above it, and ln V of a uniform distribution alone.
         entropy_N = -scores.logprobs_NK[:, 0] if scores.entropy_N is None else scores.entropy_N

@@ -847,3 +847,37 @@ def test_a_minibatch_is_an_update_of_its_own_at_the_steps_learning_rate(
     _update(once, lessons, objective, seed=0)
     for name, tensor in once.model.state_dict().items():
         assert torch.equal(whole.model.state_dict()[name], tensor), name
+
+
+class TestNumbersThatAreNone:
+    @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_broken_student_is_named_at_the_token(
+        self, value: float, sparse: bool, make_model: Make, rows: list[Row], teacher: Any
+    ) -> None:
+        """One NaN of the head makes NaN of every log-probability, an infinity of about half; the
+        weights stay."""
+        model = make_model(seed=1)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[7, 3] = value
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        said = (
+            r"task 't': .* \(first at the chosen token \d+ of a row, id \d+: the student's"
+            rf" log-probability is {'nan' if math.isnan(value) else '(nan|-)'}.*, the teacher's -\d"
+        )
+        with pytest.raises(FloatingPointError, match=said):
+            objective = build("local_support", k=8, renormalize=False)
+            _update(_learner(model, sparse=sparse), _lessons(rows, teacher), objective, seed=0)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight.nan_to_num(), before[name].nan_to_num())
+
+    def test_a_loss_alone_that_is_none_is_named_with_sound_numbers(
+        self, make_model: Make, rows: list[Row], teacher: Any
+    ) -> None:
+        """A recorded log-probability that no engine would give: the student's own is sound."""
+        near = _near_policy(rows, make_model(seed=1))
+        logprobs_T = near[0].logprobs_T.copy()
+        logprobs_T[np.flatnonzero(near[0].chosen_T)[0]] = -1e30
+        lessons = _lessons([replace(near[0], logprobs_T=logprobs_T), *near[1:]], teacher)
+        with pytest.raises(FloatingPointError, match=r"token 0 of a row.*log-probability is -\d"):
+            _update(_learner(make_model(seed=1)), lessons, build("reward_clipped"), seed=0)

@@ -67,6 +67,48 @@ class TestExam:
         with pytest.raises(ConfigError, match=r"teachers\.one: it prefers no token.*4\.6151 nats"):
             serve(_zero(make_model()))
 
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            *(("head", value) for value in (math.nan, math.inf, -math.inf, 1e38)),
+            *(("embedding", value) for value in (math.nan, math.inf)),
+        ],
+    )
+    def test_weights_that_give_no_numbers_are_named_as_such(
+        self, value: float, where: str, serve: Service, make_model: Callable[..., Any]
+    ) -> None:
+        """Also finite ones that overflow. One id's row: the head's touches every token."""
+        model = make_model()
+        part = model.get_output_embeddings() if where == "head" else model.get_input_embeddings()
+        with torch.no_grad():
+            part.weight[: VOCABULARY // 2 if where == "embedding" else 8] = value
+        said = r"teachers\.one: in its exam its logits are NaN or infinite at token \d+ \(id \d+\)"
+        with pytest.raises(ConfigError, match=said):
+            serve(model)
+
+    def test_a_row_that_breaks_it_later_is_named_with_its_token(
+        self, serve: Service, make_model: Callable[..., Any], rows: list[Row]
+    ) -> None:
+        """The second row holds an id whose embedding is none; attention takes it everywhere."""
+        teacher = serve(make_model())
+        with torch.no_grad():
+            teacher.model.get_input_embeddings().weight[7] = math.nan
+        said = r"teachers\.one: its logits .* at token 3 \(id 4\) of row 1 of 2: .*dtype to float32"
+        with pytest.raises(RuntimeError, match=said):
+            teacher.score(rows[:2], k=4)
+
+    def test_an_id_that_is_ruled_out_is_no_broken_weight(
+        self, serve: Service, make_model: Callable[..., Any], rows: list[Row]
+    ) -> None:
+        """A head may give -inf to ids that are none."""
+        model = make_model()
+        head = model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+        with torch.no_grad():
+            head.bias[50] = -math.inf
+        (scores,) = serve(model).teacher.score(rows[:1], k=4, full=True)
+        assert (scores.full()[:, 50] == -math.inf).all()
+
     def test_a_head_alone_that_was_lost_is_refused_too(
         self, serve: Service, make_model: Callable[..., Any]
     ) -> None:

@@ -201,6 +201,9 @@ def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Playe
         outcomes = worker.collect(orders)
     except (ValueError, RuntimeError, OSError) as error:
         return check.fault(" ".join(str(error).split()), "correct env, env_args and rollout")
+    except ArithmeticError as error:
+        cure = "fetch the student's weights again, or set student.dtype to float32"
+        return check.fault(" ".join(str(error).split()), cure)
     finally:
         worker.close()
     if lost := [outcome for outcome in outcomes if isinstance(outcome, Dropped)]:
