@@ -60,7 +60,7 @@ class Host:
         self, env_id: str, env_args: Mapping[str, Any], *, max_observation: int = MAX_OBSERVATION
     ) -> None:
         self._make = lambda: gym.make(env_id, disable_env_checker=True, **env_args)
-        self._most = max_observation
+        self._most, self._process = max_observation, os.getpid()
         self._live: dict[int, gym.Env[Any, Any]] = {}
         try:
             self._free = [self._make()]  # shows at once whether the id and the options are right
@@ -92,6 +92,9 @@ class Host:
             return self._failed(episode, "undecided", str(error))
         except BaseException:
             return self._failed(episode, "raised", traceback.format_exc())
+        finally:
+            if os.getpid() != self._process:  # it forked, and this is the child: two would answer
+                os._exit(1)
 
     def close(self) -> None:
         for env in (*self._live.values(), *self._free):

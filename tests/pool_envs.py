@@ -116,6 +116,8 @@ class Faulty(gym.Env[str, str]):
                 raise Beyond
             case ["kill", name]:
                 os.kill(os.getpid(), getattr(signal, name))
+            case ["fork"]:
+                info["child"] = os.fork()  # and both go on from here
             case ["signal_group"]:
                 os.killpg(0, signal.SIGTERM)
             case ["daemon", *how]:

@@ -299,6 +299,16 @@ def test_a_worker_ends_as_its_environment_made_it_end() -> None:
             assert (failed.reason, failed.detail) == ("died", said)
 
 
+def test_a_fork_that_goes_on_as_its_parent_does_answers_once(pool: EnvironmentPool) -> None:
+    """In this process the child would have gone on with the whole run."""
+    reset(pool, 0)
+    child = act(pool, e0="fork")[0].info["child"]
+    assert child and _gone([child])
+    assert act(pool, e0="look")[0].observation == "step 2: look"
+    if pool.pids() == []:
+        os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("kind", ["text", "long", "pickle", "code", "flood"])
 def test_garbage_on_the_connection_costs_the_process_and_nothing_else(kind: str) -> None:
     with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
