@@ -148,6 +148,17 @@ def _folder() -> Path:
         ) from None
 
 
+@contextlib.contextmanager
+def _deaf_to_terminals() -> Iterator[None]:
+    """What starts inside does not hear that the terminal closes: the run hears it, saves, and ends
+    it then. (Ctrl-C Ray keeps from its processes itself.)"""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(folder: Path, options: dict[str, Any], attempts: int) -> None:
     """Raises RuntimeError where Ray does not start."""
     import ray
@@ -156,7 +167,11 @@ def _start(folder: Path, options: dict[str, Any], attempts: int) -> None:
     begun = time.monotonic()
     for attempt in range(1, attempts + 1):
         try:
-            with _told("cluster: Ray is starting on this machine, which takes long"), _signals():
+            with (
+                _told("cluster: Ray is starting on this machine, which takes long"),
+                _signals(),
+                _deaf_to_terminals(),
+            ):
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
             return
         except Exception as error:  # Ray raises Exception itself where it was too slow

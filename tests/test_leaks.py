@@ -90,8 +90,8 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
             tmp_path / "log"
         ).read_text()
         assert len(_alive(mark)) > 1  # the run and its environments: the mark does find them
-        # a terminal's Ctrl-C, and its end, reach every process that it started
-        os.kill(run.pid, how) if how == signal.SIGKILL else os.killpg(run.pid, how)
+        # a terminal's Ctrl-C, and its end, reach every process that was started there
+        (os.killpg if how in (signal.SIGINT, signal.SIGHUP) else os.kill)(run.pid, how)
         run.wait(PATIENCE)
         assert run.returncode == (-9 if how == signal.SIGKILL else 128 + how)
         # After a SIGKILL Ray's own agents end when they miss their raylet, which can take minutes.
