@@ -188,9 +188,9 @@ def check(checkpoint: Path, *, without: Container[str] = ()) -> None:
             raise Damaged(f"{name} is not what {SUMS} says")
 
 
-def check_loadable(folder: Path) -> None:
-    """Of a run's checkpoint that somebody else is going to load as a model: weights, configuration
-    and tokenizer as they were saved. Any other folder passes.
+def check_loadable(folder: Path, *, weights: bool) -> None:
+    """Of a run's checkpoint that somebody else is going to load as a model: configuration and
+    tokenizer, and the weights if they are asked for, as they were saved. Any other folder passes.
 
     Raises:
         ConfigError: which file is damaged, and the cure.
@@ -198,7 +198,7 @@ def check_loadable(folder: Path) -> None:
     if not (folder / SUMS).is_file() or not (folder / STATE).is_file():
         return
     try:
-        check(folder, without=(STATE,))
+        check(folder, without=(STATE,) if weights else (STATE, WEIGHTS))
     except Damaged as error:
         raise ConfigError(
             f"{folder} is damaged ({error}): put it back from a copy, or take another checkpoint"

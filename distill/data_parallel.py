@@ -321,8 +321,8 @@ class DataParallelLearner(ShardedLearner):
                 reason = f"did not answer within learner.timeout = {self._timeout:g} s"
             if reason:
                 raise RuntimeError(
-                    f"learner rank {rank.number} (process {rank.pid}) {reason}, {where}: the same"
-                    " command goes on from the last checkpoint"
+                    f"learner rank {rank.number} (process {rank.pid}) {reason}, {where}: run the"
+                    " same command again"
                 ) from error
         finally:
             self.close()

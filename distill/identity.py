@@ -82,8 +82,8 @@ class Identity:
             raise RuntimeError(
                 f"teachers.{self.name}: its weights were lost or changed: on the exam's rows it is"
                 f" {off:.3g} nats from what it said when this run began (allowed:"
-                f" {TOLERANCE[self.dtype]}): load it again (the same command goes on from the last"
-                " checkpoint); where its hash is the same too, the device is at fault"
+                f" {TOLERANCE[self.dtype]}): load it again and run the same command;"
+                " where its hash is the same too, the device is at fault"
             )
 
     def write(self, path: Path) -> None:
@@ -130,6 +130,21 @@ def digest_of(reference: str, *, dtype: str = "") -> str:
             total.update(
                 f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
             )
+    return total.hexdigest()
+
+
+def student_digest(model: str | None, tokenizer: Any) -> str:
+    """SHA-256 of what makes a student beside its weights, which are in the checkpoints: its
+    config.json where it has one here, its vocabulary and its template.
+
+    model: a folder or hub id.
+    """
+    total = hashlib.sha256()
+    settings = None if model is None else Path(resolve(model)) / "config.json"
+    if settings is not None and settings.is_file():
+        total.update(settings.read_bytes())
+    words = sorted(tokenizer.get_vocab().items())
+    total.update(json.dumps([words, tokenizer.chat_template, tokenizer.eos_token_id]).encode())
     return total.hexdigest()
 
 

@@ -57,9 +57,14 @@ def load_tokenizer(reference: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = Path(resolve(reference)) / "tokenizer_config.json"
-    generic = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get(
-        "tokenizer_class"
-    ) in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    try:
+        kind = dict(json.loads(settings.read_bytes())).get("tokenizer_class")
+    except FileNotFoundError:
+        kind = None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        check_loadable(settings.parent, weights=False)
+        raise ConfigError(f"model {reference!r}: {settings} does not load: {error}") from None
+    generic = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
     loader = PreTrainedTokenizerFast if generic else AutoTokenizer
     tokenizer = _loading(reference, "tokenizer", loader.from_pretrained)
     if backend := getattr(tokenizer, "backend_tokenizer", None):
@@ -89,6 +94,7 @@ def load_generation(reference: str) -> Any | None:
 
 def _loading(reference: str, what: str, load: Any, **given: Any) -> Any:
     """What `load` makes of a model's files; code that comes with them is never run."""
+    check_loadable(Path(resolve(reference)), weights=what == "weights")
     try:
         return load(resolve(reference), trust_remote_code=False, **given)
     except ConfigError:
@@ -116,7 +122,6 @@ def load_model(reference: str, *, dtype: str, device: str) -> Any:
 
     who = f"model {reference!r}"
     check_architecture(load_settings(reference), who)
-    check_loadable(Path(resolve(reference)))
     model, found = _loading(
         reference,
         "weights",

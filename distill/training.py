@@ -37,7 +37,7 @@ from tutelage.distill.assembly import (
 from tutelage.distill.changes import refuse_changes, write_config
 from tutelage.distill.config import ConfigError, LearnerConfig, RunConfig, build_objective
 from tutelage.distill.conversations import as_begun, check_conversations, dated
-from tutelage.distill.identity import Identity, digest_of
+from tutelage.distill.identity import Identity, digest_of, student_digest
 from tutelage.distill.journal import Journal, plain
 from tutelage.distill.learner import Course
 from tutelage.distill.lock import Lock
@@ -281,7 +281,7 @@ class Run:
 
     def _evaluating(self, task: str, mode: str, done: int, total: int) -> None:
         self.watch.evaluating(task, mode, done, total)
-        if self._stop and done < total:
+        if self._stop and 0 < done < total:
             raise Stopped
 
     def _play(self, orders: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
@@ -364,6 +364,7 @@ class Run:
                 "position": journal.position,
                 "optimizer": self.learner.optimizer_state(),
                 "teachers": {name: one.digest for name, one in self.routing.references.items()},
+                "student": student_digest(self.config.student.model, self.tokenizer),
                 "best": self._best,
                 "history": [asdict(step) for step in self.timetable.history],
                 "ahead": self.ahead.state(),
@@ -380,6 +381,7 @@ class Run:
             return 0, 0
         checkpoint, state = found
         self.learner.restore(state["optimizer"], version=state["version"])
+        self._refuse_other_student(checkpoint, state.get("student"))
         self._refuse_other_teachers(checkpoint, state["teachers"])
         self._best, self._pending = state["best"], json.loads(state.get("pending", "null"))
         history = [Step(**step) for step in state["history"]]
@@ -387,6 +389,17 @@ class Run:
         if not self.config.accept_changes:  # else what was planned may not fit any more
             self.timetable.restore(history, self.ahead.restore(state["ahead"], self.routing.sound))
         return state["step"], state["position"]
+
+    def _refuse_other_student(self, checkpoint: Path, saved: str | None) -> None:
+        """Its weights are in the checkpoint; what they are computed with lies where it began."""
+        found = student_digest(self.config.student.model, self.tokenizer)
+        if saved not in (None, found) and not self.config.accept_changes:
+            where = self.config.student.model or self.config.student.tokenizer
+            raise ConfigError(
+                f"student: {where!r} has another config.json, vocabulary or template than when"
+                f" {checkpoint} was saved: put the old ones back (the checkpoint has copies),"
+                " choose another run folder, or go on with accept_changes=true"
+            )
 
     def _refuse_other_teachers(self, checkpoint: Path, saved: Mapping[str, str]) -> None:
         """From here on a teacher is compared with the run's first exam, not with this session's."""

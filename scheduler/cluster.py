@@ -375,7 +375,7 @@ class RayCluster:
                 if not any(node["Alive"] for node in self._ray.nodes()):
                     raise RuntimeError(
                         "cluster: Ray has no node left (its raylet died): run the same command"
-                        " again, which goes on from the last checkpoint"
+                        " again"
                     )
                 if not told and left < timeout - SLOW:
                     told = True

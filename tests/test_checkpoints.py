@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -379,15 +380,23 @@ class TestDamage:
     @pytest.mark.parametrize("name", [x for x in SAVED if x != checkpoints.STATE])
     def test_nobody_loads_it_as_a_model(self, two: Path, name: str) -> None:
         """As a student, as a teacher, in an evaluation. What a trainer needs is not read there."""
-        from tutelage.distill.models import load_model
+        from tutelage.distill.models import load_model, load_settings, load_tokenizer
 
         load_model(str(two / "000002"), dtype="float32", device="cpu")
         _flip(two / "000002" / checkpoints.STATE, 0.5)
         load_model(str(two / "000002"), dtype="float32", device="cpu")
         _flip(two / "000002" / name, 0.5)
-        with pytest.raises(ConfigError, match=r"000002 is damaged \(.*take another") as refused:
-            load_model(str(two / "000002"), dtype="float32", device="cpu")
-        assert "\n" not in str(refused.value)
+        for load in (
+            partial(load_model, dtype="float32", device="cpu"),
+            *(
+                (load_tokenizer, load_settings)
+                if name not in (checkpoints.WEIGHTS, checkpoints.SUMS)
+                else ()
+            ),
+        ):
+            with pytest.raises(ConfigError, match=r"000002 is damaged \(.*take another") as no:
+                load(str(two / "000002"))
+            assert "\n" not in str(no.value)
 
 
 class TestKilledInTheMiddle:

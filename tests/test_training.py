@@ -277,6 +277,28 @@ class TestResuming:
         whole.write_json(exam, first)
         assert len(_metrics(_train(config))) == 3
 
+    @pytest.mark.parametrize("changed", ["config.json", "chat_template.jinja"])
+    def test_a_student_that_is_computed_otherwise_is_refused(
+        self, configure: Configure, models: dict[str, str], tmp_path: Path, changed: str
+    ) -> None:
+        """Its weights are in the checkpoint, and say nothing of it."""
+        folder = tmp_path / "student"
+        shutil.copytree(models["student"], folder)
+        student = {"model": str(folder), "threads": 1, "device": "cpu"}
+        config = configure({"math": MATH}, student=student, steps=2)
+        watch = _StopAfter(0)
+        with Run(config, watch=watch) as run:
+            watch.run = run
+            run.train()
+        before = (folder / changed).read_text(encoding="utf-8")
+        after = before.replace("1e-06", "1e-05") if changed == "config.json" else before + "!"
+        assert after != before
+        (folder / changed).write_text(after, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"^student: .* has another config\.json, vocab"):
+            _train(config)
+        (folder / changed).write_text(before, encoding="utf-8")
+        assert len(_metrics(_train(config))) == 2
+
     def test_a_teacher_that_loses_its_weights_in_mid_run_teaches_nothing(
         self, configure: Configure
     ) -> None:
