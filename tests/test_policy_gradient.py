@@ -557,6 +557,36 @@ class TestBehavior:
             )
             torch.testing.assert_close(sampling_N, weight * full_N)
 
+    @pytest.mark.parametrize("temperature", [0.6, 1.5])
+    def test_off_policy_too_the_mean_is_that_of_the_whole_policy(
+        self, temperature: float, draw: Draw, gradient: Gradient, make_scores: Scores
+    ) -> None:
+        """The student has moved since it drew: over y ~ mu the sampled tail is the full reverse KL
+        of the student of now, and the policy gradient -sum grad pi (log q - log pi_old)."""
+        now_1V, teacher_1V = draw(1, V), draw(1, V)
+        old_1V = now_1V + 0.5 * draw(1, V)
+        old_V, mu_V = old_1V[0].log_softmax(-1), (old_1V[0] / temperature).softmax(-1)
+        ids_V, tokens = torch.arange(V), Tokens(law_N=mu_V.log())
+        scores = make_scores(teacher_1V.expand(V, V), ids_V, k=3)
+
+        def mean(name: str, **options: Any) -> torch.Tensor:
+            objective = build(name, **options)
+            return mu_V @ gradient(
+                lambda z: objective(DenseStudent(z), scores, ids_V, old_V, tokens=tokens)[0],
+                now_1V.expand(V, V),
+            )
+
+        tail: dict[str, Any] = {"k": 3, "renormalize": False, "tail": "sampled"}
+        whole_V = gradient(lambda z: _reverse_kl(z, teacher_1V), now_1V)[0]
+        torch.testing.assert_close(mean("local_support", behavior="sampling", **tail), whole_V)
+        assert (mean("local_support", **tail) - whole_V).norm() > 0.05 * whole_V.norm()
+        reward_V = teacher_1V[0].log_softmax(-1) - old_V
+        wanted_V = gradient(lambda z: -z.softmax(-1) @ reward_V, now_1V)[0]
+        wide: dict[str, Any] = {"clip": 1e6, "dual_clip": None}
+        found_V = mean("sampled_token", behavior="sampling", **wide)
+        torch.testing.assert_close(found_V, wanted_V)
+        assert (mean("sampled_token", **wide) - wanted_V).norm() > 0.05 * wanted_V.norm()
+
     def test_a_return_weighs_what_follows_decision_by_decision(self) -> None:
         """A_t = R_t + gamma w_{t+1} A_{t+1}, inside each reply."""
         values_N = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)

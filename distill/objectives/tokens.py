@@ -83,7 +83,9 @@ class Case:
 
     def reward(self) -> torch.Tensor:
         """R = log q(y) - log pi_old(y) [N], detached: Revisiting-OPD's -r_t, TrOPD's K1. Both are
-        the whole laws', whatever drew y: which y are met is `drawn`'s to mend."""
+        the whole laws', whatever drew y: which y are met is `drawn`'s to mend. pi_old stays that of
+        the weights that played, through the minibatches of an update and under max_staleness, as
+        PPO's advantages do; the ratio pi / pi_old corrects for the rest."""
         return (self.teacher_logprobs() - self.behaviour_N).detach()
 
     def drawn(self, behavior: str) -> torch.Tensor | None:
