@@ -3,6 +3,8 @@ objectives with their options."""
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,20 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 """Every objective with every option that changes its formula."""
+
+
+@pytest.fixture(scope="session")
+def stock_alfworld() -> None:
+    """ALFWorld's own engine and expert, which ours are compared with. Where they could not be built
+    these tests skip; CI says that they must be there."""
+    try:
+        for name in ("alfworld.agents.environment.alfred_tw_env", "textworld.envs.pddl"):
+            importlib.import_module(name)
+    except ImportError as error:
+        said = f"ALFWorld's stock engine is not installed ({error}): make install says why"
+        if os.environ.get("TUTELAGE_REQUIRE_ALFWORLD"):
+            pytest.fail(said)
+        pytest.skip(said)
 
 
 @pytest.fixture(scope="session")

@@ -153,8 +153,8 @@ def test_ansi_shows_the_transcript(release: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("stock_alfworld")
 def test_the_stock_engine_plays_the_same_episode(release: Path) -> None:
-    pytest.importorskip("alfworld", reason="needs the alfworld extra")
     native, stock = make(release, expert=True), make(release, expert=True, engine="textworld")
     for index in (0, 5):
         mine = native.reset(options={"index": index})
@@ -167,8 +167,8 @@ def test_the_stock_engine_plays_the_same_episode(release: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("stock_alfworld")
 def test_handcoded_is_alfworlds_own(release: Path) -> None:
-    pytest.importorskip("alfworld", reason="needs the alfworld extra")
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredExpert
     from textworld.envs.pddl import PddlEnv
@@ -193,8 +193,8 @@ def test_handcoded_is_alfworlds_own(release: Path) -> None:
         assert info["success"]
 
 
+@pytest.mark.usefixtures("stock_alfworld")
 def test_handcoded_leaves_everybody_elses_randomness_alone(release: Path) -> None:
-    pytest.importorskip("alfworld", reason="needs the alfworld extra")
     env = make(release, expert="handcoded")
     random.seed(0)
     expected = random.Random(0).random()

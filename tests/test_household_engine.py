@@ -95,7 +95,6 @@ def wander(game: Game, steps: int, seed: int) -> list[str]:
 
 
 def assert_same(game: Game, commands: list[str]) -> None:
-    pytest.importorskip("alfworld", reason="needs the alfworld extra")
     stock = StockEngine()
     for n, (mine, theirs) in enumerate(
         zip(play(NativeEngine(), game, commands), play(stock, game, commands), strict=True)
@@ -107,16 +106,19 @@ def assert_same(game: Game, commands: list[str]) -> None:
 # --- against TextWorld
 
 
+@pytest.mark.usefixtures("stock_alfworld")
 def test_corner_cases_equal_textworlds() -> None:
     assert_same(corners(), CORNERS_TOUR)
 
 
+@pytest.mark.usefixtures("stock_alfworld")
 def test_corner_cases_equal_textworlds_in_the_released_dialect() -> None:
     game = released(1)[0]
     grammar = (RELEASED / "grammar.twl2").read_text().replace("UNKNOWN GOAL", "put a hot apple")
     assert_same(replace(corners(), domain=game.domain, grammar=grammar), CORNERS_TOUR)
 
 
+@pytest.mark.usefixtures("stock_alfworld")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_released_games_equal_textworlds(number: int) -> None:
@@ -124,6 +126,7 @@ def test_released_games_equal_textworlds(number: int) -> None:
     assert_same(game, [*wander(game, 15, seed=number), *game.walkthrough])
 
 
+@pytest.mark.usefixtures("stock_alfworld")
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [2, 5])
 def test_generated_games_equal_textworlds(index: int) -> None:

@@ -200,17 +200,18 @@ def test_every_game_of_a_split_can_be_asked_for_by_its_index() -> None:
         env.reset(options={"index": 7})
 
 
+@pytest.mark.usefixtures("stock_alfworld")
 def test_what_may_lie_where_is_alfworlds_own_table() -> None:
-    constants = pytest.importorskip("alfworld.gen.constants")
+    from alfworld.gen import constants
+
     for receptacle, kinds in affordances.CAN_CONTAIN.items():
         theirs = set(constants.VAL_RECEPTACLE_OBJECTS[receptacle])
         assert kinds == {kind for kind in theirs if not kind.endswith("Sliced")}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("stock_alfworld")
 def test_the_stock_engine_plays_them_with_the_same_texts() -> None:
-    pytest.importorskip("textworld")
-    pytest.importorskip("alfworld")
     from tutelage.envs.household.stock import StockEngine
 
     native, stock = NativeEngine(), StockEngine()
