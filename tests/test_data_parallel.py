@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.rounding import UPDATE_SUMS, rounding
 from tutelage.distill.assembly import rank_model
 from tutelage.distill.config import (
     ConfigError,
@@ -36,6 +37,11 @@ from tutelage.scheduler.episodes import Row, SamplingLaw
 
 VOCABULARY = 101
 STEPS = 3
+SAME = rounding(sums=3 * STEPS * UPDATE_SUMS)
+"""Of a metric around one, or its share, after several updates of three minibatches."""
+SMOOTH = 1e-3
+"""AdamW's epsilon here. With 1e-8 it moves by lr what has no gradient but rounding, up or down by
+the processor; with this a step is as exact as its gradient."""
 Make = Callable[..., Any]
 
 
@@ -57,10 +63,13 @@ class Pair:
             Setup(make_model=make_model, processes=2, timeout=timeout, threads=1, **self._given)
         )
         self._fresh = self.over_two.optimizer_state()
+        for group in self._fresh["parts"][0]["param_groups"]:
+            group["eps"] = SMOOTH
 
     def reset(self) -> tuple[Learner, DataParallelLearner]:
         """Both as at first."""
         alone = Learner(load_student(self._student, seed=0), **self._given)
+        alone.restore(copy.deepcopy(self._fresh), version=0)
         self.over_two.copy.load_state_dict(alone.model.state_dict())
         self.over_two.restore(self._fresh, version=0)
         return alone, self.over_two
@@ -166,12 +175,8 @@ def _assert_same_updates(
     pair: Pair,
     lessons: Callable[[Learner], list[Lesson]],
     courses: dict[str, Course],
-    *,
-    exact: float = 1e-5,
-    near: float = 1e-5,
 ) -> None:
-    """Every metric of every task is the same to `exact` over several updates, and the weights after
-    them to `near`, but few: AdamW moves by lr what has no gradient but rounding, too."""
+    """Every metric of every task is the same over several updates, and the weights after them."""
     alone, over_two = pair.reset()
     moved = {name: tensor.clone() for name, tensor in alone.model.state_dict().items()}
     for step in range(STEPS):
@@ -181,11 +186,11 @@ def _assert_same_updates(
         )
         assert one.keys() == two.keys()
         for task in one:
-            assert two[task] == pytest.approx(one[task], rel=exact, abs=exact)
+            assert two[task] == pytest.approx(one[task], rel=SAME, abs=SAME)
             assert step or one[task]["optimizer/grad_norm"] > 1e-3
     own, theirs = alone.model.state_dict(), over_two.copy.state_dict()
-    off = torch.cat([(own[n] - theirs[n]).abs().flatten() for n in own if "k_proj.bias" not in n])
-    assert (off > near).float().mean() < 2e-3
+    for name in own:
+        torch.testing.assert_close(theirs[name], own[name], rtol=SAME, atol=SAME, msg=name)
     assert any((own[name] - moved[name]).abs().max() > 1e-3 for name in own)
 
 
@@ -269,12 +274,12 @@ def test_a_state_goes_on_under_another_number_of_processes(
     there.restore(copy.deepcopy(here.optimizer_state()), version=here.version)
     for step in range(2, 4):
         one, two = (learner.update(lessons, courses, seed=step) for learner in (here, there))
-        assert two["t"] == pytest.approx(one["t"], rel=1e-5, abs=1e-5)
+        assert two["t"] == pytest.approx(one["t"], rel=SAME, abs=SAME)
     own, theirs = here.optimizer_state()["parts"][0], there.optimizer_state()["parts"][0]
     assert own["param_groups"] == theirs["param_groups"]
     for index, state in own["state"].items():
         for name, value in state.items():
-            torch.testing.assert_close(theirs["state"][index][name], value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(theirs["state"][index][name], value, rtol=SAME, atol=SAME)
 
 
 def test_shares_are_even_and_none_is_lost() -> None:
@@ -418,7 +423,8 @@ def test_a_run_over_two_processes_repeats_resumes_and_changes_their_number(
     configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     """Killed after its checkpoint it goes on to the byte; from the same checkpoint one process goes
-    on too, and all of it is what one process does from the start."""
+    on too, and all of it is what one process does from the start, as far as lr: so much AdamW moves
+    what has no gradient but rounding."""
     whole = _trained(configure("whole", 2))
     with pytest.raises(KeyboardInterrupt):
         _trained(configure("killed", 2), _KillAt())
@@ -429,7 +435,7 @@ def test_a_run_over_two_processes_repeats_resumes_and_changes_their_number(
     assert _files(again) == _files(whole) and len(_files(whole)) == 5
     for other in (whole, fewer):
         for one, two in zip(_lines(alone), _lines(other), strict=True):
-            assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-3)
     plain, ours = (
         load_file(run / "checkpoints/000004/model.safetensors") for run in (alone, whole)
     )

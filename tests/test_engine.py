@@ -13,12 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rounding import FORWARD_SUMS, rounding
 from tutelage.distill.engine import FORWARD, TransformersEngine, _parts
 from tutelage.distill.objectives import DenseStudent, SparseStudent
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
 
 VOCABULARY = 101
+LOGPROB = rounding(sums=FORWARD_SUMS, size=6.0)
+"""Between log-probabilities: logits are within six."""
 STOP = frozenset({3})
 NEVER = frozenset({VOCABULARY + 1})
 
@@ -67,7 +70,7 @@ def _assert_exact(model: Any, prompt: Sequence[int], completion: Completion) -> 
     expected = [
         logprobs_TV[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion.ids)
     ]
-    assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+    assert completion.logprobs == pytest.approx(expected, abs=LOGPROB)
 
 
 def _prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
@@ -225,7 +228,7 @@ class TestSessions:
         fresh_ids, fresh_logprobs = self._talk(fresh, 5, fresh=True)
         assert ids == fresh_ids
         for i in ids:
-            assert logprobs[i] == pytest.approx(fresh_logprobs[i], abs=1e-5)
+            assert logprobs[i] == pytest.approx(fresh_logprobs[i], abs=LOGPROB)
         assert cached.generated_tokens == fresh.generated_tokens
 
     def test_history_is_never_prefilled_again(self, engine: TransformersEngine) -> None:
@@ -277,7 +280,7 @@ class TestBatches:
             alone, together = self._alone(model, request), found[request.session]
             assert together.ids == alone.ids, request.session
             assert together.stopped == alone.stopped
-            assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+            assert together.logprobs == pytest.approx(alone.logprobs, abs=LOGPROB)
 
     def test_ragged_prompts_limits_and_laws(self, model: Any, engine: TransformersEngine) -> None:
         """40 at once: more than one growth of the slots, early finishers, greedy beside sampled."""
@@ -351,7 +354,7 @@ class TestBatches:
                 request = submitted.pop(session)
                 alone = self._alone(model, request)
                 assert completion.ids == alone.ids
-                assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+                assert completion.logprobs == pytest.approx(alone.logprobs, abs=LOGPROB)
                 replies += 1
                 turns[session] += 1
                 if turns[session] < 3:
@@ -520,7 +523,7 @@ class TestLimits:
         for completion in _run(engine, requests).values():
             assert max(completion.ids) < 20
             assert completion.logprobs[0] == pytest.approx(
-                logits[:20].log_softmax(-1)[completion.ids[0]].item(), abs=1e-5
+                logits[:20].log_softmax(-1)[completion.ids[0]].item(), abs=LOGPROB
             )
 
     def test_a_reply_can_fill_the_context_to_its_last_place(
