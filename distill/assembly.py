@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tutelage.distill.vllm.engine import WANTED
 from tutelage.distill.vllm.engine import make_engine as make_vllm_engine
 from tutelage.distill.vllm.start import require_vllm
 from tutelage.distill.vllm.teacher import load_vllm_teacher
+from tutelage.envs.plugins import beside, look_beside
 from tutelage.scheduler.cluster import InProcess, Placement, RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
@@ -181,7 +182,7 @@ def make_placement(
         timeout=config.cluster.timeout,
         attempts=config.cluster.attempts,
         stalled=(Path(config.run) / "stalled").absolute(),
-        make_worker=partial(_make_worker, config, vocabulary),
+        make_worker=partial(_make_worker, config, vocabulary, beside()),
         make_teachers={
             name: partial(_make_teacher, name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
@@ -226,8 +227,11 @@ def _vllm_engine(
     )
 
 
-def _make_worker(config: RunConfig, vocabulary: int) -> RolloutWorker:
-    """A rollout worker with its own copy of the student (in a Ray actor)."""
+def _make_worker(config: RunConfig, vocabulary: int, modules: Sequence[str]) -> RolloutWorker:
+    """A rollout worker with its own copy of the student (in a Ray actor). modules: folders with
+    environments of the user's own, where the actor's machine has them."""
+    for folder in modules:
+        look_beside(folder)
     rollouts = task_rollouts(config)
     pools = EnvironmentPools(rollouts)
     pools.open(rollouts)  # what the node lacks shows before a model loads

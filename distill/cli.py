@@ -10,6 +10,7 @@ import argparse
 import atexit
 import gc
 import os
+import re
 import signal
 import sys
 import warnings
@@ -125,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument(
         "--policy", default="hand", help="hand (default), expert, random, or a model's folder"
     )
-    play.add_argument("--index", type=int, help="which game or problem; else drawn from --seed")
-    play.add_argument("--seed", type=int, default=0)
+    play.add_argument("--index", type=_natural, help="which game or problem; else from --seed")
+    play.add_argument("--seed", type=_natural, default=0)
     play.add_argument("pairs", nargs="*", metavar="key=value", help="the environment's options")
     study = command("study", _study, "an experiment on the objectives: table, plots, numbers")
     study.add_argument("which", choices=["estimators"])
@@ -191,12 +192,21 @@ def _demo(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from tutelage.distill.config import load_config
+    from tutelage.distill.config import ConfigError, load_config
     from tutelage.distill.pages import show_plan
     from tutelage.distill.plan import make_plan
+    from tutelage.distill.preflight import check_machine, open_once
 
     _quiet()
-    show_plan(make_plan(load_config(options.config, options.pairs)), Console())
+    config = load_config(options.config, options.pairs)
+    plan = make_plan(config)
+    with Console(stderr=True).status("opening environments"):
+        also = [f"not opened, and not seen: {what}" for what in open_once(config)]
+    try:
+        check_machine(config)
+    except ConfigError as error:  # where the run is to be, it may be otherwise
+        also.append(f"here it would be refused: {error}")
+    show_plan(plan, Console(), also)
     return 0
 
 
@@ -217,7 +227,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _play(options: argparse.Namespace) -> int:
     from tutelage.distill.play import play
+    from tutelage.envs.plugins import look_beside
 
+    look_beside(Path.cwd())
     _quiet()
     return play(
         options.env_id,
@@ -248,15 +260,27 @@ def _envs(options: argparse.Namespace) -> int:
 
 
 def _env_args(pairs: Sequence[str]) -> dict[str, Any]:
-    import yaml
+    """An environment's options, each given once."""
+    from tutelage.distill.reading import parse_pair, plain
 
-    found = {}
+    found: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{pair!r}: write an environment's option as key=value")
-        found[key] = yaml.safe_load(text)
+        parts, value = parse_pair(pair, "an environment's option, key=value")
+        key = ".".join(parts)
+        if key in found:
+            raise ValueError(f"{pair!r}: {key} is given twice: leave one")
+        try:
+            found[key] = plain(value)
+        except ValueError as error:
+            raise ValueError(f"{pair!r}: {error}") from None
     return found
+
+
+def _natural(text: str) -> int:
+    """A whole number of 0 or more, of an option."""
+    if not re.fullmatch(r"[0-9]{1,10}", text):
+        raise argparse.ArgumentTypeError(f"it must be a whole number of 0 or more, not {text!r}")
+    return int(text)
 
 
 def _quiet() -> None:

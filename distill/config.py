@@ -28,6 +28,7 @@ from tutelage.distill.faults import Like, printable, said, settled
 from tutelage.distill.objectives import Objective, build
 from tutelage.distill.teacher_engines import check_keys, check_sleep, lacking
 from tutelage.envs.names import nearest, unknown
+from tutelage.envs.plugins import look_beside
 from tutelage.scheduler.contexts import ContextSettings
 from tutelage.scheduler.episodes import SamplingLaw
 from tutelage.scheduler.policies import Policy, make_policy
@@ -569,6 +570,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
         ConfigError: with the file, the key and the cure in one line.
     """
     path = Path(path)
+    look_beside(path.parent)  # for environments of the user's own
     try:
         data = reading.read_file(path)
         if not isinstance(data, dict):

@@ -18,6 +18,7 @@ from tutelage.distill.architecture import (
 )
 from tutelage.distill.checkpoints import check_loadable
 from tutelage.distill.config import ConfigError, RunConfig, StudentConfig
+from tutelage.distill.scratch import scratch_settings
 from tutelage.distill.threads import cores
 
 BUILTIN = "builtin:"
@@ -206,14 +207,7 @@ def student_settings(config: StudentConfig) -> Any:
     """The student's model configuration, without weights."""
     if config.model is not None:
         return load_settings(config.model)
-    from transformers import AutoConfig
-
-    tokenizer = load_tokenizer(student_tokenizer(config))
-    init = {"model_type": "qwen2", "vocab_size": len(tokenizer), **(config.init or {})}
-    kind = init.pop("model_type")
-    return AutoConfig.for_model(
-        kind, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **init
-    )
+    return scratch_settings(config.init or {}, load_tokenizer(student_tokenizer(config)))
 
 
 def student_tokenizer(config: StudentConfig) -> str:

@@ -18,8 +18,8 @@ from tutelage.distill.plan import Plan, device_name, memory_here, notes
 UNKNOWN = "?"
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print a plan."""
+def show_plan(plan: Plan, console: Console, also: Sequence[str] = ()) -> None:
+    """Print a plan; `also` stands with the notes."""
     config = plan.config
     parts = [f"{config.run}: {config.steps:,} steps, seed {config.seed}"]
     if len(config.tasks) > 1:
@@ -29,7 +29,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print()
         console.print(table)
     console.print()
-    for line in notes(plan):
+    for line in (*notes(plan), *also):
         console.print(f"- {line}", highlight=False, markup=False)
 
 

@@ -6,13 +6,19 @@ import importlib
 import inspect
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import gymnasium
 
 import tutelage.envs  # noqa: F401 - registers the ids
+from tutelage.distill.config import ConfigError
+from tutelage.envs.names import nearest
+from tutelage.envs.plugins import refusal
 
 POLICIES = ("hand", "expert", "random")
+Choose = Callable[[str, Mapping[str, Any]], str | None]
+"""An action, from an observation and what came with it; None: enough."""
 
 
 def play(
@@ -28,29 +34,49 @@ def play(
         if policy == "expert" and "expert" in _options(_class_of(_spec(env_id))):
             args.setdefault("expert", True)
         env = gymnasium.make(env_id, **args)
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ValueError(f"{env_id}: {error}") from None
-    choose = _chooser(policy, seed)
-    observation, info = env.reset(seed=seed, options=None if index is None else {"index": index})
+    except Exception as error:  # whatever somebody's module raises when it is imported or made
+        raise ValueError(f"{env_id}: {refusal(env_id, error)[0]}") from error
+    try:
+        return _played(env, env_id, _chooser(policy, seed), policy=policy, index=index, seed=seed)
+    finally:
+        env.close()
+
+
+def _played(
+    env: Any, env_id: str, choose: Choose, *, policy: str, index: int | None, seed: int
+) -> int:
+    options = None if index is None else {"index": index}
+    observation, info = _asked(env_id, "reset", lambda: env.reset(seed=seed, options=options))
     total, done = 0.0, False
     while not done:
         print(observation)
         action = choose(observation, info)
         if action is None:
             print("left the game")
-            break
+            return 0
         if policy != "hand":
             print(f"> {action}")
-        observation, reward, terminated, truncated, info = env.step(action)
-        total, done = total + float(reward), terminated or truncated
-    else:
-        print(observation)
-        print(f"{'won' if info.get('success', total > 0) else 'lost'}; reward {total:g}")
-    env.close()
+        observation, reward, terminated, truncated, info = _asked(
+            env_id, "step", partial(env.step, action)
+        )
+        total, done = total + float(reward), bool(terminated or truncated)
+    print(observation)
+    print(f"{'won' if info.get('success', total > 0) else 'lost'}; reward {total:g}")
     return 0
 
 
-def _chooser(policy: str, seed: int) -> Callable[[str, Mapping[str, Any]], str | None]:
+def _asked(env_id: str, what: str, ask: Callable[[], Any]) -> Any:
+    """Raises ValueError for what the environment refuses, RuntimeError for what breaks in it."""
+    try:
+        return ask()
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RuntimeError(f"{env_id}: its {what} raised {reason}") from error
+
+
+def _chooser(policy: str, seed: int) -> Choose:
     if policy == "hand":
         return _by_hand
     if policy == "expert":
@@ -58,7 +84,14 @@ def _chooser(policy: str, seed: int) -> Callable[[str, Mapping[str, Any]], str |
     if policy == "random":
         rng = random.Random(seed)
         return lambda _, info: rng.choice(list(_required(info, "admissible_actions", policy)))
-    return _model_player(policy)
+    try:
+        return _model_player(policy)
+    except ConfigError as error:
+        near = nearest(policy, POLICIES)
+        hint = f" (did you mean {near!r}? " if near else " ("
+        raise ValueError(
+            f"--policy {policy}: {error}{hint}{', '.join(POLICIES)}, or a model)"
+        ) from None
 
 
 def _by_hand(_: str, info: Mapping[str, Any]) -> str | None:

@@ -49,6 +49,7 @@ from tutelage.distill.models import (
     prepare_process,
     student_tokenizer,
 )
+from tutelage.distill.preflight import check_folder, check_machine
 from tutelage.distill.routing import Routing
 from tutelage.distill.whole import write_json
 from tutelage.evaluation.evaluate import evaluate, law_of
@@ -79,6 +80,8 @@ class Run:
         config = as_begun(config)
         self.config, self.watch = config, watch or Watcher()
         self.folder = Path(config.run)
+        if trains:
+            check_folder(config)
         self._lock = Lock(self.folder) if trains else None
         try:
             if trains:
@@ -98,6 +101,7 @@ class Run:
     def _open(self) -> None:
         """Check, then load, the cheapest first."""
         config = self.config
+        check_machine(config)
         check_rollout_engine(config)
         self.vocabulary = check_vocabularies(config)
         prepare_process(learner_threads(config))
@@ -118,8 +122,10 @@ class Run:
         rollouts = task_rollouts(config)
         pools = EnvironmentPools(rollouts)
         try:
-            if config.cluster is None:
+            if config.cluster is None or config.cluster.address == "local":
                 pools.open(rollouts)  # a bad id or option shows before a model loads
+            if config.cluster is not None:
+                pools.close()  # the workers have their own
             self.watch.doing(f"loading {config.student.model or 'student.init'}")
             self.learner = make_learner(config, self.vocabulary)
             try:

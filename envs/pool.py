@@ -37,6 +37,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tutelage.envs.keeper import GRACE, PATIENCE
+from tutelage.envs.plugins import Absent, refusal
 from tutelage.envs.worker import (
     HEADER,
     MARK,
@@ -114,8 +115,9 @@ class EnvironmentPool:
             replaced.
         max_observation: characters of one observation; a longer one is garbage.
 
-    Raises ValueError, naming the id, if the environment can't be made: at once, never as a failure
-    later. Not safe for several threads at a time.
+    Raises ValueError, naming the id, if the environment can't be made (Absent where that may be for
+    want of something on this machine): at once, never as a failure later. Not safe for several
+    threads at a time.
 
     Attributes:
         probe: `{"num_episodes": int | None}` of the environment.
@@ -160,7 +162,7 @@ class EnvironmentPool:
             try:
                 self._host = Host(env_id, env_args, max_observation=max_observation)
             except Exception as error:
-                raise ValueError(f"{env_id}: {' '.join(str(error).split())}") from error
+                raise _cannot(env_id, *refusal(env_id, error)) from error
             return self._host.probe()
         self._processes.extend(_Process(self._setup) for _ in range(processes))
         for at in range(processes):
@@ -175,7 +177,7 @@ class EnvironmentPool:
             poll.poll(1000 * max(0.0, left))
             self._exchange(process)
             if process.refused:
-                raise ValueError(f"{self._setup[0]}: {process.refused}")
+                raise _cannot(self._setup[0], process.refused, process.absent)
             if process.gone:
                 self._replace(at, "died", process.death())
             elif left <= 0 and not process.started:
@@ -374,6 +376,10 @@ class _Foreign(Exception):
     """On a process's connection came something that is no message of ours."""
 
 
+def _cannot(env_id: str, why: str, absent: bool) -> ValueError:
+    return (Absent if absent else ValueError)(f"{env_id}: {why}")
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Built-in data only: what an environment's process sends must not run code here."""
 
@@ -400,7 +406,7 @@ class _Process:
         self.live: set[int] = set()
         self.probe: dict[str, Any] = {}
         self.started = False
-        self.refused = ""
+        self.refused, self.absent = "", False
         self.gone = False
         self._foreign = ""  # what came from it that was no message
         self._outgoing = bytearray()
@@ -513,7 +519,7 @@ class _Process:
         if kind == "ready":
             self.started, self.probe, self.pid = True, content["probe"], content["pid"]
         elif kind == "refused":
-            self.refused = content
+            self.refused, self.absent = content
 
     def death(self) -> str:
         """How it ended, once its socket is closed."""

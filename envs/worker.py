@@ -26,6 +26,7 @@ from typing import Any
 import gymnasium as gym
 
 from tutelage.envs.keeper import die_with_parent, keep
+from tutelage.envs.plugins import refusal
 
 # ("reset", episode, seed, options) | ("act", episode, action) | ("drop", episode)
 Request = tuple[Any, ...]
@@ -267,7 +268,7 @@ def main() -> None:
         host = Host(env_id, env_args, max_observation=max_observation)
         _send(connection, ("ready", {"pid": os.getpid(), "probe": host.probe()}))
     except Exception as error:
-        _send(connection, ("refused", " ".join(str(error).split()) or type(error).__name__))
+        _send(connection, ("refused", refusal(env_id, error)))
         return
     for requests in messages:
         _serve(connection, host, requests, part_seconds)

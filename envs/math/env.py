@@ -194,7 +194,12 @@ def _seconds(timeout: Any) -> float:
 def _template(prompt: str | None, default: str) -> str:
     if prompt is None:
         return default
-    if not isinstance(prompt, str) or "{problem}" not in prompt:
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"prompt {prompt!r} is no text: write it in quotes, such as '{{problem}}' (in a shell"
+            " \"prompt='{problem}'\")"
+        )
+    if "{problem}" not in prompt:
         raise ValueError(
             f"prompt {prompt!r} has no {{problem}} in it, so the problem would not be shown"
         )

@@ -275,7 +275,9 @@ def _hub(name: str, split: str) -> Iterator[Row]:
         found = datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # network, missing name, gated: each with its own class
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"no file and no data set on the hub named {name!r}: {reason}") from None
+        raise FileNotFoundError(
+            f"no file and no data set on the hub named {name!r}: {reason}"
+        ) from None
     yield from _table(name, _pick(name, found, split))
 
 
