@@ -31,7 +31,7 @@ def check_machine(config: RunConfig) -> None:
     Raises:
         ConfigError: the key, what is missing, and the cure.
     """
-    _check_devices(config)
+    check_devices(config)
     _check_wheel(config)
     if config.student.model is not None:
         _check_weights("student.model", config.student.model)
@@ -56,7 +56,8 @@ def _local(config: RunConfig) -> bool:
     return config.cluster is None or config.cluster.address == "local"
 
 
-def _check_devices(config: RunConfig) -> None:
+def check_devices(config: RunConfig) -> None:
+    """Raises ConfigError for a device that is not here."""
     asked = {"student.device": config.student.device}  # the learner is always here
     if _local(config):
         asked |= {f"teachers.{name}.device": one.device for name, one in config.teachers.items()}

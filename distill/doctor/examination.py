@@ -26,7 +26,7 @@ from tutelage.distill.models import (
     prepare_process,
     student_tokenizer,
 )
-from tutelage.distill.preflight import check_machine
+from tutelage.distill.preflight import check_devices
 from tutelage.distill.teachers import TransformersTeacher
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
@@ -48,7 +48,7 @@ class Played:
 
 def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding]:
     """Every finding on a checked config, as it is made. say: told what is looked at."""
-    check_machine(config)
+    check_devices(config)
     prepare_process(config.student.threads)
     say("environments")
     yield from _environments(config)
