@@ -169,11 +169,12 @@ def _eval(options: argparse.Namespace) -> int:
 
     _quiet()
     config = load_config(options.config, options.pairs)
+    out = options.out or Path(config.run) / "eval.json"
+    whole.check_place(out)
     last = checkpoints.newest(Path(config.run) / "checkpoints")
     model = options.model or (str(last) if last else None)
     with ConsoleWatcher() as watcher:
         found = evaluate_model(config, model, watch=watcher)
-    out = options.out or Path(config.run) / "eval.json"
     whole.write_json(out, found)
     scores = found["scores"]
     watcher.console.print(type_table("by type", scores, config.evaluation.modes[0]))

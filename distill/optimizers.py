@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,22 @@ class Optimizer:
         """What `load_state_dict` takes back."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a saved state is of the same optimizers, over as many parameters."""
+        saved = [
+            [len(group["params"]) for group in part["param_groups"]] for part in state["parts"]
+        ]
+        own = [[len(group["params"]) for group in part.param_groups] for part in self._parts]
+        return saved == own
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state, with this one's own rates, betas and decays: torch would
+        take the saved ones."""
         for part, saved in zip(self._parts, state["parts"], strict=True):
+            settings = [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in part.param_groups
+            ]
             part.load_state_dict(saved)
+            for group, own in zip(part.param_groups, settings, strict=True):
+                group.update(own)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -58,6 +59,9 @@ from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
 from tutelage.scheduler.policies import Step
 from tutelage.scheduler.rollouts import EnvironmentPools
 from tutelage.scheduler.watchdog import Watchdog
+
+NEEDED = ("step", "version", "position", "optimizer", "teachers", "best", "history", "ahead")
+"""Of a checkpoint's state."""
 
 
 class Stopped(Exception):
@@ -386,7 +390,19 @@ class Run:
         if found is None:
             return 0, 0
         checkpoint, state = found
-        self.learner.restore(state["optimizer"], version=state["version"])
+        if missing := [key for key in NEEDED if key not in state]:
+            raise RuntimeError(
+                f"{checkpoint}: its {checkpoints.STATE} has no {missing[0]!r}: another version of"
+                " tutelage saved it; go on with that one, or choose another run folder"
+            )
+        optimizer = state["optimizer"]
+        if not self.learner.optimizer.fits(optimizer):  # a change that was accepted
+            warnings.warn(
+                f"optimizer: what {checkpoint} keeps is another one's: this one begins anew",
+                stacklevel=2,
+            )
+            optimizer = self.learner.optimizer_state()
+        self.learner.restore(optimizer, version=state["version"])
         self._refuse_other_student(checkpoint, state.get("student"))
         self._refuse_other_teachers(checkpoint, state["teachers"])
         self._best, self._pending = state["best"], json.loads(state.get("pending", "null"))

@@ -49,6 +49,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
+def check_place(path: Path) -> None:
+    """Raises ValueError where a file could not be written: before the work that it is for."""
+    trial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_text(trial, "")
+        trial.unlink()
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # if it was made for this
+        fault = "it is a folder" if path.is_dir() else ""
+    except OSError as error:
+        fault = first_line(error.__cause__ or error)
+    if fault:
+        raise ValueError(f"{path} cannot be written ({fault}): name another place, or make room")
+
+
 def put(descriptor: int, data: bytes) -> None:
     """All of the bytes: the system may take a part of them only, and fail at the rest."""
     left = memoryview(data)

@@ -236,7 +236,9 @@ class RayCluster:
                 self._ray.util.remove_placement_group(self._group)
         self._connection.close()
         if self._stalled is not None:
-            sweep([*self._stalled.glob("*.txt")])  # killed actors could not
+            # killed actors could not; another run's files there are its own
+            members = (*self._workers, *self._teachers.values())
+            sweep([self._stalled / f"{one.name}.txt" for one in members])
 
     def _places(
         self, needs: Sequence[Mapping[str, float]], strategy: str | None

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -105,11 +105,18 @@ class Timetable:
         self._planned.extend(planned)
 
     def record(self, step: Step) -> None:
-        """The next step is done."""
+        """The next step is done. It may be one of before the configuration was changed: tasks that
+        are no more had no turn."""
         if self._planned:
             self._planned.popleft()
-        self._policy.record(step)
-        for task in step.trained:
+        known = replace(
+            step,
+            active=tuple(task for task in step.active if task in self._tasks),
+            trained=tuple(task for task in step.trained if task in self._tasks),
+        )
+        if known.trained:
+            self._policy.record(known)
+        for task in known.trained:
             self._turns[task] += 1
         self.history.append(step)
 

@@ -214,6 +214,18 @@ class TestTrain:
         other.communicate()
 
 
+@pytest.mark.parametrize("out", ["folder", "config.yaml/eval.json", "/proc/nowhere/eval.json"])
+def test_an_evaluation_that_could_not_be_written_is_not_made(
+    path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (path.parent / "folder").mkdir()
+    monkeypatch.setattr(training, "evaluate_model", lambda *_, **__: pytest.fail("it was made"))
+    assert _main("eval", str(path), "--out", str(path.parent / out)) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"tutelage: {path.parent / out} cannot be written (")
+    assert not (path.parent / "run").exists()
+
+
 def _words(text: str) -> str:
     return " ".join(text.split())
 

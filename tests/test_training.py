@@ -299,6 +299,54 @@ class TestResuming:
         (folder / changed).write_text(before, encoding="utf-8")
         assert len(_metrics(_train(config))) == 2
 
+    def test_an_accepted_change_of_the_optimizer_is_its_own(self, configure: Configure) -> None:
+        """torch takes a state's betas and decay back with it, and not those that are asked for."""
+        _train(configure({"math": MATH}, steps=1))
+        other = {"lr": 1e-3, "betas": [0.5, 0.6], "weight_decay": 0.25}
+        config = configure({"math": MATH}, steps=2, optimizer=other, accept_changes=True)
+        with Run(config) as run:
+            run.train()
+            groups = run.learner.optimizer._parts[0].param_groups
+            assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+            assert all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
+            (state, *_) = run.learner.optimizer._parts[0].state.values()
+            assert state["step"] == 2  # it went on all the same
+
+    @pytest.mark.parametrize(
+        ("tasks", "sections"),
+        [
+            ({"math": MATH}, {"optimizer": {"name": "muon"}}),
+            ({"math": MATH}, {}),
+            ({"sums": MATH, "more": MATH}, {"schedule": {"policy": "gap"}}),
+            ({"math": MATH, "more": MATH}, {"schedule": {"policy": "mixed"}}),
+        ],
+        ids=["optimizer", "a task less", "other tasks", "a task more"],
+    )
+    def test_a_run_goes_on_after_any_change_that_is_accepted(
+        self, configure: Configure, tasks: dict[str, Any], sections: dict[str, Any]
+    ) -> None:
+        """What the old configuration left that means nothing in the new one begins anew."""
+        _train(configure({"household": HOUSEHOLD, "math": MATH}, steps=2))
+        config = configure(tasks, steps=5, accept_changes=True, **sections)
+        anew = pytest.warns(UserWarning, match="optimizer: .* begins anew")
+        with anew if "optimizer" in sections else contextlib.nullcontext():
+            folder = _train(config)
+        played = {task for line in _metrics(folder)[2:] for task in line["task"].split("+")}
+        assert len(_metrics(folder)) == 5 and played == {*tasks}
+
+    def test_a_state_of_another_version_is_named(self, configure: Configure) -> None:
+        config = configure({"math": MATH}, steps=1)
+        newest = checkpoints.newest(_train(config) / "checkpoints")
+        state = checkpoints.load_state(newest)
+        del state["position"]
+        torch.save(state, newest / checkpoints.STATE)
+        (newest / checkpoints.SUMS).unlink()
+        with (
+            pytest.warns(UserWarning, match="has no SHA256SUMS"),
+            pytest.raises(RuntimeError, match=r"000001: its trainer\.pt has no 'position': anoth"),
+        ):
+            _train(config)
+
     def test_a_teacher_that_loses_its_weights_in_mid_run_teaches_nothing(
         self, configure: Configure
     ) -> None:
