@@ -179,7 +179,11 @@ def _compare(answer: str, gold: str, allowance: Allowance, *, strict: bool) -> V
     if mine and squeezed(mine) == squeezed(theirs):
         return Verdict(correct=True, reason="string")
     exact = Exact(strict=strict)
-    if (found := same(mine, theirs, exact)) is not None:
+    try:
+        found = same(mine, theirs, exact)
+    except RecursionError:
+        return Verdict(correct=False, reason="refused")
+    if found is not None:
         return Verdict(correct=found, reason="exact")
     if _PROSE.search(answer) is not None or not mine:
         return Verdict(correct=False, reason="unreadable")

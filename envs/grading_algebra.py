@@ -294,8 +294,11 @@ def _real_only(function: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
-def _product(a: Any, b: Any) -> Any:
-    return a * b
+def _product(*values: Any) -> Any:
+    found = values[0]
+    for value in values[1:]:
+        found = found * value
+    return found
 
 
 def _mod(value: Any, modulus: Any) -> Any:

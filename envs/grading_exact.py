@@ -134,7 +134,7 @@ def _whole(function: str, *values: Fraction) -> Fraction:
 _OPERATIONS: dict[str, Callable[..., Fraction]] = {
     "add": lambda *values: sum(values, Fraction(0)),
     "negate": lambda value: -value,
-    "multiply": lambda a, b: a * b,
+    "multiply": lambda *values: math.prod(values, start=Fraction(1)),
     "divide": lambda a, b: a / b,
     "root": _root,
     "mod": _mod,
@@ -181,5 +181,5 @@ def _size(node: Node) -> float:
     if node.op in ("factorial", "double_factorial", "exp", "binom") and max(sizes) > 5000:
         return math.inf
     if node.op == "multiply":
-        return min(1e300, sizes[0] * sizes[1])
+        return min(1e300, math.prod(min(size, 1e300) for size in sizes))
     return min(1e300, sum(sizes)) if node.op == "add" else max(sizes[0], *sizes)

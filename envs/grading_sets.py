@@ -162,7 +162,13 @@ class _Reading:
 
     def conditions(self, texts: list[str], depth: int) -> tuple[str, list[Piece]]:
         """A comma is an `and` where both can hold (x > 1, x != 3), else an `or` (x < 2, x > 5)."""
-        parts = [self.of(text, depth + 1) for text in texts if text.strip()]
+        whole: list[str] = []
+        for text in texts:
+            before = re.match(r".*\\ne(?![A-Za-z])", whole[-1], re.DOTALL) if whole else None
+            if before and not _RELATION.search(text):  # x != 2, 3
+                text = f"{before.group()} {text}"
+            whole.append(text)
+        parts = [self.of(text, depth + 1) for text in whole if text.strip()]
         name, both = self.combined(parts, _common)
         return (name, both) if both else self.combined(parts, _union)
 

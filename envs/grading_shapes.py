@@ -113,7 +113,7 @@ def same(answer: str, gold: str, arithmetic: Arithmetic, depth: int = 0) -> bool
         return False
     if squeezed(answer) == squeezed(gold):
         return True
-    for shape in (_approximate, _matrix, _modular, _clock, _set, _equation, _list):
+    for shape in (_approximate, _matrix, _modular, _clock, _equation, _set, _list):
         if (found := shape(answer, gold, arithmetic, depth)) is not NotImplemented:
             return found
     return _value(answer, gold, arithmetic)
@@ -166,7 +166,8 @@ def _value(answer: str, gold: str, arithmetic: Arithmetic) -> bool | None:
         return False
     if theirs.bare and mine.unit != theirs.unit:  # 3 m, whose m may be a variable
         theirs = Quantity(value=gold)
-    if not theirs.unit and (words := _unknown_unit(gold)) and not _unknown_unit(answer):
+    unread = not theirs.unit or _WORD.search(theirs.value)  # 14 right triangles
+    if unread and (words := _unknown_unit(gold)) and not _unknown_unit(answer):
         theirs = Quantity(value=words)
     return _quantities(mine, theirs, arithmetic)
 
@@ -268,7 +269,7 @@ def _labelled(text: str) -> tuple[str, str]:
 
 def _based(answer: str, gold: str) -> bool | None:
     """Numbers of a base: the digits and the base are compared."""
-    mine, theirs = _BASE.match(answer), _BASE.match(gold)
+    mine, theirs = (_BASE.match(text.replace(TEXT, "")) for text in (answer, gold))
     if not any(match and match[1][0].isdigit() for match in (mine, theirs)):
         return NotImplemented
     if mine is None or theirs is None:
@@ -303,7 +304,7 @@ def _clock(answer: str, gold: str, arithmetic: Arithmetic, depth: int) -> bool |
     if mine and theirs and (mine[4] or theirs[4] or depth == 0):
         return _times(mine, theirs)
     ratios = [re.split(r"\s*:\s*", text) for text in (answer, gold)]
-    if len(ratios[0]) < 2 and len(ratios[1]) < 2:
+    if (len(ratios[0]) < 2 and len(ratios[1]) < 2) or _LABELLED.match(answer):
         return NotImplemented
     nodes = []
     for parts in ratios:
@@ -461,18 +462,19 @@ def _set(answer: str, gold: str, arithmetic: Arithmetic, depth: int) -> bool | N
 
 def _equation(answer: str, gold: str, arithmetic: Arithmetic, depth: int) -> bool | None:
     """`m+n=53` answers 53, `f(x)=2x` answers 2x; two equations are compared as equations."""
-    if any(len(split(joined(grouped(text)), ",;")) > 1 for text in (answer, gold)):
-        return NotImplemented  # a list of them
     mine, theirs = split(answer, "="), split(gold, "=")
     if len(mine) == len(theirs) == 1:
         return NotImplemented
+    several = [len(split(joined(grouped(text)), ",;")) > 1 for text in (answer, gold)]
+    if any(several) and (all(several) or len(mine if several[0] else theirs) > 1):
+        return NotImplemented  # a list of equations
     if not all(part.strip() for part in (*mine, *theirs)):
         return False
     if len(theirs) == 1:
+        given = [mine[-1]] if _gives(mine[0], mine[-1]) else []
         if _is_name(mine[-1]) and not _is_name(mine[0]):  # 5 = x
-            return same(mine[0], theirs[0], arithmetic, depth + 1)
-        gives = _gives(mine[0], mine[-1])
-        return same(mine[-1], theirs[0], arithmetic, depth + 1) if gives else False
+            given.append(mine[0])
+        return _any(False, *(same(text, theirs[0], arithmetic, depth + 1) for text in given))
     if len(mine) == 1:
         return same(mine[0], theirs[-1], arithmetic, depth + 1) if _is_name(theirs[0]) else False
     if squeezed(mine[0]) == squeezed(theirs[0]) and (
@@ -487,9 +489,7 @@ def _equation(answer: str, gold: str, arithmetic: Arithmetic, depth: int) -> boo
             for left, right in (mine, theirs)
         ]
     except Unreadable:
-        if squeezed(mine[0]) == squeezed(theirs[0]):
-            return same(mine[1], theirs[1], arithmetic, depth + 1)
-        return None
+        return _all([same(a, b, arithmetic, depth + 1) for a, b in zip(mine, theirs, strict=True)])
     if not all(zero.symbols() for zero in zeros):
         return False
     ratio = arithmetic.ratio(*zeros)
@@ -502,6 +502,8 @@ def _gives(left: str, right: str) -> bool:
         node = parse(left)
     except Unreadable:
         return True  # \angle ABC, a tuple, words
+    if node.op == "power" and node.args[0].op == "abs":
+        return True  # |z|^2
     if node.op in ("add", "multiply", "power", "divide", "negate", "root", "factorial"):
         return len(node.symbols()) != 1 and (not node.symbols() or numeral(right) != 0)
     return True

@@ -125,9 +125,9 @@ _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 
 def _signs(part: str, *, joint: bool) -> list[str]:
     count = len(_SIGNS.findall(part))
-    if not count or count > 4:
+    if not count:
         return [part]
-    choices = (0, 2**count - 1) if joint else range(2**count)
+    choices = (0, 2**count - 1) if joint or count > 4 else range(2**count)
     found = []
     for bits in choices:
         at = iter(range(count))

@@ -184,18 +184,19 @@ class _Reader:
         return Node("negate", (term,)) if negative else term
 
     def term(self, depth: int) -> Node:
-        node = self.factor(depth)
+        """A product. All its factors are operands of one node, so that long ones are not deep."""
+        above, below = [self.factor(depth)], list[Node]()
         while True:
             if self.accept("*"):
-                node = Node("multiply", (node, self.signed_factor(depth)))
+                above.append(self.signed_factor(depth))
             elif self.accept("/"):
-                node = Node("divide", (node, self.signed_factor(depth)))
+                below.append(self.signed_factor(depth))
             elif self.accept("\\bmod"):
-                node = Node("mod", (node, self.signed_factor(depth)))
+                return Node("mod", (_product(above, below), self.signed_factor(depth)))
             elif self.juxtaposed():
-                node = Node("multiply", (node, self.factor(depth)))
+                above.append(self.factor(depth))
             else:
-                return node
+                return _product(above, below)
 
     def signed_factor(self, depth: int) -> Node:
         if self.accept("-"):
@@ -204,8 +205,12 @@ class _Reader:
         return self.factor(depth)
 
     def juxtaposed(self) -> bool:
-        """A factor without a sign of multiplication follows. A number never does: `12 34`."""
+        """A factor without a sign of multiplication follows. A number only does after a factorial:
+        `4!4!`, but not `12 34`."""
+        after = self.text[: self.at].rstrip()[-1:]
         token = self.peek()
+        if token[:1].isdigit() and after == "!":
+            return True
         if token[:1].isdigit() or token == ".":
             raise Unreadable("a number after a factor")
         if token == "|":
@@ -222,26 +227,20 @@ class _Reader:
 
     def factor(self, depth: int) -> Node:
         base = self.atom(depth + 1)
-        while True:
-            if self.accept("!"):
-                base = Node("double_factorial" if self.accept("!") else "factorial", (base,))
-            elif self.peek() == "^":
-                base = self.power(base, depth)
-            else:
-                return base
+        if self.peek() == "^":
+            base = self.power(base, depth)
+        if self.accept("!"):
+            base = Node("double_factorial" if self.accept("!") else "factorial", (base,))
+        if self.peek() == "^" and base.op != "factorial":
+            raise Unreadable("a^b^c")
+        return self.power(base, depth) if self.peek() == "^" else base
 
     def power(self, base: Node, depth: int) -> Node:
         self.expect("^")
         if self.accept("\\circ"):
-            if base.op == "power":
-                raise Unreadable("a power of degrees")
             half_turn = Node("divide", (Node("constant", value="pi"), number(180)))
             return Node("multiply", (base, half_turn))
-        if base.op == "power" and not self.wrapped:
-            raise Unreadable("a^b^c")
         return Node("power", (base, self.exponent(depth)))
-
-    wrapped = False  # the last atom stood in brackets
 
     def exponent(self, depth: int) -> Node:
         self.space()
@@ -274,10 +273,10 @@ class _Reader:
 
     def atom(self, depth: int) -> Node:
         token = self.peek()
-        self.wrapped = token in _CLOSERS
+        if depth > DEEPEST:
+            raise Unreadable("too deep")
         if token in ("(", "[", "{"):
-            node = self.choose(depth) if token == "{" and "\\choose" in self.text else None
-            return node or self.group(token, depth)
+            return self.group(token, depth)
         if token == "|" and not self.bars:
             self.at += 1
             self.bars += 1
@@ -297,18 +296,6 @@ class _Reader:
         if token.isascii() and token.isalpha():
             return self.letters(depth)
         raise Unreadable(token)
-
-    def choose(self, depth: int) -> Node | None:
-        """`{n \\choose k}`."""
-        begin = self.at
-        self.expect("{")
-        top = self.expression(depth + 1)
-        if not self.accept("\\choose"):
-            self.at = begin
-            return None
-        bottom = self.expression(depth + 1)
-        self.expect("}")
-        return Node("binom", (top, bottom))
 
     def number(self) -> Node:
         match = _NUMBER.match(self.text, self.at)
@@ -455,12 +442,12 @@ class _Reader:
             return self.parenthesised(depth)
         if token in ("{", "[", "|"):
             return (self.factor(depth),)
-        node = self.factor(depth + 1)
+        factors = [self.factor(depth + 1)]
         while self.simple_follows():
-            node = Node("multiply", (node, self.factor(depth + 1)))
+            factors.append(self.factor(depth + 1))
         if self.peek() in ("/", "*"):
             raise Unreadable("what the function is applied to")
-        return (node,)
+        return (_product(factors, []),)
 
     def simple_follows(self) -> bool:
         """A letter, \\pi, a fraction or a root goes on the argument; a parenthesis might not."""
@@ -471,6 +458,14 @@ class _Reader:
             return token[1:] in _GREEK or token[1:] in ("pi", "frac", "sqrt")
         run = _WORD.match(self.text, self.at)
         return run is not None and not any(run.group().startswith(name) for name in FUNCTIONS)
+
+
+def _product(above: list[Node], below: list[Node]) -> Node:
+    top, bottom = (
+        factors[0] if len(factors) == 1 else Node("multiply", tuple(factors))
+        for factors in (above, below or [number(1)])
+    )
+    return Node("divide", (top, bottom)) if below else top
 
 
 def _letter(token: str) -> Node:

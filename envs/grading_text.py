@@ -127,7 +127,7 @@ _REWRITES = _rules(
     (r"</?(?:b|i|u|em|strong|span|sub)>", ""),
     (r"\\\\\s*(?:\[\s*[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\])?|\\cr" + _END, ROW),
     (r"\\newline" + _END, " "),
-    (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))|(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))", ""),  # 10,\!080
+    (r"(?<=\d)\s*(?:,\s*\\!|\{\s*,\s*\})\s*(?=\d{3}(?!\d))", ""),  # 10,\!080 and 10{,}080
     (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ""),  # 1\,000\,000
     (r"\{\s*,\s*\}", ","),
     (r"\{\s*([.+=<>-])\s*\}", r"\1"),
@@ -136,10 +136,11 @@ _REWRITES = _rules(
     (r"\\(?:[hv]space\*?|[hv]?phantom|label|tag\*?)\s*\{[^{}]*\}", " "),
     (r"\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}", ""),
     (r"\\(?:colorbox|fcolorbox\s*\{[^{}]*\})\s*\{[^{}]*\}", ""),
-    (r"\\(?:mathbb|Bbb|mathbf|mathrm)\s*(?:\{\s*([RZQNC])\s*\}|([RZQNC]))" + _END,
-     r"\\mathbb \1\2 "),
+    (r"\\(?:mathbb|Bbb)\s*(?:\{\s*([RZQNC])\s*\}|([RZQNC]))" + _END, r"\\mathbb \1\2 "),
+    (r"\\(?:mathbf|mathrm)\s*\{\s*([RZ])\s*\}", r"\\mathbb \1 "),  # C is a choice there
     (r"\\(?:Reals|reals|R)" + _END, r"\\mathbb R "),
     (rf"\\(?:{_STYLE}){_END}", " "),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\(?:[dtc]frac|nicefrac|sfrac)" + _END, r"\\frac "),
     (r"\\(?:dbinom|tbinom)" + _END, r"\\binom "),
     (r"\\(?:mathrm|operatorname|mathop|text|rm)\s*\*?\s*\{\s*(i|e|d|exp|ln|log|lg|sin|cos|tan|cot|sec|csc"
@@ -176,7 +177,7 @@ _REWRITES = _rules(
     (r"\\([_&#])", r"\1"),
     (r"\s+", " "),
 )  # fmt: skip
-_PAIRED_DOLLARS = re.compile(r"(?<!\\)\$\s*([^$]*?)\s*(?<!\\)\$")
+_PAIRED_DOLLARS = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _ENDS = ".,;:。 \ue000"
 
 

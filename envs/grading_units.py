@@ -188,7 +188,7 @@ _PHRASES = tuple(
         (r"\b(?:u\.?s\.?\s*)?dollars?\b", "dollar"), (r"\bus\s*\\?\$", "dollar"),
         (r"\\?\$", " dollar "),
         (r"\byears?\s+old\b|\byears?\s+of\s+age\b|\byear-old\b", "year"),
-        (r"(?<=\d)\s*'(?=\s*$)", "foot"), (r"(?<=\d)\s*\"(?=\s*$)", "inch"),
+        (r"^\s*'\s*$", "foot"), (r"^\s*(?:\"|'')\s*$", "inch"),
         (r"\bsolar\s+mass(?:es)?\b", "solar-mass"),
         (r"\\Omega\b", "ohm"), (r"k\s*\\Omega\b", "kilohm"),
         (r"\\mu\s*(?=[a-zA-Z])", "micro"), (r"\bmicrom\b", "micrometre"),
@@ -220,7 +220,6 @@ SCALES: dict[str, int | Fraction] = {
 _SCALE = re.compile(
     rf"^(.*\d)[\s{TEXT}-]*({'|'.join(sorted(SCALES, key=len, reverse=True))})s?$", re.DOTALL
 )
-_POWER_WORD = re.compile(rf"^(.*[\d}})A-Za-z])[\s{TEXT}]+(squared|cubed|factorial)$")
 
 
 def canonical(text: str) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib
+import importlib.util
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -265,6 +267,194 @@ def test_a_very_long_response_is_read_from_its_end() -> None:
     assert judge("{" * 5_000_000, "7").reason == "no_box"
     assert not grade("\\boxed{" * 500_000, "7")
     assert time.monotonic() - began < 2
+
+
+# --- how answers are written ----------------------------------------------------------------------
+
+# (kind, answer, gold, right): one line or two of every kind of fault that was found.
+WRITTEN = [
+    ("and", "19, 46 and 82", "19, 46, \\text{ and } 82", True),
+    ("and", "21, 36, and 82", "19, 46, \\text{ and } 82", False),
+    ("and", "1, 2, 3, and 4", "1,2,3", False),
+    ("semicolons", "x=1;x=2", "1,2", True),
+    ("thousands", "1,000, 2,000", "1000, 2000", True),
+    ("thousands", "10080", "10,\\!080", True),
+    ("thousands", "2{ , }016{ , }532", "2016532", True),
+    ("thousands", "1,234", "1.234", False),
+    ("matrix", "\\begin{pmatrix} -2 \\\\ 3 \\end{pmatrix}",
+     "\\begin{pmatrix}-2\\\\3\\end{pmatrix}", True),
+    ("matrix", "\\begin{bmatrix} 9 \\\\ 3 \\end{bmatrix}",
+     "\\begin{pmatrix} 6 \\\\ 3 \\end{pmatrix}", False),
+    ("matrix", "\\begin{vmatrix}1&2\\\\3&4\\end{vmatrix}",
+     "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", False),
+    ("tiny", "\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}", False),
+    ("tiny", "1-\\frac{1}{2^{100}}", "1-\\frac{1}{2^{101}}", False),
+    ("tiny", "2^{-100}+2^{-101}", "3\\cdot2^{-101}", True),
+    ("tiny", "\\frac{1}{2006!}", "\\frac{1}{2004!}", False),
+    ("scale", "5 million", "5", False),
+    ("scale", "\\$2.5\\text{ million}", "2500000", True),
+    ("scale", "2 thirds", "2", False),
+    ("words", "7 is not a solution", "7", False),
+    ("words", "5 or more", "5", False),
+    ("words", "5 cubed", "5", False),
+    ("units", "3 \\times 10^{8} m/s", "3e8", True),
+    ("units", "10\\text{ mph}", "10\\text{ miles per hour}", True),
+    ("units", "5 cm^2", "5\\text{ square centimeters}", True),
+    ("units", "5 cm^2", "5\\text{ cm}", False),
+    ("units", "5 cents", "\\$5", False),
+    ("units", "14", "14 \\text{ right triangles}", True),
+    ("units", "3万元", "30000", True),
+    ("units", "5x", "5", False),
+    ("units", "100°C", "100", True),
+    ("modulus", "3 \\pmod 7", "3 \\pmod{7}", True),
+    ("modulus", "n \\equiv 2 \\pmod{5}", "n\\equiv 2\\pmod{7}", False),
+    ("modulus", "3 \\bmod 5", "4 \\bmod 5", False),
+    ("braces", "\\frac\\pi 2", "\\frac{\\pi}{2}", True),
+    ("braces", "\\frac{\\binom52}{32}", "\\frac{5}{16}", True),
+    ("names", "m+n=53", "53", True),
+    ("names", "f(2)=5", "5", True),
+    ("names", "(x,y)=(1,2)", "(1,2)", True),
+    ("names", "(x,y)=(2,1)", "(1,2)", False),
+    ("names", "\\angle ABC=30^\\circ", "30", True),
+    ("names", "x = (0,\\infty)", "(0,\\infty)", True),
+    ("names", "2x=10", "10", False),
+    ("names", "x+1=5", "5", False),
+    ("names", "x=2,y=1", "(1,2)", False),
+    ("unicode", "5√21", "5\\sqrt{21}", True),
+    ("unicode", "10⁻³", "0.001", True),
+    ("unicode", "2¾", "2.75", True),
+    ("unicode", "（１，２）", "(1,2)", True),
+    ("unicode", "7\u200b。", "7", True),
+    ("sets", "x\\neq 2", "(-\\infty,2)\\cup(2,\\infty)", True),
+    ("sets", "\\mathbb R\\setminus\\{2\\}", "x\\ne2", True),
+    ("sets", "\\{x \\in \\mathbb{R} : x > 2\\}", "(2,\\infty)", True),
+    ("sets", "x\\le-2\\text{ or }x\\ge2", "(-\\infty,-2]\\cup[2,\\infty)", True),
+    ("sets", "x\\le-2\\text{ or }x\\ge2", "(-\\infty,-2)\\cup[2,\\infty)", False),
+    ("sets", "[0,1]\\cup[1,2]", "[0,2]", True),
+    ("sets", "(2,3)", "\\{2,3\\}", False),
+    ("style", "{\\bf 13}", "13", True),
+    ("style", "\\textcolor{blue}{\\boldsymbol{13}}", "13", True),
+    ("style", "**73**", "73", True),
+    ("complex", "(1+i)^2", "2i", True),
+    ("complex", "\\frac{1}{1+i}", "\\frac{1+i}{2}", False),
+    ("money", "-\\$1,\\!234.50", "-1234.5", True),
+    ("choice", "\\textbf{(A)}\\ 5", "A", True),
+    ("choice", "(B) 5", "A", False),
+    ("choice", "AB", "A", False),
+    ("repeating", "0.1\\overline{6}", "\\frac16", True),
+    ("repeating", "0.(3)", "0.333\\ldots", True),
+    ("repeating", "0.333", "\\frac13", False),
+    ("time", "3:30 PM", "3:30\\text{ p.m.}", True),
+    ("time", "15:30", "3:30 PM", True),
+    ("time", "3:30 am", "3:30 pm", False),
+    ("integer", "\\binom{10}{3}", "120", True),
+    ("integer", "\\sqrt[3]{27}", "3", True),
+    ("integer", "10!", "3628800", True),
+    ("integer", "10!", "3628801", False),
+    ("integer", "2^{53}", "9007199254740993", False),
+    ("integer", "2^{53}+1", "9007199254740993", True),
+    ("algebra", "\\sqrt{x^2}", "x", False),
+    ("algebra", "f(2x)", "2f(x)", False),
+    ("algebra", "(-1)^n", "\\cos(n\\pi)", True),
+    ("algebra", "1+e^{-100}", "1+e^{-101}", False),
+]  # fmt: skip
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("kind", "answer", "gold", "right"), WRITTEN)
+def test_answers_are_read_as_they_are_written(
+    kind: str, answer: str, gold: str, right: bool
+) -> None:
+    verdict = judge(f"\\boxed{{{answer}}}", gold, timeout=30, wait=60)
+    assert verdict.correct is right, (kind, verdict)
+
+
+FAULTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "faults"
+
+
+@needs_math_verify
+@pytest.mark.skipif(not FAULTS.exists(), reason="the project's data folder is not here")
+@pytest.mark.parametrize("name", ["grading", "gold_spellings", "grading_held"])
+def test_every_pair_that_was_found_is_right(name: str) -> None:
+    rows = [json.loads(line) for line in (FAULTS / f"{name}.jsonl").read_text().splitlines()]
+    wrong = []
+    for row in rows:
+        said = [row["response"]] if "response" in row else [f"\\boxed{{{row['answer']}}}"]
+        if "bare" in row.get("form", ""):
+            said.append(row["answer"])
+        for text in said:
+            if judge(text, row["gold"], timeout=30, wait=60).correct != row["expected"]:
+                wrong.append((text, row["gold"]))
+    assert wrong == [] and rows
+
+
+def _benchmark() -> Any:
+    """benchmarks/grading.py, which is no part of the package."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "grading.py"
+    spec = importlib.util.spec_from_file_location("grading_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+# Golds of many kinds, so that the test needs no data.
+GOLDS = [
+    "42", "-7", "3.25", "10,\\!080", "\\frac{3}{4}", "-\\frac{5}{12}", "5\\sqrt{21}",
+    "2 + \\sqrt{3}",
+    "(3, -1)", "\\left( 3, \\frac{\\pi}{2} \\right)", "(-\\infty, -2] \\cup [2, \\infty)",
+    "1, 2, 4",
+    "\\begin{pmatrix} -4 \\\\ -12 \\end{pmatrix}", "45^\\circ", "\\frac{\\pi}{6}", "x^2 + 2x + 1",
+    "\\text{Tuesday}", "(A)", "12\\text{ feet}", "\\$115", "1 + \\sqrt{3} i",
+    "2^{98}", "y = 2x + 1",
+    "\\{1, 2, 3\\}", "0.56", "20\\%", "52_8", "x \\le 3", "\\binom{n}{2}", "-2, 1 + i, 1 - i",
+]  # fmt: skip
+
+
+@needs_math_verify
+@pytest.mark.parametrize("gold", GOLDS)
+def test_a_gold_accepts_itself_in_every_spelling_and_nothing_beside_it(gold: str) -> None:
+    benchmark, dice = _benchmark(), random.Random(gold)
+    tried = 0
+    for kind, made in benchmark.spellings(gold):
+        tried += 1
+        assert judge(f"\\boxed{{{made}}}", gold, timeout=30, wait=60).correct, (kind, made)
+    for kind, made in benchmark.slips(gold, dice):
+        assert not judge(f"\\boxed{{{made}}}", gold, timeout=30, wait=60).correct, (kind, made)
+    for other in GOLDS:
+        if other != gold:
+            assert not judge(f"\\boxed{{{other}}}", gold, timeout=30, wait=60).correct, other
+    assert tried >= 10
+
+
+def test_a_strict_integer_wants_a_numeral() -> None:
+    for answer in ("10!", "\\sqrt{9}+3628797", "x=10!", "2^3\\cdot453600"):
+        assert grade(f"\\boxed{{{answer}}}", "3628800", timeout=0)
+        assert not grade(f"\\boxed{{{answer}}}", "3628800", timeout=0, strict=True)
+    for answer in ("3,628,800", "x = 3628800", "3.6288e6", "3628800\\text{ ways}"):
+        assert grade(f"\\boxed{{{answer}}}", "3628800", timeout=0, strict=True)
+
+
+@pytest.mark.parametrize(
+    "response", ["\\boxed\n{7}", "\\boxed\n  {\n7\n}", "\\boxed%\n{7}", "\\boxed {7}"]
+)
+def test_the_brace_of_a_box_may_stand_on_the_next_line(response: str) -> None:
+    assert grade(response, "7", timeout=0)
+
+
+# A part, over and over: what recursion, backtracking or expansion could explode on.
+@pytest.mark.parametrize(
+    "part",
+    ["e ", "½", "√", "\\sin", "\\pm 1", "(", "|", "{", "$ ", "' ", "x^", "1/", "-", "a_", "2!", ",",
+     "=", "<", "\\cup ", "cm ", "1 and ", "\\text{", "\\frac", "\\choose ", "**", " ", "\\\\",
+     "km/h", "[1,"],
+)  # fmt: skip
+def test_no_part_repeated_hangs_or_raises(part: str) -> None:
+    """All of these come back: what backtracked or expanded without bound would hang the test."""
+    for text in (part * (990 // len(part)), part + " " * 950 + "x", "1" + part * 200 + "1"):
+        for answer, gold in ((text, "5"), ("x<3", text), (text, "1,2"), (text, text)):
+            assert judge(f"\\boxed{{{answer}}}", gold, timeout=0).correct in (True, False)
 
 
 # --- the processes that do algebra ---------------------------------------------------------------
