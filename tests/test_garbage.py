@@ -20,6 +20,8 @@ from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.models import load_model
 from tutelage.distill.teachers import Answer, TeacherService
 from tutelage.distill.training import Run
+from tutelage.envs.grading import Verdict
+from tutelage.envs.math import env as math_env
 from tutelage.scheduler.engine import Completion
 
 STEPS = 4
@@ -156,6 +158,30 @@ class TestEnvironments:
         assert f"raised: {type(end).__name__}: {end}" in lost
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["sums"]["greedy"]
         assert (found["n"], found["dropped"], found["value"]) == (5, 1, 1.0)
+
+    def test_answers_that_the_machine_could_not_grade_are_dropped_and_never_wrong(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every third grade comes late; each episode is tried three times."""
+        calls = iter(range(99))
+
+        def judge(*_: Any, **__: Any) -> Verdict:
+            late = next(calls) % 3 == 2
+            return Verdict(correct=not late, reason="late" if late else "exact")
+
+        monkeypatch.setattr(math_env, "judge", judge)
+        (line,) = _lines(_train(configure(steps=1)))
+        assert (line["episodes/dropped"], line["reward/success"]) == (0, 1.0)  # played again
+        late = Verdict(correct=False, reason="late")
+        slow = iter([late] * 3)  # all attempts at the first
+        monkeypatch.setattr(
+            math_env, "judge", lambda *_, **__: next(slow, Verdict(correct=True, reason="exact"))
+        )
+        rollout = {"processes": 0, "max_turns": 1, "max_new_tokens": 4, "max_live": 1}
+        (line,) = _lines(_train(configure("other", steps=1, rollout=rollout)))
+        assert (line["grading/undecided"], line["episodes/dropped"]) == (1, 1)
+        assert line["reward/success"] == 1.0
+        assert "undecided: no grade within 45 s (late): this machine is" in line["episodes/lost"][0]
 
     def test_a_step_without_losses_names_none(self, configure: Configure) -> None:
         assert not any("episodes/lost" in line for line in _lines(_train(configure(steps=1))))
