@@ -226,7 +226,10 @@ def _scaled(q: Quantity) -> Node:
 
 
 def _words(mine: Quantity, theirs: Quantity) -> bool | None:
-    """Words equal themselves only; what else can't be read here is asked elsewhere."""
+    """Words equal themselves only, and nothing unreadable is a number; the rest is asked
+    elsewhere."""
+    if numeral(theirs.value) is not None:
+        return False
     if _WORD.search(mine.value) or _WORD.search(theirs.value):
         return False
     return None

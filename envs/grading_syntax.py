@@ -116,6 +116,7 @@ _GREEK = frozenset(
         "Im",
     ]
 )
+_AT_NUMBER = re.compile(r"\(\s*-?\d+(?:\.\d+)?\s*\)")
 _OPAQUE = frozenset("fghFGH")  # letters that are functions when a parenthesis follows
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _POLITE = frozenset(
@@ -371,6 +372,8 @@ class _Reader:
         self.at += 1
         rest = self.text[self.at :].lstrip()
         if word[0] in _OPAQUE and rest.startswith("("):
+            return self.call(word[0], depth)
+        if word[0] not in "ei" and _AT_NUMBER.match(rest):  # I(0) is no product
             return self.call(word[0], depth)
         if word[0] in ("e", "i") and not rest.startswith("_"):
             return Node("constant", value=word[0])

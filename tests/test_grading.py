@@ -355,6 +355,7 @@ WRITTEN = [
     ("integer", "2^{53}+1", "9007199254740993", True),
     ("algebra", "\\sqrt{x^2}", "x", False),
     ("algebra", "f(2x)", "2f(x)", False),
+    ("algebra", "I(0)", "I(0)e^{-t}", False),
     ("algebra", "(-1)^n", "\\cos(n\\pi)", True),
     ("algebra", "1+e^{-100}", "1+e^{-101}", False),
 ]  # fmt: skip
