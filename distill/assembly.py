@@ -294,4 +294,4 @@ def load_teacher(name: str, config: TeacherConfig, vocabulary: int) -> Teacher:
     if config.engine == "vllm":
         return load_vllm_teacher(name, config, vocabulary=vocabulary)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
-    return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary)
+    return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary, name=name)

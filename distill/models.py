@@ -101,13 +101,14 @@ def _loading(reference: str, what: str, load: Any, **given: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # what a broken file makes transformers raise, who knows
-        said = one_line(error)
-        if "trust_remote_code" in said:
+        if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model {reference!r}: its {what} needs code of its own (auto_map), which is never"
                 " run here: choose a model whose type transformers knows"
             ) from None
-        raise ConfigError(f"model {reference!r}: its {what} does not load: {said}") from None
+        raise ConfigError(
+            f"model {reference!r}: its {what} does not load: {one_line(error)}"
+        ) from None
 
 
 def device_of(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.distill.answers import unpack_answer
-from tutelage.distill.config import RunConfig
+from tutelage.distill.config import ConfigError, RunConfig
 from tutelage.distill.identity import Identity
 from tutelage.distill.laws import told
 from tutelage.distill.learner import Course, Learner, Lesson
@@ -85,6 +85,7 @@ class Routing:
         Raises:
             RuntimeError: a greater share of a task's episodes was lost than rollout.lost allows, or
                 a teacher says something else on its exam than at first.
+            ConfigError: they were lost because their first prompts are too long.
         """
         rows = {task: self._rows(task, own) for task, own in outcomes.items()}
         scores, answers = self._scores(rows)
@@ -117,10 +118,12 @@ class Routing:
         if not self.sound(task, outcomes):
             lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
             most = self._config.rollout_of(task).lost
-            raise RuntimeError(
+            # what the user can mend is no crash
+            kind = ConfigError if lost[0].reason == "too long" else RuntimeError
+            raise kind(
                 f"task {task!r}: {len(lost)} of {len(outcomes)} episodes were lost (rollout.lost"
-                f" allows a share of {most}), the first ({lost[0].order.name}) because its"
-                f" environment {lost[0].reason}: {lost[0].detail}"
+                f" allows a share of {most}), the first ({lost[0].order.name}) because"
+                f" {lost[0].why}"
             )
         return [
             (row, outcome.order.teacher)

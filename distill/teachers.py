@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tutelage.distill.architecture import context_of
 from tutelage.distill.batches import Batch, pack
 from tutelage.distill.config import ConfigError
 from tutelage.distill.identity import Identity, exam_rows
@@ -61,11 +62,15 @@ class TransformersTeacher:
         model: a causal LM.
         vocabulary: ids that take probability; the embedding's padding beyond them does not.
         max_tokens: tokens, padding included, in one forward.
+        name: in the configuration.
     """
 
     remote, retries = False, 0
 
-    def __init__(self, model: Any, *, vocabulary: int, max_tokens: int = 32_768) -> None:
+    def __init__(
+        self, model: Any, *, vocabulary: int, max_tokens: int = 32_768, name: str = "teacher"
+    ) -> None:
+        self._name, self._context = name, context_of(model.config)
         self.model, self.vocabulary, self._max_tokens = model, vocabulary, max_tokens
         self._device = model.device
 
@@ -85,7 +90,15 @@ class TransformersTeacher:
 
         Raises:
             FloatingPointError: logits that are NaN or infinite; names the row and the token.
+            ConfigError: a row is longer than its context.
         """
+        longest = max((int(row.positions_T().max()) + 1 for row in rows), default=0)
+        if longest > self._context:
+            raise ConfigError(
+                f"teachers.{self._name}: a row has {longest} tokens, and its context is"
+                f" {self._context} (max_position_embeddings): take a teacher with a longer one, or"
+                " shorten the episodes (rollout.max_turns, rollout.max_new_tokens, rollout.context)"
+            )
         scores: dict[int, TeacherScores] = {}
         head = self.model.get_output_embeddings()
         size = max(1, CHUNK // self.vocabulary)

@@ -51,7 +51,7 @@ from tutelage.envs.worker import (
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
 MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
 
-Reason = Literal["died", "timeout", "raised", "garbage", "undecided", "differs"]
+Reason = Literal["died", "timeout", "raised", "garbage", "undecided", "differs", "too long"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,8 @@ class Observed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The episode is lost. `died`, `timeout`: its process; `raised`, `garbage`: its environment;
-    `undecided`: the machine, see worker.Undecided; `differs`: see replay.py. idle: it owed no
-    answer when its process was lost.
+    `undecided`: the machine, see worker.Undecided; `differs`: see replay.py; `too long`: its
+    first prompt is. idle: it owed no answer when its process was lost.
     """
 
     episode: int

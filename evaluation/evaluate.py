@@ -94,6 +94,12 @@ def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
             f"all {len(outcomes)} evaluation episodes were dropped"
             + (f": {outcomes[0].reason}: {outcomes[0].detail}" if outcomes else "")  # type: ignore[union-attr]
         )
+    if all(episode.ended == "context" and not episode.turns for episode in played):
+        raise ValueError(
+            f"evaluation of task {played[0].order.task!r}: none of {len(played)} prompts leaves"
+            " room for a reply in the student's context: shorten them (env_args,"
+            " rollout.context), or take a student with a longer one"
+        )
     by_type: dict[str, list[Episode]] = defaultdict(list)
     for episode in played:
         by_type[episode.task_type].append(episode)

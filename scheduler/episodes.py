@@ -169,7 +169,7 @@ class Dropped:
     """An episode that no attempt could play to its end: counted and named, not fatal."""
 
     order: Order
-    reason: str  # "died" | "timeout" | "raised" | "garbage" | "undecided"
+    reason: str  # "died" | "timeout" | "raised" | "garbage" | "undecided" | "too long"
     detail: str
     attempts: int
 
@@ -178,6 +178,12 @@ class Dropped:
         """Which, and why: the last line of the detail, where a traceback says what was raised."""
         last = (self.detail.strip().splitlines() or [""])[-1]
         return f"{self.order.name}: {self.reason}: {last[:200]}"
+
+    @property
+    def why(self) -> str:
+        """What was wrong, and with what."""
+        environments = self.reason in ("died", "timeout", "raised", "garbage")
+        return f"its environment {self.reason}: {self.detail}" if environments else self.detail
 
 
 def revived(plain: Mapping[str, Any]) -> Episode | Dropped:

@@ -143,7 +143,7 @@ class RolloutWorker:
         if not orders:
             return []
         (task,) = {order.task for order in orders}
-        play = _Play(self, task, law or self._tasks[task].law)
+        play = _Play(self, task, law or self._tasks[task].law, scores=law is not None)
         return play.run(orders)
 
     def play(
@@ -186,7 +186,10 @@ class RolloutWorker:
 class _Play:
     """One call of `collect`: the loop between an engine and an environment pool."""
 
-    def __init__(self, worker: RolloutWorker, task: str, law: SamplingLaw) -> None:
+    def __init__(
+        self, worker: RolloutWorker, task: str, law: SamplingLaw, *, scores: bool = False
+    ) -> None:
+        self._scores = scores  # an evaluation: what cannot be asked counts as not solved
         self._worker, self._engine, self._law = worker, worker.engine, law
         self._guide = worker._guides.get(task)
         self._how = worker._tasks[task]
@@ -271,12 +274,25 @@ class _Play:
             live.context.observe(result.observation, result.info)
             if len(live.turns) >= self._how.max_turns:
                 self._finish(live, "max_turns")
-            elif self._room(live) < 1:
+            elif self._room(live) >= 1:
+                if act := self._open_turn(live):
+                    acts.append(act)
+            elif live.turns or self._scores:
                 self._finish(live, "context")
-            elif act := self._open_turn(live):
-                acts.append(act)
+            else:
+                self._lose(live, self._too_long(live))
         if acts:
             self._pool.send(acts)
+
+    def _too_long(self, live: _Live) -> Failed:
+        tokens, room = len(live.context.prompt_ids), self._engine.max_context
+        return Failed(
+            episode=live.session,
+            reason="too long",
+            detail=f"its first prompt has {tokens} tokens, and the student's context is {room}, the"
+            " reply included: take a student with a longer one, shorten the prompt (env_args,"
+            " rollout.context), or leave such problems out",
+        )
 
     def _room(self, live: _Live) -> int:
         return min(

@@ -127,3 +127,15 @@ def test_evaluate_plays_all_in_parts_and_reports_progress() -> None:
 def test_modes_name_their_laws() -> None:
     assert law_of("greedy", LAW) == GREEDY
     assert law_of("sampled", LAW) == LAW
+
+
+def test_prompts_none_of_which_can_be_asked_are_no_score() -> None:
+    some = orders("t", episodes=3, num_games=None)
+    unasked = [
+        replace(_episode(order, success=False), turns=(), ended="context") for order in some[:2]
+    ]
+    with pytest.raises(ValueError, match="none of 2 prompts leaves room"):
+        summarise(unasked)
+    assert summarise([*unasked, _episode(some[2], success=True)])["value"] == pytest.approx(
+        1 / 3, abs=1e-4
+    )

@@ -133,6 +133,17 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
         (b'{"problems": "x", "answer": "1"}\n', {}, "mean 'problems'.*present: problems, answer"),
         (b'{"problem": "x", "answer": null}\n', {}, r":1: column 'answer' holds None"),
         (b'{"problem": "  ", "answer": "1"}\n', {}, r":1: column 'problem' is empty"),
+        (b'{"problem": "x", "answer": NaN}\n', {}, r":1: column 'answer' holds nan.*empty"),
+        (b'{"problem": "x", "answer": -Infinity}\n', {}, r":1: column 'answer' holds -inf"),
+        (b'{"problem": "x", "answer": 1e999}\n', {}, r":1: column 'answer' holds inf"),
+        (b'{"problem": "x", "answer": "NaN"}\n', {}, r":1: column 'answer' holds 'NaN'.*empty"),
+        (b'{"problem": "<NA>", "answer": "1"}\n', {}, r":1: column 'problem' holds '<NA>'"),
+        (b'{"problem": "x", "answer": ["1", "2"]}\n', {}, r":1: column 'answer' holds \['1', '2"),
+        (b'{"problem": "x", "answer": true}\n', {}, r":1: column 'answer' holds True"),
+        (b'{"problem": "x", "answer": "1", "answer": "2"}\n', {}, r":1: .*'answer' is given twice"),
+        (b"problem,answer\n1+1,2\n", {}, r"own\.jsonl:1: not JSON"),
+        (b"\x1f\x8b\x08\x00", {}, r"own\.jsonl is compressed \(gzip\): unpack it"),
+        ('{"problem": "x", "answer": "1"}\n'.encode("utf-16"), {}, r"own\.jsonl is UTF-16"),
         (b'{"problem": "x \\ud83d", "answer": "1"}\n', {}, r":1: column 'problem' has half of a"),
         (b'{"problem": "x", "answer": "\\udc00"}\n', {}, r":1: column 'answer' has half of a"),
         (b'{"problem": "x", "answer": "1"}\n', {"gold_format": "gsm8k"}, "no '####'"),
@@ -148,6 +159,14 @@ def test_each_mistake_is_one_line_that_names_its_place(
     with pytest.raises(ValueError, match=message) as error:
         MathEnv(str(path), **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_mark_before_the_first_row_and_foreign_line_ends_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"problem": "x", "answer": 1}\r\n\r\n{"problem": "y", "answer": 2.5}\r\n'
+    )
+    assert [(p.question, p.answer) for p in load(str(path))] == [("x", "1"), ("y", "2.5")]
 
 
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -282,12 +283,17 @@ class TestLimits:
         assert rooms[0] == 8 and rooms[-1] < 8
         assert len(episode.rows[0].ids_T) <= 40
 
-    def test_a_first_observation_beyond_the_context_is_an_episode_without_rows(
-        self, make_worker: Any
-    ) -> None:
+    def test_a_first_prompt_beyond_the_context_is_a_lost_episode(self, make_worker: Any) -> None:
+        """In training nothing is learned from it; in an evaluation it is not solved."""
         worker = make_worker(engine={"max_context": 3})
-        (episode,) = _episodes(worker.collect(_orders(2)))
+        (lost,) = worker.collect(_orders(2))
+        assert isinstance(lost, Dropped) and lost.reason == "too long"
+        assert re.match(
+            r"its first prompt has \d+ tokens, and the student's context is 3", lost.why
+        )
+        (episode,) = _episodes(worker.collect(_orders(2), law=SamplingLaw(temperature=0.0)))
         assert (episode.ended, episode.rows, episode.turns) == ("context", (), ())
+        assert not episode.success
 
 
 class TestFaults:

@@ -209,10 +209,10 @@ def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Playe
     finally:
         worker.close()
     if lost := [outcome for outcome in outcomes if isinstance(outcome, Dropped)]:
-        return check.fault(
-            f"episode {lost[0].order.name}: its environment {lost[0].reason}: {lost[0].detail}",
-            "correct the environment; rollout.timeout is what it may take",
-        )
+        cure = "correct the environment; rollout.timeout is what it may take"
+        if lost[0].reason == "too long":
+            cure = "see the message"
+        return check.fault(f"episode {lost[0].order.name}: {lost[0].why}", cure)
     rows = tuple(
         row for episode in outcomes if isinstance(episode, Episode) for row in episode.rows
     )

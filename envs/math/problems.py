@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -121,13 +122,27 @@ def _missing(where: str, column: str, row: Mapping[str, Any]) -> str:
     return f"{where}: no column {column!r}{hint}; columns present: {present}"
 
 
+NOTHING = frozenset({"nan", "null", "<na>", "nat"})
+"""What tables write where there is nothing, once it has become text."""
+
+
 def _text(where: str, column: str, value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{where}: column {column!r} holds {value}, which is no text: a cell that was empty"
+            " (pandas writes NaN)? fill it, or leave the row out"
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {column!r} holds {value!r:.60}, not text")
     if not value.strip():
         raise ValueError(f"{where}: column {column!r} is empty")
+    if value.strip().lower() in NOTHING:
+        raise ValueError(
+            f"{where}: column {column!r} holds {value!r}: a cell that was empty? fill it, or leave"
+            " the row out"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -213,25 +228,56 @@ def _check_file(path: Path) -> None:
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                _check_bytes(path, line)
             if line.strip():
                 yield _object(f"{path}:{number}", line)
 
 
+_FOREIGN = {
+    b"\x1f\x8b": "compressed (gzip): unpack it",
+    b"PK\x03\x04": "an archive (zip): unpack it",
+    b"\xff\xfe": "UTF-16: write it in UTF-8",
+    b"\xfe\xff": "UTF-16: write it in UTF-8",
+    b"PAR1": "parquet: name it .parquet",
+}
+
+
+def _check_bytes(path: Path, begin: bytes) -> None:
+    """Raises ValueError where a file begins as what is no JSON."""
+    for mark, cure in _FOREIGN.items():
+        if begin.startswith(mark):
+            raise ValueError(f"{path} is {cure}")
+
+
 def _object(where: str, line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {str(error).splitlines()[0]}") from None
+    row = _parsed(where, line)
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {line[:40]!r} is no JSON object")
     return where, row
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _parsed(where: str, text: bytes) -> Any:
     try:
-        rows = json.loads(path.read_bytes())
+        return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{where}: not JSON: {str(error).splitlines()[0]}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, no key of which stands in it twice: which one was meant is unknown."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its key {twice!r} is given twice")
+    return found
+
+
+def _json(path: Path) -> Iterator[Row]:
+    text = path.read_bytes()
+    _check_bytes(path, text)
+    rows = _parsed(str(path), text)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: not an array of objects (one object a line makes a .jsonl file)")
     yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
