@@ -137,10 +137,10 @@ class ConsoleWatcher(Watcher):
     def _left(self, done: int) -> float:
         """Seconds to the end of the run, evaluations as long as they took last."""
         assert self._config is not None
-        wanted, total = self._config.evaluation, self._config.steps
+        tasks, wanted, total = self._config.tasks, self._config.evaluation, self._config.steps
 
         def once(modes: Iterable[str]) -> float:
-            asked = [(task, mode) for task in self._config.tasks for mode in modes]
+            asked = [(task, mode) for task in tasks for mode in modes]
             return sum(self._evaluations.get(one, 0.0) for one in asked)
 
         live = total // wanted.every - (done - 1) // wanted.every if wanted.every else 0

@@ -194,7 +194,7 @@ class Asking(Watcher):
             self.run.stop()
 
     def evaluating(self, task: str, mode: str, done: int, total: int) -> None:
-        if done < total:
+        if 0 < done < total:
             self._evaluation -= 1
             if self._evaluation == -1:
                 self.run.stop()
