@@ -3,8 +3,8 @@
 Three tiers, cheapest first:
 
 1. string: both sides without their dress (`grading_text`) are the same text;
-2. exact: lists, sets, equations, units and the like are taken apart (`grading_shapes`), and numbers
-   are compared as `Fraction`, without tolerance, expressions that have a rational value among them
+2. exact: lists, sets, equations, units and the like are taken apart (`grading_shapes`,
+   `grading_sets`, `grading_kinds`, `grading_values`), and numbers are compared as `Fraction`, without tolerance, expressions that have a rational value among them
    (`grading_exact`). A gold number is decided here unless the answer is an irrational expression;
 3. symbolic: the same again by values of high precision (`grading_algebra`), and what that can't
    read by math-verify (the extra `tutelage[math]`), in worker processes that are killed at the
@@ -23,9 +23,10 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from tutelage.envs.grading_arithmetic import Exact
 from tutelage.envs.grading_numbers import numeral
 from tutelage.envs.grading_pool import UNDECIDED, Allowance, symbolic
-from tutelage.envs.grading_shapes import Exact, same
+from tutelage.envs.grading_shapes import same
 from tutelage.envs.grading_split import listed, squeezed
 from tutelage.envs.grading_text import clean
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from mpmath import mp
 
-from tutelage.envs.grading_shapes import rational, same
+from tutelage.envs.grading_arithmetic import rational
+from tutelage.envs.grading_shapes import same
 from tutelage.envs.grading_syntax import FUNCTIONS, Node
 from tutelage.envs.grading_text import ROW, TEXT
 

@@ -18,7 +18,7 @@ from tutelage.envs.grading_syntax import Node, Unreadable
 from tutelage.envs.grading_text import TEXT, stripped
 
 if TYPE_CHECKING:
-    from tutelage.envs.grading_shapes import Arithmetic
+    from tutelage.envs.grading_arithmetic import Arithmetic
 
 Reader = Callable[[str], Node]
 

@@ -1,0 +1,118 @@
+"""What is asked about expressions, the exact answers to it, and verdicts that may be "can't tell".
+
+A verdict is True, False, or None: this arithmetic can't tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Protocol
+
+from tutelage.envs.grading_exact import NotRational, evaluate, oversized
+from tutelage.envs.grading_numbers import numeral
+from tutelage.envs.grading_syntax import Node, parse
+from tutelage.envs.grading_syntax import number as number_node
+
+Equal = Callable[[str, str], bool | None]
+
+
+class Arithmetic(Protocol):
+    """What is asked about expressions."""
+
+    def equal(self, a: Node, b: Node, /) -> bool | None:
+        """Whether two expressions are one."""
+
+    def real(self, a: Node, /) -> Fraction | None:
+        """The value of a real constant, near enough to sort by."""
+
+    def ratio(self, a: Node, b: Node, /) -> int | None:
+        """1 or -1 if a is a positive or negative constant times b, 0 if it is no multiple."""
+
+
+class Exact:
+    """The arithmetic of rational numbers, and of expressions that are written alike.
+
+    With `strict`, only a numeral equals an integer. Afterwards `unsure` says that algebra may know
+    more, `oversized` that something is too large to be asked about.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.unsure = False
+        self.oversized = False
+
+    def equal(self, a: Node, b: Node, /) -> bool | None:
+        values = rational(a), rational(b)
+        if self.strict and _integral(b) and not _numeric(a):
+            return False
+        if None not in values:
+            return values[0] == values[1]
+        if a == b:
+            return True
+        if values[1] is not None and a.symbols():
+            return False  # an expression in x is no number
+        self._ask(a, b)
+        return None
+
+    def real(self, a: Node, /) -> Fraction | None:
+        value = rational(a)
+        if value is None:
+            self._ask(a)
+        return value
+
+    def ratio(self, a: Node, b: Node, /) -> int | None:
+        if a == b:
+            return 1
+        self._ask(a, b)
+        return None
+
+    def _ask(self, *nodes: Node) -> None:
+        self.unsure = True
+        self.oversized = self.oversized or any(map(oversized, nodes))
+
+
+def _numeric(node: Node) -> bool:
+    return node.op == "number" or (node.op == "negate" and _numeric(node.args[0]))
+
+
+def _integral(node: Node) -> bool:
+    return node.op == "number" and node.value.denominator == 1  # type: ignore[union-attr]
+
+
+def rational(node: Node) -> Fraction | None:
+    try:
+        return evaluate(node)
+    except NotRational:
+        return None
+
+
+def read(text: str) -> Node:
+    """The tree of a value. Raises `Unreadable`."""
+    value = numeral(text)
+    return parse(text) if value is None else number_node(value)
+
+
+# --- verdicts that may be None
+
+
+def any_of(*found: bool | None) -> bool | None:
+    return True if True in found else None if None in found else False
+
+
+def all_of(found: list[bool | None]) -> bool | None:
+    return False if False in found else None if None in found else True
+
+
+def matched(mine: list[str], theirs: list[str], equal: Equal) -> bool | None:
+    """Each of one list to one of the other. Equality is transitive: the first that fits will do."""
+    left, unsure = list(mine), False
+    for gold in theirs:
+        verdicts = [equal(answer, gold) for answer in left]
+        if True in verdicts:
+            del left[verdicts.index(True)]
+        elif None in verdicts:
+            unsure = True
+        else:
+            return False
+    return None if unsure else True
