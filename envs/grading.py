@@ -4,8 +4,9 @@ Three tiers, cheapest first:
 
 1. string: both sides without their dress (`grading_text`) are the same text;
 2. exact: lists, sets, equations, units and the like are taken apart (`grading_shapes`,
-   `grading_sets`, `grading_kinds`, `grading_values`), and numbers are compared as `Fraction`, without tolerance, expressions that have a rational value among them
-   (`grading_exact`). A gold number is decided here unless the answer is an irrational expression;
+   `grading_sets`, `grading_kinds`, `grading_values`), and numbers are compared as `Fraction`,
+   without tolerance, expressions that have a rational value among them (`grading_exact`). A gold
+   number is decided here unless the answer is an irrational expression;
 3. symbolic: the same again by values of high precision (`grading_algebra`), and what that can't
    read by math-verify (the extra `tutelage[math]`), in worker processes that are killed at the
    deadline, because `9^{9^{9}}` holds Python's interpreter lock and no thread, alarm or asyncio
