@@ -38,7 +38,8 @@ def same_value(answer: str, gold: str, arithmetic: Arithmetic) -> bool | None:
     if gold.startswith("\\{") and gold.endswith("\\}"):
         gold = stripped(gold[2:-2])
     mine, theirs = quantity(answer), quantity(gold)
-    if mine.unit and theirs.unit and mine.unit != theirs.unit:
+    units = {q.unit or ("percent" if q.percent else "") for q in (mine, theirs)} - {""}
+    if len(units) > 1:
         return False
     if theirs.bare and mine.unit != theirs.unit:  # 3 m, whose m may be a variable
         theirs = Quantity(value=gold)

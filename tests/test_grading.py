@@ -305,6 +305,7 @@ WRITTEN = [
     ("units", "14", "14 \\text{ right triangles}", True),
     ("units", "3万元", "30000", True),
     ("units", "5x", "5", False),
+    ("units", "\\$5", "5\\%", False),
     ("units", "100°C", "100", True),
     ("modulus", "3 \\pmod 7", "3 \\pmod{7}", True),
     ("modulus", "n \\equiv 2 \\pmod{5}", "n\\equiv 2\\pmod{7}", False),
