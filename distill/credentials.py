@@ -35,7 +35,7 @@ def api_key(subject: str, variable: str) -> str:
     Raises:
         ValueError: there is none, or it is none; names the variable and never its value.
     """
-    named = variable if variable.isupper() else "the variable that is named there"
+    named = variable if variable.isupper() else "variable of the name that is given there"
     if variable not in os.environ:
         raise ValueError(
             f"{subject}.api_key_env: the environment has no {named}: set it where the teacher runs"

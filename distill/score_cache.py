@@ -7,6 +7,7 @@ batch that the row was first scored in. Nothing is ever deleted: the folder may 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -23,6 +24,7 @@ from tutelage.scheduler.episodes import Row
 
 FORMAT = b"tutelage scores 1"
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+"""And a TypeError for arrays of other names, a RuntimeError for archives of other kinds."""
 
 
 class ScoreCache:
@@ -55,9 +57,9 @@ class ScoreCache:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 parts: dict[str, Any] = {name: arrays[name] for name in arrays.files}
             found = CompactScores(teacher=teacher, vocabulary=vocabulary, **parts)
-        except (*UNREADABLE, TypeError):
+            return found if len(found) == count == len(found.ids_NK) else None
+        except (*UNREADABLE, TypeError, RuntimeError):
             return None
-        return found if len(found) == count else None
 
     def put(self, key: str, scores: CompactScores) -> None:
         """Store them, whole or not at all.
@@ -79,6 +81,8 @@ class ScoreCache:
             partial.write_bytes(buffer.getvalue())
             os.replace(partial, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)  # half of it takes the room that is lacking
             raise OSError(
                 f"teachers.{scores.teacher}.cache: {path} could not be written"
                 f" ({error.strerror}): make room, delete the folder, or set cache: null"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -266,7 +267,7 @@ class TestCache:
         )
         assert serve(cache=tmp_path).score([longer], k=4).hits == 1  # nothing sees what follows
 
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "swapped"])
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "swapped", "numbers"])
     def test_a_damaged_file_is_recomputed_and_written_anew(
         self, serve: Service, rows: list[Row], tmp_path: Path, damage: str
     ) -> None:
@@ -279,6 +280,9 @@ class TestCache:
             flipped[len(own) // 3] ^= 255
             changed = {"cut": own[:-9], "flipped": bytes(flipped), "empty": b""}
             changed |= {"other": b"PK\x03\x04 no", "swapped": next_one}
+            arrays = io.BytesIO()
+            np.savez(arrays, ids_NK=np.int32(1), logprobs_NK=np.float16(1), sampled_N=np.float32(1))
+            changed["numbers"] = arrays.getvalue()
             path.write_bytes(changed[damage])
         again = teacher.score(rows[:2], k=4)
         assert _same(again, answer)
