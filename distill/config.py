@@ -68,6 +68,13 @@ def _place(text: str) -> str:
     return text
 
 
+def _day(value: Any) -> Any:
+    """A number would be taken for seconds."""
+    if not isinstance(value, str | datetime.date) or str(value).isdigit():
+        raise ValueError("it must be a day, such as 2026-01-31")
+    return value
+
+
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", text):
         near = nearest(text.partition(":")[0], ["cuda", "cpu", "auto"])
@@ -181,11 +188,16 @@ class TeacherConfig(_Section):
         return self.weights if self.engine == "server" else self.model
 
 
+def _objective(name: str) -> str:
+    build(name)  # with its defaults: whether there is one
+    return name
+
+
 class ObjectiveConfig(_Section):
     """`name` and its options: each further key goes to the objective, which knows its own."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "local_support"
+    name: Annotated[str, AfterValidator(_objective)] = "local_support"
     # texts whose ids take no loss where they first occur in a turn
     mask_tokens: Annotated[tuple[Text, ...], LISTED] = ()
 
@@ -391,7 +403,7 @@ class RunConfig(_Section):
     steps: Annotated[Positive, Field(le=MOST_STEPS)]
     # what a chat template that shows the date takes for today; none: the day of the run's first
     # start, from its folder's config.yaml when it goes on or is evaluated
-    date: Annotated[datetime.date, Field(strict=False)] | None = None
+    date: Annotated[datetime.date, Field(strict=False), BeforeValidator(_day)] | None = None
     student: StudentConfig
     teachers: dict[Name, TeacherConfig] = {}
     tasks: dict[Name, TaskConfig]
