@@ -158,7 +158,7 @@ class TestFolder:
         here = tmp_path / "project" / "deep"
         here.mkdir(parents=True)
         monkeypatch.chdir(here)
-        for run in (".", "..", "../../project", str(tmp_path), "/", "~"):
+        for run in (".", "..", "../../project", str(tmp_path), "/", "~/"):
             with pytest.raises(ConfigError, match="holds more than a run"):
                 check_folder(load(f"run={run}"))
         check_folder(load("run=run"))
