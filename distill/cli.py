@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    _begin()
     from tutelage.distill.config import load_config
 
     return _run_training(load_config(options.config, options.pairs))
@@ -162,6 +163,7 @@ def _run_training(config: Any) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    _begin()
     from tutelage.distill import checkpoints, whole
     from tutelage.distill.config import load_config
     from tutelage.distill.display import ConsoleWatcher, score_table, type_table
@@ -184,6 +186,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _begin()
     from tutelage.distill.demo import run_demo
 
     _quiet()
@@ -282,6 +285,11 @@ def _natural(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,10}", text):
         raise argparse.ArgumentTypeError(f"it must be a whole number of 0 or more, not {text!r}")
     return int(text)
+
+
+def _begin() -> None:
+    """Something to read while that lasts, for seconds or, at first, a minute."""
+    print("loading torch and transformers", flush=True)
 
 
 def _quiet() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tutelage.distill.config import RunConfig, load_config
+from tutelage.distill.config import RunConfig, load_config, parse_config
 from tutelage.distill.display import ConsoleWatcher, Pace
-from tutelage.distill.training import Watcher
+from tutelage.distill.training import Run, Watcher
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 METRICS = {"reward/success": 0.5, "loss/mean": 1.25}
@@ -187,3 +189,57 @@ def test_a_terminal_has_one_bar_for_the_training(
         watcher.score("math", "greedy", SCORE)
     for said in ("loading builtin:start", "training", "2/100, 3 s a step, 5 min left"):
         assert said in screen.text
+
+
+class _Told(Watcher):
+    """What is said to be done, and when steps are."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def doing(self, what: str) -> None:
+        self.lines.append(what)
+
+    def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+        self.lines.append(f"done {step}")
+
+    def evaluating(self, task: str, mode: str, done: int, total: int) -> None:
+        self.lines.append(f"{task} {done}/{total}")
+
+
+def test_a_run_tells_what_it_does_before_it_does_it(
+    tmp_path: Path, tokenizer: Any, save_model: Callable[..., str]
+) -> None:
+    student, teacher = (save_model(tmp_path / x, tokenizer, seed=i) for i, x in enumerate("st"))
+    told = _Told()
+    data = {
+        "run": str(tmp_path / "run"),
+        "steps": 1,
+        "student": {"model": student, "device": "cpu"},
+        "teachers": {"one": {"model": teacher, "device": "cpu"}},
+        "tasks": {
+            "sums": {
+                "env": "tutelage/Math-v0",
+                "env_args": {"problems": "arithmetic"},
+                "teacher": "one",
+                "episodes": 2,
+                "rollout": {"max_turns": 1, "max_new_tokens": 4},
+            }
+        },
+        "objective": {"name": "sampled_token"},
+        "rollout": {"processes": 0},
+        "evaluation": {"every": 1, "episodes": 2},
+        "journal": {"tensorboard": False},
+    }
+    with Run(parse_config(data, "test"), watch=told) as run:
+        run.train()
+    assert told.lines == [
+        f"loading {student}",
+        "loading teachers: one",
+        "step 1 of 1: the student plays episodes, 2 of sums",
+        "step 1 of 1: teachers score them",
+        "step 1 of 1: the student learns from them",
+        "done 0",
+        "sums 0/2",
+        "sums 2/2",
+    ]
