@@ -114,9 +114,9 @@ def test_rollouts_share_out_what_is_worth_it(
         seen.append((given["input_ids"].numel(), torch.get_num_threads()))
         return inner(*args, **given)
 
-    monkeypatch.setattr(model.base_model, "forward", forward)
     engine = TransformersEngine(model, vocabulary=101)
     engine.load(None, 0)
+    monkeypatch.setattr(model.base_model, "forward", forward)
     ids = tuple(range(1, 61))
     engine.submit(
         Request(session=0, ids=ids, max_new_tokens=3, stop_ids=frozenset(), law=GREEDY, seed=0)
