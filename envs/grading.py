@@ -168,6 +168,10 @@ _REFUSED = re.compile(
 _DEEPEST = 20  # nested brackets: math-verify's parser takes seconds from about thirty on
 
 
+# math-verify leaves out what it can't read: \\frac 4 + 2 is 4 + 2 there
+_UNFINISHED = re.compile(r"\\frac\s*(?:\{[^{}]*\}|\w|\\[a-z]+)?\s*(?:[-+=,;)\]]|$)")
+
+
 def _too_much(text: str) -> bool:
     depth = deepest = 0
     for char in text:
@@ -187,7 +191,7 @@ def _compare(answer: str, gold: str, allowance: Allowance, *, strict: bool) -> V
         return Verdict(correct=False, reason="refused")
     if found is not None:
         return Verdict(correct=found, reason="exact")
-    if _PROSE.search(answer) is not None or not mine:
+    if _PROSE.search(answer) is not None or _UNFINISHED.search(mine) is not None or not mine:
         return Verdict(correct=False, reason="unreadable")
     if exact.oversized or (not exact.unsure and (_too_much(mine) or _too_much(theirs))):
         return Verdict(correct=False, reason="refused")

@@ -320,6 +320,7 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
     # Whose base is a matter of taste: only what holds in any base is equal
     "log": lambda value: _ln(value) * mp.mpf(811) / 701,
     "exp": _exp,
+    "cis": lambda value: _exp(mp.mpc(0, 1) * value),
     "factorial": _factorial,
     "binom": _binomial,
     "floor": lambda value: _whole(value, mp.floor),

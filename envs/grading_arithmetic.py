@@ -50,6 +50,8 @@ class Exact:
             return values[0] == values[1]
         if a == b:
             return True
+        if undefined(a) != undefined(b):
+            return False
         if values[1] is not None and a.symbols():
             return False  # an expression in x is no number
         self._ask(a, b)
@@ -78,6 +80,11 @@ def _numeric(node: Node) -> bool:
 
 def _integral(node: Node) -> bool:
     return node.op == "number" and node.value.denominator == 1  # type: ignore[union-attr]
+
+
+def undefined(node: Node) -> bool:
+    """Whether it divides by zero."""
+    return (node.op == "divide" and rational(node.args[1]) == 0) or any(map(undefined, node.args))
 
 
 def rational(node: Node) -> Fraction | None:

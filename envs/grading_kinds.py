@@ -7,7 +7,9 @@ says that they are of another kind.
 
 from __future__ import annotations
 
+import itertools
 import re
+from fractions import Fraction
 
 from tutelage.envs.grading_arithmetic import (
     Arithmetic,
@@ -37,13 +39,20 @@ _CHOICE = re.compile(
 )
 
 
+_NO_TEXT = re.compile(
+    r"[+*/^=<>!|]|-(?![\d\\.])|(?:not|or|and|nor|vs|is|are|was|isn't)(?![A-Za-z])"
+    r"|\\(?:ne|le|ge|to|in|cup|cap|pm)(?![A-Za-z])"
+)
+
+
 def label(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
     """Choices: A, (A), `A. 5`, Option A. A label with its text is as good as either."""
     mine, theirs = _labelled(answer), _labelled(gold)
     if mine == ("", answer) and theirs == ("", gold):
         return NotImplemented
     if mine[0] and theirs[0]:
-        return mine[0] == theirs[0]
+        others = {letter for _, text in (mine, theirs) if (letter := _labelled(text)[0])}
+        return mine[0] == theirs[0] and others <= {mine[0]}
     (letter, text), other = (mine, gold) if mine[0] else (theirs, answer)
     if not text or not letter:
         return NotImplemented if len(other) > 1 and not text else False
@@ -55,7 +64,7 @@ def _labelled(text: str) -> tuple[str, str]:
     text = _CHOICE.sub("", text)
     if match := _LABEL.match(text):
         return match[1], ""
-    if match := _LABELLED.match(text):
+    if (match := _LABELLED.match(text)) and not _NO_TEXT.match(match[2] or match[4]):
         return match[1] or match[3], match[2] or match[4]
     return "", text
 
@@ -69,9 +78,17 @@ def approximate(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) ->
         return NotImplemented
     golds = [part for part in gold.split("\\approx") if part.strip()]
     parts = [part for part in answer.split("\\approx") if part.strip()]
+    if _LABEL.match(gold) or _far(parts):
+        return len(parts) == 1 and again(parts[0], gold)
     if len(golds) != 1 or not parts:
         return any(squeezed(p) == squeezed(golds[-1]) for p in parts) if golds else False
     return any_of(*(again(part, golds[0]) for part in parts[:3]))
+
+
+def _far(parts: list[str]) -> bool:
+    """Two numbers that are not near each other: 2 \\approx 3."""
+    values = [value for part in parts if (value := numeral(stripped(part))) is not None]
+    return any(abs(a - b) > max(Fraction(1, 2), abs(a) / 10) for a, b in itertools.pairwise(values))
 
 
 _CLOCK = re.compile(
@@ -80,11 +97,16 @@ _CLOCK = re.compile(
 )
 
 
+_TO = re.compile(rf"(?<=[\d}}])[\s{TEXT}]+to[\s{TEXT}]+(?=[\d\\])")  # 2 to 3
+
+
 def clock(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
     """Times of the day, and ratios, which a colon writes too."""
     mine, theirs = _CLOCK.match(answer), _CLOCK.match(gold)
     if mine and theirs:
         return _times(mine, theirs)
+    if ":" in answer + gold:
+        answer, gold = _TO.sub(":", answer), _TO.sub(":", gold)
     ratios = [re.split(r"\s*:\s*", text) for text in (answer, gold)]
     if (len(ratios[0]) < 2 and len(ratios[1]) < 2) or _LABELLED.match(answer):
         return NotImplemented
@@ -104,8 +126,8 @@ def clock(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool 
         arithmetic.equal(Node("multiply", (a, second[0])), Node("multiply", (b, first[0])))
         for a, b in zip(first, second, strict=True)
     ]
-    if any(rational(node) == 0 for node in (first[0], second[0])):
-        return False
+    if any(rational(node) == 0 for node in (*first, *second)):
+        return all_of([arithmetic.equal(a, b) for a, b in zip(first, second, strict=True)])
     return all_of(crossed)
 
 
@@ -134,13 +156,22 @@ _MATRIX = re.compile(
 )
 
 
+_MORE = re.compile(r"\\begin.*\\begin|\\end\s*\{\s*\w+\s*\}[)\]\s]*\^", re.DOTALL)  # to compute
+
+
 def matrix(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
     """Cell by cell; the brackets of a matrix don't matter, the bars of a determinant do."""
     if "\\begin" not in answer + gold:
         return NotImplemented
     mine, theirs = _cells(answer), _cells(gold)
     if mine is None or theirs is None:
-        return NotImplemented if "=" in answer + gold else None
+        if "=" in answer + gold:
+            return NotImplemented
+        one = [
+            found is not None or _MORE.search(text) is None
+            for found, text in ((mine, answer), (theirs, gold))
+        ]
+        return False if all(one) else None
     if mine[0] != theirs[0] or [len(row) for row in mine[1]] != [len(row) for row in theirs[1]]:
         return False
     return all_of(
@@ -175,9 +206,14 @@ _MOD = re.compile(
 )
 
 
+_REMAINDER = re.compile(r"^[\d+*^(){} -]+\\bmod\s*\d+$")
+
+
 def modular(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
     """Residues: `n\\equiv 3\\pmod 7`. A gold without a modulus is a number; it is not a class."""
     found = [_MOD.search(text) for text in (answer, gold)]
+    if found[1] is None and _REMAINDER.match(answer):
+        return NotImplemented  # an operation on two numbers
     if not any(found):
         if any("\\equiv" in text for text in (answer, gold)):
             return _congruence_free(answer, gold, arithmetic, again)

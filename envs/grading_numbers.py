@@ -137,7 +137,10 @@ _MINUTES = re.compile(
 )
 
 
-_IN_FUNCTIONS = re.compile(r"(?:sin|cos|tan|cot|sec|csc|exp|ln|log)(?![a-z])")
+_IN_FUNCTIONS = re.compile(
+    r"(?:sin|cos|cis|tan|cot|csc|exp|ln|log)(?![a-z])"
+    r"|sec(?![a-z]|(?:\s*\^\s*\{?-?\d\}?)?[\s)}]*$)"  # a second, where nothing follows
+)
 _TEMPERATURE = re.compile(rf"\^\\circ[\s{TEXT}]*[CFK](?![A-Za-z])")
 
 

@@ -145,6 +145,10 @@ class _Reading:
         if around.opening and len(ends := split(around.inner, ",;")) == 2:
             lower = self.end(ends[0], around.opening == "(")
             return "", [(lower, self.end(ends[1], around.closing == ")"))]
+        sides = split(text, "=")
+        if len(sides) == 2 and (variable := _variable(sides[0])) and not variable[1]:
+            end = self.end(sides[1], False)  # x = 0 or x > 1
+            return variable[0], [(end, end)]
         raise NoSet(text)
 
     def combined(

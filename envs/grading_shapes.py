@@ -7,12 +7,23 @@ All of it works on plain TeX (`grading_text.clean`). Whether two values are equa
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
+from fractions import Fraction
 
 from tutelage.envs import grading_sets
-from tutelage.envs.grading_arithmetic import Arithmetic, Equal, all_of, any_of, matched, read
+from tutelage.envs.grading_arithmetic import (
+    Arithmetic,
+    Equal,
+    all_of,
+    any_of,
+    matched,
+    rational,
+    read,
+)
 from tutelage.envs.grading_kinds import approximate, clock, label, matrix, modular
-from tutelage.envs.grading_numbers import numeral
+from tutelage.envs.grading_numbers import numeral, quantity
 from tutelage.envs.grading_split import (
     Listing,
     brackets,
@@ -59,7 +70,8 @@ def _set(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool |
     if member[0][0] and member[1][0] and member[0][0] != member[1][0]:
         return False
     if any(name for name, _ in member) and not any(grading_sets.is_set(text) for _, text in member):
-        return again(member[0][1], member[1][1])  # x in {1, 2}
+        letters = [_LETTER.match(text) is not None for _, text in member]
+        return not any(letters) and again(member[0][1], member[1][1])  # x in {1, 2}
     return grading_sets.same_set(answer, gold, read, arithmetic)
 
 
@@ -80,6 +92,8 @@ def _equation(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> b
         given = [mine[-1]] if _gives(mine[0], mine[-1]) else []
         if _is_name(mine[-1]) and not _is_name(mine[0]):  # 5 = x
             given.append(mine[0])
+        if (_LETTER.match(theirs[0]) and _LETTER.match(mine[0])) or _untrue(mine):
+            return False
         return any_of(False, *(again(text, theirs[0]) for text in given))
     if len(mine) == 1:
         return again(mine[0], theirs[-1]) if _is_name(theirs[0]) else False
@@ -98,6 +112,23 @@ def _equation(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> b
         return False
     ratio = arithmetic.ratio(*zeros)
     return None if ratio is None else ratio != 0
+
+
+_LETTER = re.compile(rf"^[\s{TEXT}]*\(?\s*[A-Z]\s*\)?[\s{TEXT}]*$")  # of a choice: B=A is not A
+_NEAR = Fraction(1, 100)  # of what 1/3 = 0.33 may leave out
+
+
+def _untrue(sides: list[str]) -> bool:
+    """Two numbers in a chain of equal ones differ: 2+3=6 states nothing."""
+    values = []
+    for side in sides:
+        with contextlib.suppress(Unreadable):
+            values.append((rational(read(stripped(side))), "." in side))
+    found = [(value, rounded) for value, rounded in values if value is not None]
+    return any(
+        abs(a - b) > (_NEAR * abs(a) if rounded or other else 0)
+        for (a, rounded), (b, other) in itertools.pairwise(found)
+    )
 
 
 def _gives(left: str, right: str) -> bool:
@@ -135,13 +166,15 @@ _POINT = re.compile(r"^[A-Z]'?\s*(?=\(.*,.*\)$)")
 
 def _list(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
     """Values one after the other: in any order, unless brackets or several names order them."""
-    if numeral(answer) is not None and numeral(gold) is not None:
+    if _one_number(answer) and _one_number(gold):
         return NotImplemented  # 1,234
+    answer, gold = _by_name(answer), _by_name(gold)
     answer, gold = ungrouped(answer), ungrouped(gold)
-    if numeral(answer) is not None and numeral(gold) is not None:
+    if _one_number(answer) and _one_number(gold):
         return NotImplemented
-    if _POINT.match(answer) or _POINT.match(gold):
-        answer, gold = _POINT.sub("", answer), _POINT.sub("", gold)
+    bare = _POINT.sub("", answer), _POINT.sub("", gold)
+    if bare != (answer, gold) and all(len(listed(text).parts) > 1 for text in bare):
+        answer, gold = bare  # P(1, 2); against one number C(10, 3) is one
     mine, theirs = listed(answer), listed(gold)
     signs = any("\\pm" in text or "\\mp" in text for text in (answer, gold))
     if not signs and len(mine.parts) == len(theirs.parts) == 1 and mine.opening == theirs.opening:
@@ -151,6 +184,22 @@ def _list(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool 
         if signs
         else _parts(mine, theirs, arithmetic, again)
     )
+
+
+def _by_name(text: str) -> str:
+    """`p=2, q=3` of `(p,q)=(2,3)`."""
+    sides = split(text, "=")
+    if len(sides) != 2 or not _is_name(sides[0]):
+        return text
+    names, values = (listed(side) for side in sides)
+    if len(names.parts) != len(values.parts) or {names.brackets, values.brackets} != {"()"}:
+        return text
+    return ",".join(f"{a}={b}" for a, b in zip(names.parts, values.parts, strict=True))
+
+
+def _one_number(text: str) -> bool:
+    """A numeral, with a unit if it likes: `\\$1,234`."""
+    return numeral(text) is not None or numeral(quantity(text).value) is not None
 
 
 def _any_reading(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:

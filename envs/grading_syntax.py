@@ -66,7 +66,7 @@ FUNCTIONS = frozenset(
     (
         *_CIRCULAR, *("arc" + name for name in _CIRCULAR), "sinh", "cosh", "tanh", "coth",
         "arcsinh", "arccosh", "arctanh", "ln", "log", "lg", "exp", "gcd", "lcm", "max", "min",
-        "abs", "floor", "ceil", "factorial",
+        "abs", "floor", "ceil", "factorial", "cis",
         "sign", "Re", "Im",
     )
 )  # fmt: skip
@@ -117,6 +117,7 @@ _GREEK = frozenset(
     ]
 )
 _AT_NUMBER = re.compile(r"\(\s*-?\d+(?:\.\d+)?\s*\)")
+_CHOICES = re.compile(r"([CP])[\s\ue001]*\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
 _OPAQUE = frozenset("fghFGH")  # letters that are functions when a parenthesis follows
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _POLITE = frozenset(
@@ -371,6 +372,12 @@ class _Reader:
             raise Unreadable(word)
         self.at += 1
         rest = self.text[self.at :].lstrip()
+        if chosen := _CHOICES.match(word[0] + rest):  # C(10,3)
+            self.at = len(self.text) - len(rest) + chosen.end() - 1
+            n, k = int(chosen[2]), int(chosen[3])
+            ways = Node("binom", (number(n), number(k)))
+            ordered = Node("multiply", (ways, Node("factorial", (number(k),))))
+            return ways if chosen[1] == "C" else ordered
         if word[0] in _OPAQUE and rest.startswith("("):
             return self.call(word[0], depth)
         if word[0] not in "ei" and _AT_NUMBER.match(rest):  # I(0) is no product

@@ -111,10 +111,11 @@ _STYLE = (
     "|[bB]igg?[lrm]?|mathbf|mathit|mathsf|mathtt|mathnormal|mathcal|mathfrak|mathscr|boldsymbol"
     "|bm|pmb|bf|bfseries|it|sf|tt|em|emph|cal|tiny|scriptsize|footnotesize|small|normalsize|large"
     "|Large|LARGE|huge|Huge|boxed|fbox|framebox|underline|underbrace|uline|mathstrut|strut|ensuremath"
-    "|quad|qquad|enspace|thinspace|negthinspace|hfill|noindent|centering|mathop|mathrel|mathbin"
+    "|checkmark|qed|blacksquare|quad|qquad|enspace|thinspace|negthinspace|hfill|noindent|centering|mathop|mathrel|mathbin"
     "|mathord|mathinner|protect|relax|unboldmath|boldmath|therefore|implies|Rightarrow|Longrightarrow"
 )
 _TEXT_LIKE = "text|textbf|textit|textrm|textsf|texttt|textsc|textnormal|mathrm|mbox|hbox|rm|unit|si"
+_NESTED = r"(?:[^{}]|\{[^{}]*\})*"
 _Rule = tuple[re.Pattern[str], "str | Callable[[re.Match[str]], str]"]
 
 
@@ -127,7 +128,8 @@ _REWRITES = _rules(
     (r"</?(?:b|i|u|em|strong|span|sub)>", ""),
     (r"\\\\\s*(?:\[\s*[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\])?|\\cr" + _END, ROW),
     (r"\\newline" + _END, " "),
-    (r"(?<=\d)\s*(?:,\s*\\!|\{\s*,\s*\})\s*(?=\d{3}(?!\d))", ""),  # 10,\!080 and 10{,}080
+    (r"(?<=\d)\s*(?:,\s*\\!|(?:\\text)?\{\s*,\s*\})\s*(?=\d{3}(?!\d))", ""),  # 10,\!080, 10{,}080
+    (r"(?<=\d)'(?=\d{3}(?!\d))", ""),  # 1'000'000
     (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ""),  # 1\,000\,000
     (r"\{\s*,\s*\}", ","),
     (r"\{\s*([.+=<>-])\s*\}", r"\1"),
@@ -141,16 +143,19 @@ _REWRITES = _rules(
     (r"\\(?:Reals|reals|R)" + _END, r"\\mathbb R "),
     (rf"\\(?:{_STYLE}){_END}", " "),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (rf"\{{({_NESTED})\\over(?![A-Za-z])({_NESTED})\}}|^({_NESTED})\\over(?![A-Za-z])({_NESTED})$",
+     r"\\frac{\1\3}{\2\4}"),
     (r"\\(?:[dtc]frac|nicefrac|sfrac)" + _END, r"\\frac "),
     (r"\\(?:dbinom|tbinom)" + _END, r"\\binom "),
-    (r"\\(?:mathrm|operatorname|mathop|text|rm)\s*\*?\s*\{\s*(i|e|d|exp|ln|log|lg|sin|cos|tan|cot|sec|csc"
+    (r"\\(?:mathrm|operatorname|mathop|text|rm)\s*\*?\s*\{\s*(i|e|d|exp|ln|log|lg|sin|cos|cis|tan|cot|csc"
+     r"|sec(?!\s*\}(?:\s*\^\s*\{?-?\d\}?)?[\s$}]*$)"  # a second, at the end
      r"|arc(?:sin|cos|tan)|sinh|cosh|tanh|gcd|lcm|max|min|det|Re|Im)\s*\}", r" \1 "),
     (r"\\(?:textdegree|degree|degrees)" + _END, r"^\\circ "),
     (r"\^\s*\{\s*\\circ\s*\}\s*|\^\s*\\circ" + _END, r"^\\circ "),
     (r"\\(?:leqslant|leqq|leq)" + _END, r"\\le "),
     (r"\\(?:geqslant|geqq|geq)" + _END, r"\\ge "),
     (r"\\(?:lt)" + _END, "<"), (r"\\(?:gt)" + _END, ">"),
-    (r"\\not\s*=|\\neq" + _END + r"|!=", r"\\ne "),
+    (r"\\not\s*=|\\neq" + _END + r"|(?<![\d)!])!=", r"\\ne "),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"==|:=|\\coloneqq", "="),
     (r"\\(?:times|cdot|ast|bullet)" + _END, "*"),
     (r"\\div" + _END, "/"),
@@ -172,11 +177,44 @@ _REWRITES = _rules(
     (rf"\\(?:{_TEXT_LIKE})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", rf" {TEXT}\1 "),
     (rf"\\(?:{_TEXT_LIKE}){_END}", " "),
     (r"\*\*", "^"),
+    (rf"(?<=\d)[\s{TEXT}]+squared\s*$", "^2"), (rf"(?<=\d)[\s{TEXT}]+cubed\s*$", "^3"),
+    (rf"(?<=\d)[\s{TEXT}]+factorial\s*$", "!"),
+    (rf"(?<=\d)(?:\s*\^\s*\{{[\s{TEXT}]*(?:st|nd|rd|th)\s*\}}|\^?[\s{TEXT}]*(?:st|nd|rd|th))(?=[\s}}]*$)",
+     ""),  # 4^{\text{th}}
     (r"\\[!,;:> ]|\\\s|~|\\/", " "),
     (r"\\([()\[\]])", ""),
     (r"\\([_&#])", r"\1"),
     (r"\s+", " "),
 )  # fmt: skip
+_GAP = rf"[\s{TEXT}]*"
+_SMALL = r"(?:\{\s*(\d{1,4})\s*\}|(\d))"
+# How many choices: C_{10}^3, {}_{10}C_3, {}^{10}C_3, 10C3; and in order: A_5^2, P_5^2, 5P2
+_CHOSEN = re.compile(
+    rf"(?<![A-Za-z])([CAP]){_GAP}(?:_\s*{_SMALL}\s*\^\s*{_SMALL}|\^\s*{_SMALL}\s*_\s*{_SMALL})(?![!\d])"
+    rf"|(?:\{{\s*\}})?\s*[_^]\s*{_SMALL}{_GAP}([CP]){_GAP}_\s*{_SMALL}"
+    rf"|(?<![\w.,^_{{])(\d{{1,4}})([CP])(\d{{1,4}})(?![\w.,])"
+)
+
+
+def _chosen(match: re.Match[str]) -> str:
+    """As a binomial or a quotient of factorials; as it was, if there are not so many."""
+    letter, *numbers = sorted(filter(None, match.groups()), key=str.isdigit)
+    n, k = map(int, numbers)
+    if match[1] and match.group().find("_") > match.group().find("^"):
+        n, k = k, n
+    if k > n:
+        return match.group()
+    return f"\\binom{{{n}}}{{{k}}}" if letter == "C" else f"\\frac{{{n}!}}{{{n - k}!}}"
+
+
+# An interval as it is written in French: ]0, 1[ or [0, 1[
+_OUTWARD = re.compile(r"([\[\]])([^\[\](){},;]*\S\s*[,;]\s*[^\s\[\](){},;][^\[\](){},;]*)([\[\]])")
+
+
+def _inward(match: re.Match[str]) -> str:
+    return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
+
+
 _PAIRED_DOLLARS = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _ENDS = ".,;:。 \ue000"
 
@@ -188,6 +226,9 @@ def clean(text: str) -> str:
         text = _PAIRED_DOLLARS.sub(r" \1 ", text)
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
+    text = _CHOSEN.sub(_chosen, text)
+    if text.startswith("]") or text.endswith("["):
+        text = _OUTWARD.sub(_inward, text)
     return stripped(repeating(text))
 
 

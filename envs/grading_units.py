@@ -10,8 +10,17 @@ from fractions import Fraction
 
 from tutelage.envs.grading_text import TEXT
 
+# What Chinese counts by: the thing that is counted may follow (个苹果).
+CLASSIFIERS = (
+    "个 次 人 种 名 位 只 支 条 件 棵 本 页 张 台 辆 颗 头 匹 朵 把 双 套 组 队 枚 根 "
+    "间 盒 箱 袋 瓶 杯 户 座 层 倍 套 道 题 步 項 项 对 级"
+)
+_QUALIFIED = re.compile(
+    "[上下多少不非左右或和半以百千万亿零一二两三四五六七八九十]"
+)  # 个以上, 个半
+
 # One unit a line: its name, then the other spellings. A regular plural needs no entry.
-_SPELLINGS = """
+_SPELLINGS = f"""
 metre meter m 米 公尺
 centimetre centimeter cm 厘米 公分 cms
 millimetre millimeter mm 毫米
@@ -102,9 +111,14 @@ erg
 dyne
 lumen lm
 solar-mass
+solar-luminosity
+solar-radius
+decibel dB
+ppm
+ppb
 horsepower hp
 bit
-byte
+byte B
 kilobyte KB kB
 megabyte MB
 gigabyte GB
@@ -128,8 +142,7 @@ mph
 kmh kph
 rpm
 knot
-个 次 人 种 名 位 只 支 条 件 棵 本 页 张 台 辆 颗 头 匹 朵 把 双 套 组 队 枚 根 
-间 盒 箱 袋 瓶 杯 户 座 层 倍 套 道 题 步 項 项 对 级
+{CLASSIFIERS}
 way
 people person persons
 """
@@ -164,7 +177,8 @@ knives napkin glass glasses mug tray towel blanket pillow bed sofa curtain tuna 
 oyster turtle lizard snake monkey elephant lion tiger bear wolf wolves deer fox foxes squirrel
 mouse mice hamster pet clown acrobat soldier sailor pirate ninja knight queen king bishop rook
 pawn chess-piece dog-biscuit treat calorie-bar chip pretzel cracker peanut nut almond pecan walnut
-mile-marker signature page-turn beads inning quarter touchdown dap dance instrument
+mile-marker signature page-turn different distinct possible unique ordered valid beads inning
+quarter touchdown dap dance instrument
 """
 _WORDS: dict[str, str] = {}
 for _line in _SPELLINGS.split("\n"):
@@ -190,6 +204,9 @@ _PHRASES = tuple(
         (r"\byears?\s+old\b|\byears?\s+of\s+age\b|\byear-old\b", "year"),
         (r"^\s*'\s*$", "foot"), (r"^\s*(?:\"|'')\s*$", "inch"),
         (r"\bsolar\s+mass(?:es)?\b", "solar-mass"),
+        (r"M\s*_\s*\{?\s*\\odot\s*\}?", "solar-mass"),
+        (r"L\s*_\s*\{?\s*\\odot\s*\}?", "solar-luminosity"),
+        (r"R\s*_\s*\{?\s*\\odot\s*\}?", "solar-radius"),
         (r"\\Omega\b", "ohm"), (r"k\s*\\Omega\b", "kilohm"),
         (r"\\mu\s*(?=[a-zA-Z])", "micro"), (r"\bmicrom\b", "micrometre"),
         (r"\bmicros\b", "microsecond"),
@@ -204,6 +221,13 @@ _WORDS |= {name: name for name in ("revolution", "microgram", "microfarad")}
 _FACTOR = re.compile(
     r"((?:square|sq|cubic|cu)(?![A-Za-z])\.?)?\s*([A-Za-z]+(?:-[A-Za-z]+)?|[¢€£¥₹$]|[一-鿿]+)\.?"
     r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?|\s+(squared|cubed))?",
+)
+_PREFIXES = {
+    "f": "femto", "p": "pico", "n": "nano", "m": "milli", "c": "centi", "d": "deci", "k": "kilo",
+    "M": "mega", "G": "giga", "T": "tera",
+}  # fmt: skip
+_PREFIXED = re.compile(
+    rf"({'|'.join(_PREFIXES)})(m|g|s|Hz|Pa|W|J|V|A|N|C|F|T|H|Wb|eV|L|mol|ohm|cal|pc|bar|bit|B)$"
 )
 _LONGEST = 60  # characters of a unit
 
@@ -230,8 +254,8 @@ def canonical(text: str) -> str | None:
     for pattern, to in _PHRASES:
         text = pattern.sub(to, text)
     powers: dict[str, int] = {}
-    at, sign = 0, 1
     text = text.strip()
+    at, sign = (1, -1) if text.startswith("/") else (0, 1)  # per month
     while at < len(text):
         match = _FACTOR.match(text, at)
         if match is None or (name := _name(match[2])) is None:
@@ -258,6 +282,10 @@ def _name(word: str) -> str | None:
         ):
             if form in _WORDS:
                 return _WORDS[form]
+    if match := _PREFIXED.match(word):
+        return _PREFIXES[match[1]] + _WORDS[match[2]]
+    if word[0] in CLASSIFIERS and len(word) <= 6 and not _QUALIFIED.search(word):
+        return _WORDS[word[0]]  # 12 个苹果
     if len(word) > 4 and word.endswith("ies"):
         return _WORDS.get(word[:-3].lower() + "y")
     return None
@@ -269,6 +297,10 @@ _START = re.compile(
 _MONEY = re.compile(
     r"^([+-]?)\s*(?:US|USD|U\.S\.)?\s*(\\?\$|[€£¥₹]|USD|EUR|RMB|Rs\.?|CNY|GBP)\s*(?=[\d.+\\-])"
 )
+
+
+_LETTERS = re.compile(r"^(?:[A-Za-z](?:\s*\^\s*\{?-?\d\}?)?(?:[\s*/]+|$))+$")
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])(?![eE][+-]?\d)[A-Za-z]")
 
 
 def split(text: str) -> tuple[str, str, bool]:
@@ -289,8 +321,8 @@ def split(text: str) -> tuple[str, str, bool]:
         )
         if not core or (bare and not start.group()) or core[-1:] in "+-*/^_=<>,([{\\":
             continue
-        if _inside(core):
-            continue
+        if _inside(core) or (_LETTERS.match(tail) and _VARIABLE.search(core)):
+            continue  # in v t - \\frac12 g t^2 these are no grams
         if (found := canonical(tail)) is not None:
             return core, found, bare
     return text, "", False
