@@ -168,6 +168,22 @@ class TestOneRequest:
                     )
                     assert found_N.tolist() == pytest.approx(said.law_logprobs, abs=1e-4)
 
+    @pytest.mark.parametrize(
+        ("probs", "top_p", "wanted"),
+        [
+            ([0.25, 0.25, 0.25, 0.25], 0.5, 0.5),  # two of four, whichever was drawn
+            ([0.4, 0.2, 0.2, 0.2], 0.5, 1 / 3),
+            ([0.5, 0.3, 0.2, 0.0], 0.5, 0.2),  # beyond the edge, by rounding alone
+        ],
+    )
+    def test_of_tokens_as_probable_as_the_drawn_one_no_more_are_in_than_fit(
+        self, probs: list[float], top_p: float, wanted: float
+    ) -> None:
+        """Logits in bfloat16 often are equal: one drawn does not take its whole group along."""
+        student = DenseStudent(torch.tensor([probs]).log())
+        found_N = student.law_logprobs_at(torch.tensor([2]), temperature=1.0, top_p=top_p)
+        assert found_N.exp().item() == pytest.approx(wanted)
+
     def test_a_stop_id_ends_the_reply_and_is_kept(
         self, model: Any, engine: TransformersEngine
     ) -> None:

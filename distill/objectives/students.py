@@ -58,8 +58,9 @@ def law_logprobs(
         return own_N1[:, 0]
     sorted_NV = logprobs_NV.sort(dim=-1, descending=True).values
     probs_NV = sorted_NV.exp()
-    inside_NV = (probs_NV.cumsum(-1) - probs_NV < top_p) | (sorted_NV >= own_N1)
-    inside_NV[:, 0] = True
+    rank_N1 = (sorted_NV > own_N1).sum(-1, keepdim=True)  # the first of its equals, at the edge too
+    places_V = torch.arange(logprobs_NV.shape[1], device=logprobs_NV.device)
+    inside_NV = (probs_NV.cumsum(-1) - probs_NV < top_p) | (places_V <= rank_N1)
     return own_N1[:, 0] - torch.where(inside_NV, probs_NV, 0.0).sum(-1).log()
 
 
