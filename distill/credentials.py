@@ -20,7 +20,10 @@ _KNOWN = (
     (re.compile(r"(://)[^/\s@]+@"), rf"\1{HIDDEN}@"),  # https://user:password@host
     (re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{16,}"), HIDDEN),
     (
-        re.compile(r"(?i)(\bbearer |[?&][\w-]*(?:key|token|secret|password)=)[^\s&'\"]+"),
+        re.compile(
+            r"(?i)(\bbearer |[?&][\w-]*(?:key|token|secret|password)=)"
+            r"(?!\[hidden\])[^\s&'\"]+"  # a text may come by twice
+        ),
         rf"\1{HIDDEN}",
     ),
 )

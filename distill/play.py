@@ -34,12 +34,14 @@ def play(
         if policy == "expert" and "expert" in _options(_class_of(_spec(env_id))):
             args.setdefault("expert", True)
         env = gymnasium.make(env_id, **args)
-    except Exception as error:  # whatever somebody's module raises when it is imported or made
+    except KeyboardInterrupt:  # the user's
+        raise
+    except BaseException as error:  # whatever somebody's module does when it is imported or made
         raise ValueError(f"{env_id}: {refusal(env_id, error)[0]}") from error
     try:
         return _played(env, env_id, _chooser(policy, seed), policy=policy, index=index, seed=seed)
     finally:
-        env.close()
+        _asked(env_id, "close", env.close)
 
 
 def _played(
@@ -69,9 +71,9 @@ def _asked(env_id: str, what: str, ask: Callable[[], Any]) -> Any:
     """Raises ValueError for what the environment refuses, RuntimeError for what breaks in it."""
     try:
         return ask()
-    except ValueError:
+    except (ValueError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # its sys.exit, too
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RuntimeError(f"{env_id}: its {what} raised {reason}") from error
 

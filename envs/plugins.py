@@ -34,6 +34,8 @@ def beside() -> tuple[str, ...]:
 
 def refusal(env_id: str, error: BaseException) -> tuple[str, bool]:
     """(why the environment cannot be made, in one line; whether that is something's absence)."""
+    if isinstance(error, SystemExit):
+        return f"it calls sys.exit({error.code!r}) while it is made", False
     absent = isinstance(error, FileNotFoundError | ImportError | ConnectionError)
     if isinstance(error, ModuleNotFoundError) and ":" in env_id:
         module, missing = env_id.partition(":")[0], _missing(error)

@@ -161,7 +161,9 @@ class EnvironmentPool:
         if processes == 0:
             try:
                 self._host = Host(env_id, env_args, max_observation=max_observation)
-            except Exception as error:
+            except KeyboardInterrupt:  # the user's
+                raise
+            except BaseException as error:  # a sys.exit, too
                 raise _cannot(env_id, *refusal(env_id, error)) from error
             return self._host.probe()
         self._processes.extend(_Process(self._setup) for _ in range(processes))

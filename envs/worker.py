@@ -8,7 +8,6 @@ request, not many quick ones, and no message is ever longer than MAX_MESSAGE.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import math
 import numbers
@@ -63,11 +62,8 @@ class Host:
         self._make = lambda: gym.make(env_id, disable_env_checker=True, **env_args)
         self._most, self._process = max_observation, os.getpid()
         self._live: dict[int, gym.Env[Any, Any]] = {}
-        try:
-            self._free = [self._make()]  # shows at once whether the id and the options are right
-            self._count = num_episodes(self._free[0])
-        except SystemExit as error:
-            raise RuntimeError(f"it calls sys.exit({error.code!r}) while it is made") from error
+        self._free = [self._make()]  # shows at once whether the id and the options are right
+        self._count = num_episodes(self._free[0])
 
     def probe(self) -> dict[str, Any]:
         """What a caller must know before the first reset."""
@@ -99,8 +95,7 @@ class Host:
 
     def close(self) -> None:
         for env in (*self._live.values(), *self._free):
-            with contextlib.suppress(Exception, SystemExit):
-                env.close()
+            _close(env)
         self._live.clear()
         self._free.clear()
 
@@ -161,10 +156,19 @@ class Host:
         """An environment that failed may be in any state: it is not used again."""
         env = self._live.pop(episode, None)
         if env is not None:
-            with contextlib.suppress(Exception, SystemExit):
-                env.close()
+            _close(env)
         # in characters that every file and terminal takes
         return (episode, reason, detail[-_DETAIL:].encode(errors="backslashreplace").decode())
+
+
+def _close(env: gym.Env[Any, Any]) -> None:
+    """Whatever it raises, nobody waits for it any more."""
+    try:
+        env.close()
+    except KeyboardInterrupt:  # the user's
+        raise
+    except BaseException:
+        return
 
 
 def num_episodes(env: gym.Env[Any, Any]) -> int | None:
@@ -267,11 +271,16 @@ def main() -> None:
     try:
         host = Host(env_id, env_args, max_observation=max_observation)
         _send(connection, ("ready", {"pid": os.getpid(), "probe": host.probe()}))
-    except Exception as error:
+    except KeyboardInterrupt:  # the user's
+        raise
+    except BaseException as error:  # a sys.exit, too
         _send(connection, ("refused", refusal(env_id, error)))
         return
-    for requests in messages:
-        _serve(connection, host, requests, part_seconds)
+    try:
+        for requests in messages:
+            _serve(connection, host, requests, part_seconds)
+    except OSError as error:  # an environment's own is its episode's end alone
+        sys.exit(f"tutelage: {env_id}: its process lost its connection: {error}")
     host.close()
 
 

@@ -72,6 +72,8 @@ class Faulty(gym.Env[str, str]):
             raise FileNotFoundError("no games\nin /nowhere")
         if flavour == "exits":
             sys.exit(0)
+        if flavour == "is beyond":
+            raise Beyond("not to be made")
         self.flavour = flavour
         self.num_episodes = num_episodes
         self.made = time.monotonic_ns()
@@ -172,6 +174,10 @@ class Faulty(gym.Env[str, str]):
                     {"success": np.True_},
                 )
         return f"step {self.steps}: {action}", 0.0, False, False, info
+
+    def close(self) -> None:
+        if self.flavour == "stays":
+            raise Beyond("not to be closed")
 
 
 gym.register("Faulty-v0", entry_point=Faulty)

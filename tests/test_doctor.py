@@ -447,6 +447,7 @@ def test_environments(sickness: str, check: str, level: str, text: str) -> None:
         ("loops", 7, "it hangs: no answer within 0.5 s"),
         ("exits", 7, "SystemExit: 0"),
         ("leaves", 7, "gymnasium's check_env: SystemExit: 0"),
+        ("is beyond", 7, "Beyond: not to be made"),
         ("plain", 0, "ValueError: num_episodes is 0: "),
         ("plain", "many", "ValueError: num_episodes is 'many': "),
     ],

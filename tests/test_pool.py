@@ -106,6 +106,15 @@ def test_a_fault_of_an_environment_ends_its_own_episode_only(
     assert reset(pool, 1)[1].observation == "seed 101 index 1"
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+def test_what_an_environment_raises_when_it_is_closed_ends_nothing(processes: int) -> None:
+    with EnvironmentPool(FAULTY, {"flavour": "stays"}, processes=processes, timeout=20) as pool:
+        reset(pool, 0, 1)
+        answers = act(pool, e0="raise", e1="look")
+        assert isinstance(answers[0], Failed) and "on fire" in answers[0].detail
+        assert isinstance(answers[1], Observed) and pool.restarts == 0
+
+
 def test_an_observation_may_be_as_long_as_the_limit_says(pool: EnvironmentPool) -> None:
     reset(pool, 0)
     assert len(act(pool, e0="huge 1000000")[0].observation) == 1_000_000
@@ -209,6 +218,7 @@ def test_large_messages_in_both_directions_do_not_block() -> None:
         (FAULTY, {"flavour": "broken"}, "no games in /nowhere"),
         (FAULTY, {"flavor": "plain"}, "flavor"),
         (FAULTY, {"flavour": "exits"}, r"it calls sys.exit\(0\) while it is made"),
+        (FAULTY, {"flavour": "is beyond"}, "not to be made"),
         *(
             (FAULTY, {"num_episodes": count}, f"num_episodes is {said}: .*a whole number above 0")
             for count, said in [

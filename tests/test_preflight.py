@@ -338,6 +338,30 @@ class TestPlay:
         assert ended.value.code == 0
         assert "won; reward 1" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("flavour", "code", "named"),
+        [
+            ("exits", 2, "it calls sys.exit(0) while it is made"),
+            ("leaves", 1, "its reset raised SystemExit: 0"),
+            ("is beyond", 2, "not to be made"),
+            ("stays", 1, "its close raised Beyond: not to be closed"),
+        ],
+    )
+    def test_an_exit_of_an_environment_is_no_silent_end(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        flavour: str,
+        code: int,
+        named: str,
+    ) -> None:
+        monkeypatch.syspath_prepend(Path(__file__).parent)
+        monkeypatch.setattr("builtins.input", lambda _: "end")
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["play", "pool_envs:Faulty-v0", f"flavour={flavour}"])
+        said = capsys.readouterr().err
+        assert ended.value.code == code and named in said and "Traceback" not in said
+
 
 @pytest.mark.parametrize(
     ("said", "known", "meant"),

@@ -152,6 +152,7 @@ def test_a_key_in_the_config_is_refused_and_not_repeated() -> None:
         ("at https://u:p@h/x: no", f"at https://{HIDDEN}@h/x: no"),
         ("token hf_" + "aB3" * 11 + " is bad", f"token {HIDDEN} is bad"),
         ("Bearer abc.def", f"Bearer {HIDDEN}"),
+        (f"(bad key Bearer {HIDDEN}): set it", f"(bad key Bearer {HIDDEN}): set it"),  # twice
         ("http://h/?a=1&api_key=abc&b=2", f"http://h/?a=1&api_key={HIDDEN}&b=2"),
         ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
         ("half \ud800", "half \\ud800"),

@@ -45,7 +45,7 @@ def check_environment(
         try:
             env = gymnasium.make(env_id, disable_env_checker=True, **env_args)
             num_episodes(env)
-        except (Exception, SystemExit) as error:  # somebody else's code
+        except BaseException as error:  # somebody else's code
             cure = "correct env and env_args; `tutelage envs` lists both"
             found.append(opens.fault(_line(error), cure))
             return
@@ -55,11 +55,11 @@ def check_environment(
             found.extend(_golds(subject, env))
         except Undecided as error:  # the machine's fault, not the environment's
             found.append(opens.note(f"not all could be looked at: {error}", LATER))
-        except (Exception, SystemExit) as error:  # somebody else's code
+        except BaseException as error:  # somebody else's code
             cure = "answer an action that makes no sense with text, never with an exception"
             found.append(opens.fault(f"it raises {_line(error)}", cure))
         finally:
-            with contextlib.suppress(Exception, SystemExit):
+            with contextlib.suppress(BaseException):
                 env.close()
 
     thread = threading.Thread(target=examine, daemon=True)  # left behind if it hangs
@@ -103,7 +103,7 @@ def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Fi
             check_env(env.unwrapped, skip_render_check=True)
         except Undecided:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             return [
                 check.fault(
                     f"gymnasium's check_env: {_line(error)}",
