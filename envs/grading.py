@@ -160,6 +160,8 @@ def _argument(text: str) -> str | None:
 _REFUSED = re.compile(
     r"\^\s*[{(][^})]*\d\s*\}?\s*\^"  # a power of numbers in an exponent: 9^{9^{9}}, e^{10^{10}}
     r"|\^\s*\d+\s*\^"
+    r"|(?:\^[^\^]{1,4}){4}"  # x^x^x^x^x, which TeX refuses too, takes seconds
+    r"|(?:=[^=]*){11}"  # so do long chains
     r"|\d{3,}\s*!|[)}]\s*!|!\s*!"  # factorials beyond two digits, or of an expression
     r"|\^\s*[({]*\s*[+-]?\d{5,}"  # exponents beyond four digits
     r"|\\binom\s*\{(?:\d{4,}|[^}]*\^)"
@@ -169,7 +171,10 @@ _DEEPEST = 20  # nested brackets: math-verify's parser takes seconds from about 
 
 
 # math-verify leaves out what it can't read: \\frac 4 + 2 is 4 + 2 there
-_UNFINISHED = re.compile(r"\\frac\s*(?:\{[^{}]*\}|\w|\\[a-z]+)?\s*(?:[-+=,;)\]]|$)")
+_UNFINISHED = re.compile(
+    r"\\frac\s*(?:\{[^{}]*\}|\w|\\[a-z]+)?\s*(?:[-+=,;)\]]|$)"
+    r"|\\(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|arc[a-z]{3})\s*(?:\^\s*(?:\{[^{}]*\}|\w))?\s*(?:[+=,;)\]]|$)"
+)
 
 
 def _too_much(text: str) -> bool:

@@ -206,7 +206,7 @@ _MOD = re.compile(
 )
 
 
-_REMAINDER = re.compile(r"^[\d+*^(){} -]+\\bmod\s*\d+$")
+_REMAINDER = re.compile(r"^[\d+*^(){} -]+\\bmod\s*\d+(?:\s*=.*)?$")
 
 
 def modular(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:

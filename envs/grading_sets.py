@@ -85,6 +85,8 @@ def same_set(answer: str, gold: str, read: Reader, arithmetic: Arithmetic) -> bo
     """Whether two texts, one of them at least a set by its notation, are one set."""
     found, unread = [], False
     for text in (answer, gold):
+        if "," in text and not brackets(text).opening and not is_set(text):
+            text = f"\\{{{text}\\}}"  # -1, 2 is {-1} u {2}
         try:
             found.append(_Reading(read, arithmetic).of(text))
         except (NoSet, Unreadable):

@@ -133,6 +133,8 @@ def _untrue(sides: list[str]) -> bool:
 
 def _gives(left: str, right: str) -> bool:
     """Whether `left = right` says what a quantity is; `2x = 10` is still to be solved."""
+    if _DENIED.search(left):
+        return False
     try:
         node = parse(left)
     except Unreadable:
@@ -151,9 +153,14 @@ _NAME = re.compile(
 )
 
 
+_DENIED = re.compile(r"(?<![A-Za-z])(?:not|never|isn't|no)(?![A-Za-z])")  # not x = 5
+
+
 def _is_name(text: str) -> bool:
     """A name of a value: a symbol, f(x), |AB|, \\angle ABC, (x, y), a word."""
     around = brackets(text)
+    if _DENIED.search(text):
+        return False
     if around.opening == "(":
         return all(_is_name(part) for part in split(around.inner, ","))
     return _NAME.match(text) is not None
@@ -223,6 +230,8 @@ def _parts(mine: Listing, theirs: Listing, arithmetic: Arithmetic, again: Equal)
         return matched(mine.parts, theirs.parts, lambda a, b: again(a, b))
     if None in (named[0][0], named[1][0]):  # one does: x=1, y=2 against (1, 2)
         ordered = True
+        if named[0][0] or named[1][0]:
+            return False  # f(u)=x, f(x)=-x against f(x)=x, f(x)=-x
         if {mine.brackets, theirs.brackets} - {"", "()"}:
             return False
     elif mine.brackets != theirs.brackets or (

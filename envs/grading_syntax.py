@@ -378,6 +378,8 @@ class _Reader:
             ways = Node("binom", (number(n), number(k)))
             ordered = Node("multiply", (ways, Node("factorial", (number(k),))))
             return ways if chosen[1] == "C" else ordered
+        if word[0] == "C" and (counted := self.choices(depth)) is not None:
+            return counted
         if word[0] in _OPAQUE and rest.startswith("("):
             return self.call(word[0], depth)
         if word[0] not in "ei" and _AT_NUMBER.match(rest):  # I(0) is no product
@@ -385,6 +387,16 @@ class _Reader:
         if word[0] in ("e", "i") and not rest.startswith("_"):
             return Node("constant", value=word[0])
         return self.symbol(word[0])
+
+    def choices(self, depth: int) -> Node | None:
+        """C(n, k); with one argument it is a function, or a product."""
+        begin = self.at
+        if self.peek() == "(" and self.text.find(",", begin) > 0:
+            arguments = self.parenthesised(depth)
+            if len(arguments) == 2:
+                return Node("binom", arguments)
+            self.at = begin
+        return None
 
     def named(self, name: str, depth: int) -> Node:
         self.at += len(name)

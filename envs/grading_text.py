@@ -141,6 +141,7 @@ _REWRITES = _rules(
     (r"\\(?:mathbb|Bbb)\s*(?:\{\s*([RZQNC])\s*\}|([RZQNC]))" + _END, r"\\mathbb \1\2 "),
     (r"\\(?:mathbf|mathrm)\s*\{\s*([RZ])\s*\}", r"\\mathbb \1 "),  # C is a choice there
     (r"\\(?:Reals|reals|R)" + _END, r"\\mathbb R "),
+    (r"(?<![c}^_])\{\s*\\rm" + _END + r"\s*([^{}]*)\}", r"\\text{\1}"),
     (rf"\\(?:{_STYLE}){_END}", " "),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (rf"\{{({_NESTED})\\over(?![A-Za-z])({_NESTED})\}}|^({_NESTED})\\over(?![A-Za-z])({_NESTED})$",
@@ -178,6 +179,9 @@ _REWRITES = _rules(
     (rf"\\(?:{_TEXT_LIKE}){_END}", " "),
     (r"\*\*", "^"),
     (rf"(?<=\d)[\s{TEXT}]+squared\s*$", "^2"), (rf"(?<=\d)[\s{TEXT}]+cubed\s*$", "^3"),
+    (r"(?<![\\A-Za-z])(?:infty|infinity|inf)" + _END, r"\\infty "),
+    (rf"(?<=[\dA-F])[\s{TEXT}]*\(?[\s{TEXT}]*(?:in\s+)?base[\s{TEXT}-]*(\d+|[a-z]+)[\s{TEXT})]*$",
+     r"_\1"),
     (rf"(?<=\d)[\s{TEXT}]+factorial\s*$", "!"),
     (rf"(?<=\d)(?:\s*\^\s*\{{[\s{TEXT}]*(?:st|nd|rd|th)\s*\}}|\^?[\s{TEXT}]*(?:st|nd|rd|th))(?=[\s}}]*$)",
      ""),  # 4^{\text{th}}
