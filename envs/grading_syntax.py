@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from tutelage.envs.grading_text import GREEK
+
 DEEPEST = 40  # nested expressions
 MAX_DIGITS = 1000
 
@@ -73,49 +75,14 @@ FUNCTIONS = frozenset(
 _NAMES = sorted(
     (*FUNCTIONS, *_INVERSE, "sqrt", "cbrt", "binom", "pi", "frac"), key=len, reverse=True
 )
-_GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Phi",
-        "Psi",
-        "Omega",
-        "infty",
-        "ell",
-        "hbar",
-        "omicron",
-        "partial",
-        "Re",
-        "Im",
-    ]
-)
+_GREEK = (
+    frozenset(GREEK)
+    - {"pi", "sigma_"}
+    | {
+        "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega",
+        "infty", "ell", "hbar", "partial", "Re", "Im",
+    }
+)  # fmt: skip
 _AT_NUMBER = re.compile(r"\(\s*-?\d+(?:\.\d+)?\s*\)")
 _CHOICES = re.compile(r"([CP])[\s\ue001]*\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
 _OPAQUE = frozenset("fghFGH")  # letters that are functions when a parenthesis follows

@@ -17,7 +17,7 @@ TEXT = "\ue001"
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣ", "0123456789+-=()nix", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙᵢₓₖₐ", "0123456789+-=()nixka", strict=True))
-_GREEK = [
+GREEK = [
     "alpha",
     "beta",
     "gamma",
@@ -44,8 +44,9 @@ _GREEK = [
     "psi",
     "omega",
 ]
+"""The small letters in the order of Unicode; `sigma_` is the one at a word's end."""
 _CHARACTERS = {
-    **{chr(0x3B1 + at): f"\\{name} " for at, name in enumerate(_GREEK) if name != "sigma_"},
+    **{chr(0x3B1 + at): f"\\{name} " for at, name in enumerate(GREEK) if name != "sigma_"},
     **{
         letter: f"\\{name} "
         for letter, name in zip(
