@@ -85,6 +85,7 @@ _GREEK = (
 )  # fmt: skip
 _AT_NUMBER = re.compile(r"\(\s*-?\d+(?:\.\d+)?\s*\)")
 _CHOICES = re.compile(r"([CP])[\s\ue001]*\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
+_TWO = re.compile(r"\([^(),]*,[^(),]*\)")
 _OPAQUE = frozenset("fghFGH")  # letters that are functions when a parenthesis follows
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _POLITE = frozenset(
@@ -356,14 +357,12 @@ class _Reader:
         return self.symbol(word[0])
 
     def choices(self, depth: int) -> Node | None:
-        """C(n, k); with one argument it is a function, or a product."""
-        begin = self.at
-        if self.peek() == "(" and self.text.find(",", begin) > 0:
-            arguments = self.parenthesised(depth)
-            if len(arguments) == 2:
-                return Node("binom", arguments)
-            self.at = begin
-        return None
+        """C(n, k) of two plain arguments; else C is a symbol. Looked at, not tried: what is read
+        twice at every level takes for ever."""
+        self.space()
+        if _TWO.match(self.text, self.at) is None:
+            return None
+        return Node("binom", self.parenthesised(depth))
 
     def named(self, name: str, depth: int) -> Node:
         self.at += len(name)

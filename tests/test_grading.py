@@ -529,11 +529,13 @@ def test_the_brace_of_a_box_may_stand_on_the_next_line(response: str) -> None:
     "part",
     ["e ", "½", "√", "\\sin", "\\pm 1", "(", "|", "{", "$ ", "' ", "x^", "1/", "-", "a_", "2!", ",",
      "=", "<", "\\cup ", "cm ", "1 and ", "\\text{", "\\frac", "\\choose ", "**", " ", "\\\\",
-     "km/h", "[1,"],
+     "km/h", "[1,", "C("],
 )  # fmt: skip
 def test_no_part_repeated_hangs_or_raises(part: str) -> None:
     """All of these come back: what backtracked or expanded without bound would hang the test."""
-    for text in (part * (990 // len(part)), part + " " * 950 + "x", "1" + part * 200 + "1"):
+    nested = part * 35 + "x" + ")" * 35 + "+\\max(1,2)"
+    long = part * (990 // len(part))
+    for text in (long, part + " " * 950 + "x", "1" + part * 200 + "1", nested):
         for answer, gold in ((text, "5"), ("x<3", text), (text, "1,2"), (text, text)):
             assert judge(f"\\boxed{{{answer}}}", gold, timeout=0).correct in (True, False)
 
