@@ -29,7 +29,6 @@ TIMEOUT = 5.0
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _INTEGER = re.compile(r"-?\d+")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_PLAIN = re.compile(r"(?:\\(?:frac|sqrt|pi|left|right|cdot|text)|[\d\s.+*/^{}()-])+")
 _VULGAR = {"1/2": "½", "1/3": "⅓", "2/3": "⅔", "1/4": "¼", "3/4": "¾", "1/5": "⅕", "1/8": "⅛"}
 _SUPERSCRIPTS = dict(zip("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True))
 _FULL_WIDTH = {ord(c): ord(c) + 0xFEE0 for c in "0123456789"}

@@ -30,7 +30,6 @@ _FRAC = re.compile(
 )
 _PART = r"(?:\{\s*(\d+)\s*\}|(\d))"
 _MIXED = re.compile(rf"{_SIGN}({_INT})\s*\\frac\s*{_PART}\s*{_PART}$")
-_MIXED_PLAIN = re.compile(rf"{_SIGN}({_INT})(?:\s+|\s*-\s*(?=\d+/))(\d+)\s*/\s*(\d+)$")
 _MIXED_JOINED = re.compile(rf"{_SIGN}({_INT})\s+(\d+)\s*/\s*(\d+)$")
 _E_NOTATION = re.compile(rf"{_SIGN}({_DEC})\s?[eE]([+-]?\d{{1,5}})$")
 _SCIENTIFIC = re.compile(rf"{_SIGN}({_DEC})\s*[*xX]\s*10\s*\^\s*{_EXP}$")
