@@ -227,10 +227,11 @@ _WORDED = {
 def said(error: ValidationError, data: Any) -> str:
     """The first fault in one line, `key.path: what is wrong`; `: what is wrong` of the whole. data:
     what was read."""
-    first = error.errors()[0]
+    first, place = _meant(error, data)
     kind, value = first["type"], first.get("input")
-    key = "".join(f".{part}" for part in _written(first["loc"], data))
+    key = "".join(f".{part}" for part in place)
     message = _WORDED.get(kind, first["msg"].removeprefix("Value error, "))
+    message = message.replace("Tuple should", "it must").replace(" after validation", "")
     message = message.replace("Input should be", "it must be").replace("List should", "it must")
     if kind == "literal_error" and (near := nearest(value, _choices(first))):
         message += f": did you mean {near!r}?"
@@ -244,7 +245,19 @@ def said(error: ValidationError, data: Any) -> str:
     return f"{key}: {message}" + ("" if hidden else f" (got {shown(value)})")
 
 
-def _written(loc: Sequence[int | str], data: Any) -> Iterator[int | str]:
+def _meant(error: ValidationError, data: Any) -> tuple[Any, tuple[int | str, ...]]:
+    """The first fault and its place; of a union's branches, the one that reads furthest into what
+    stands there."""
+    faults = [
+        (fault, tuple(_written(fault["loc"], data, missing=fault["type"] == "missing")))
+        for fault in error.errors()
+    ]
+    _, place = faults[0]
+    branches = [one for one in faults if one[1][: len(place)] == place]
+    return max(branches, key=lambda one: len(one[1]))
+
+
+def _written(loc: Sequence[int | str], data: Any, *, missing: bool = False) -> Iterator[int | str]:
     """The parts of a place that stand in the data, and the last one of what is missing there:
     pydantic also names the branch of a union."""
     for at, part in enumerate(loc):
@@ -252,9 +265,14 @@ def _written(loc: Sequence[int | str], data: Any) -> Iterator[int | str]:
             data = data[str(part)]
         elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
             data = data[part]
-        elif at < len(loc) - 1 or not isinstance(data, Mapping) or "[" in str(part):
+        elif at < len(loc) - 1 or not missing or (isinstance(part, str) and _branch(part, data)):
             continue
         yield part
+
+
+def _branch(part: str, data: Any) -> bool:
+    """Whether a part of a place is the name of a union's branch, and no key."""
+    return not isinstance(data, Mapping) or "[" in part
 
 
 def _choices(fault: Mapping[str, Any]) -> list[str]:

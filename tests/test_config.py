@@ -670,6 +670,10 @@ class TestValues:
             (["student=null"], ["student"]),
             (["rollout=fast"], ["rollout"]),
             (["teachers=[a]"], ["teachers"]),
+            (["tasks.math.teacher={calculator: 0}"], [".math.teacher.calculator: ", "than 0"]),
+            (["optimizer.betas=[0.9]"], ["optimizer.betas.1: required"]),
+            (["optimizer.betas=[0.9, 0.95, 1]"], ["optimizer.betas: ", "at most 2 items, not 3"]),
+            (["evaluation.modes=[]"], ["evaluation.modes: it must have at least 1 item"]),
         ],
     )
     def test_bad_values_are_named_with_their_key(
