@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tutelage.distill.credentials import hidden, hide_in_tracebacks
 from tutelage.distill.signals import Signals
@@ -90,8 +90,22 @@ def _complain(error: BaseException) -> None:
         print("tutelage: TUTELAGE_TRACEBACK=1 shows where", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as all else does, and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        from tutelage.envs.names import unknown  # which loads Gymnasium
+
+        what, _, choices = message.partition(" (choose from ")
+        known = re.findall(r"'([^']*)'", choices)
+        if "invalid choice: " in what and known:
+            name = what.partition("invalid choice: ")[2].strip("'")
+            what = unknown(what.partition(":")[0].split()[-1].lower(), name, known)
+        self.exit(2, f"tutelage: {what}: see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tutelage",
         description="Train one student language model, on its own trajectories, under several"
         " teachers at once.",
@@ -104,23 +118,23 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "the joint agent+math run on the CPU, end to end")
-    demo.add_argument("pairs", nargs="*", metavar="key=value")
+    demo.add_argument("pairs", nargs="*", default=[], metavar="key=value")
     train = command("train", _train, "train; continues where the run folder left off")
     train.add_argument("config", type=Path)
-    train.add_argument("pairs", nargs="*", metavar="key=value")
+    train.add_argument("pairs", nargs="*", default=[], metavar="key=value")
     evaluate = command("eval", _eval, "success rate, pass@1, intervals; writes eval.json")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument(
         "--model", help="a folder, hub id or builtin:NAME; else the run's last checkpoint"
     )
     evaluate.add_argument("--out", type=Path, help="where eval.json goes; else the run folder")
-    evaluate.add_argument("pairs", nargs="*", metavar="key=value")
+    evaluate.add_argument("pairs", nargs="*", default=[], metavar="key=value")
     plan = command("plan", _plan, "what would run and what it takes; loads no weights")
     plan.add_argument("config", type=Path)
-    plan.add_argument("pairs", nargs="*", metavar="key=value")
+    plan.add_argument("pairs", nargs="*", default=[], metavar="key=value")
     doctor = command("doctor", _doctor, "preflight: tokenizers, templates, scores, environments")
     doctor.add_argument("config", type=Path)
-    doctor.add_argument("pairs", nargs="*", metavar="key=value")
+    doctor.add_argument("pairs", nargs="*", default=[], metavar="key=value")
     play = command("play", _play, "play an environment by hand, or watch a policy play")
     play.add_argument("env_id", metavar="ENV_ID")
     play.add_argument(
@@ -128,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     play.add_argument("--index", type=_natural, help="which game or problem; else from --seed")
     play.add_argument("--seed", type=_natural, default=0)
-    play.add_argument("pairs", nargs="*", metavar="key=value", help="the environment's options")
+    play.add_argument(
+        "pairs", nargs="*", default=[], metavar="key=value", help="the environment's options"
+    )
     study = command("study", _study, "an experiment on the objectives: table, plots, numbers")
     study.add_argument("which", choices=["estimators"])
     study.add_argument("--out", type=Path, default=Path("runs/studies/estimators"))
