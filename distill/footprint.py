@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tutelage.distill.config import StudentConfig
-from tutelage.distill.models import BUILTIN, load_settings, resolve, student_settings
+from tutelage.distill.models import BUILTIN, at_key, load_settings, resolve, student_settings
 from tutelage.distill.published import PUBLISHED
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -84,7 +84,8 @@ def footprint(reference: str) -> Footprint:
 def student_footprint(config: StudentConfig) -> Footprint:
     """Of the student, trained further or from scratch."""
     if config.model is not None:
-        return footprint(config.model)
+        with at_key("student.model"):
+            return footprint(config.model)
     if config.tokenizer is None or at_hand(config.tokenizer) is None:
         return Footprint(reference="from scratch", parameters=None, shape=None)
     return _measured("from scratch", student_settings(config))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def resolve(reference: str) -> str:
     if looks_like_path:
         raise ConfigError(f"model {reference!r}: there is no such folder")
     return reference
+
+
+@contextmanager
+def at_key(key: str, *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """What is refused inside is the fault of `key`, and says so. but: what passes as it is."""
+    try:
+        yield
+    except but:
+        raise
+    except ValueError as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith(key) else f"{key}: {said}") from error
 
 
 def load_tokenizer(reference: str) -> Any:
@@ -225,7 +238,8 @@ def check_vocabularies(config: RunConfig) -> int:
     Raises:
         ConfigError: a teacher whose tokenizer gives any token another id.
     """
-    tokenizer = load_tokenizer(student_tokenizer(config.student))
+    with at_key("student.tokenizer" if config.student.tokenizer else "student.model"):
+        tokenizer = load_tokenizer(student_tokenizer(config.student))
     vocabulary = tokenizer.get_vocab()
     size = len(tokenizer)
     if config.student.model is not None:
@@ -236,7 +250,8 @@ def check_vocabularies(config: RunConfig) -> int:
     for name, teacher in config.teachers.items():
         if (files := teacher.files) is None:
             continue
-        other = load_tokenizer(files)
+        with at_key(f"teachers.{name}.{'weights' if teacher.engine == 'server' else 'model'}"):
+            other = load_tokenizer(files)
         theirs = other.get_vocab()
         if theirs != vocabulary:
             token = min(

@@ -17,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 
 from tutelage.distill.assembly import task_rollouts
 from tutelage.distill.config import ConfigError, RunConfig
-from tutelage.distill.models import resolve
+from tutelage.distill.models import at_key, resolve
 from tutelage.envs.plugins import Absent
 from tutelage.scheduler.rollouts import EnvironmentPools
 
 RUNS_OWN = "metrics.jsonl"
 """Tells a run's folder from others."""
+FOLDERS = ("checkpoints", "episodes", "teachers", "tensorboard", "stalled")
+FILES = ("config.yaml", "changes.jsonl", RUNS_OWN, "eval.json")
 
 
 def check_machine(config: RunConfig) -> None:
@@ -42,8 +44,18 @@ def check_machine(config: RunConfig) -> None:
 
 def check_folder(config: RunConfig) -> None:
     """Raises ConfigError for a run in the folder that one stands in, or in one above it: a run
-    fills its folder, and a folder's other files are not to be taken for a run's."""
+    fills its folder, and a folder's other files are not to be taken for a run's. Likewise where a
+    folder of the run's would take the place of a file, or a file that of a folder."""
     folder = Path(config.run).resolve()
+    for names, right in ((FOLDERS, Path.is_dir), (FILES, Path.is_file)):
+        if wrong := [
+            path for name in names if (path := folder / name).exists() and not right(path)
+        ]:
+            kind = "folder" if names is FOLDERS else "file"
+            raise ConfigError(
+                f"run: {wrong[0]} is no {kind}, as a run's would be: move it away, or choose"
+                " another run folder"
+            )
     here = Path.cwd().resolve()
     if folder in (here, *here.parents, Path.home()) and not (folder / RUNS_OWN).is_file():
         raise ConfigError(
@@ -88,7 +100,8 @@ def _check_wheel(config: RunConfig) -> None:
 
 def _check_weights(key: str, reference: str) -> None:
     """Whether a folder holds whole files of weights; reads their headers."""
-    folder = Path(resolve(reference))
+    with at_key(key):
+        folder = Path(resolve(reference))
     if not folder.is_dir():
         return  # a hub's
     index = folder / "model.safetensors.index.json"
@@ -122,15 +135,24 @@ def open_once(config: RunConfig) -> list[str]:
     for name, how in task_rollouts(config).items():
         pools = EnvironmentPools({name: replace(how, processes=1)})
         try:
-            with _offline():
+            with _offline(), at_key(f"tasks.{name.rpartition(':')[2]}", but=Absent):
                 pools.open([name])
         except Absent as error:
             absent.append(str(error))
-        except ValueError as error:
-            raise ConfigError(f"tasks.{name.rpartition(':')[2]}: {error}") from None
         finally:
             pools.close()
     return list(dict.fromkeys(absent))
+
+
+def open_all(config: RunConfig, pools: EnvironmentPools) -> None:
+    """Start each task's environments, for training and for evaluation.
+
+    Raises:
+        ConfigError: the task, and why its environment cannot be made.
+    """
+    for name in task_rollouts(config):
+        with at_key(f"tasks.{name.rpartition(':')[2]}"):
+            pools.open([name])
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from tutelage.distill.models import (
     prepare_process,
     student_tokenizer,
 )
-from tutelage.distill.preflight import check_folder, check_machine
+from tutelage.distill.preflight import check_folder, check_machine, open_all
 from tutelage.distill.routing import Routing
 from tutelage.distill.whole import write_json
 from tutelage.evaluation.evaluate import evaluate, law_of
@@ -127,7 +127,7 @@ class Run:
         pools = EnvironmentPools(rollouts)
         try:
             if config.cluster is None or config.cluster.address == "local":
-                pools.open(rollouts)  # a bad id or option shows before a model loads
+                open_all(config, pools)  # a bad id or option shows before a model loads
             if config.cluster is not None:
                 pools.close()  # the workers have their own
             self.watch.doing(f"loading {config.student.model or 'student.init'}")

@@ -165,6 +165,58 @@ class TestFolder:
         (here / "metrics.jsonl").touch()  # it is a run's own folder
         check_folder(load("run=."))
 
+    @pytest.mark.parametrize("name", ["checkpoints", "episodes", "teachers", "tensorboard"])
+    def test_a_file_where_a_folder_would_be_written_is_told_before_a_step(
+        self, load: Load, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(ConfigError, match=f"^run: .*/{name} is no folder.* move it away"):
+            training.Run(load())
+
+    @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "changes.jsonl"])
+    def test_a_folder_where_a_file_would_be_written_is_told_before_a_step(
+        self, load: Load, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / "run" / name).mkdir(parents=True)
+        with pytest.raises(ConfigError, match=f"^run: .*/{name} is no file.* move it away"):
+            training.Run(load())
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("student.model=/nowhere", "student.model: .*no such folder"),
+        ("student.model=builtin:nobody", "student.model: .*not built in"),
+        ("teachers.calculator.model=/nowhere", "teachers.calculator.model: .*no such folder"),
+        ("tasks.math.env=tutelage/Maths-v0", "tasks.math: .*Did you mean"),
+        ("tasks.math.env_args={problem: x}", "tasks.math: .*unknown option 'problem'"),
+        ("tasks.math.eval_args={problems: /no.jsonl}", "tasks.math: .*no problem file"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_key(load: Load, pair: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        training.Run(load(pair))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["train"], "required: config: "),
+        (["play", "tutelage/Math-v0", "--index", "-1"], "argument --index: "),
+        (["envs", "a=1"], "takes no key=value: a=1"),
+    ],
+)
+def test_a_command_that_is_none_is_refused_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert line.startswith("tutelage: ") and said in line
+
 
 SIZES = {
     "hidden_size": 32,
