@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -267,6 +268,10 @@ class _Play:
                 self._lose(live, result)
                 continue
             live.reward += result.reward
+            if not math.isfinite(live.reward):
+                detail = f"its rewards add up to {live.reward}: no number that can be compared"
+                self._lose(live, Failed(episode=live.session, reason="garbage", detail=detail))
+                continue
             live.observation, live.info = result.observation, result.info
             if result.terminated or result.truncated:
                 self._finish(live, "terminated" if result.terminated else "truncated")

@@ -651,6 +651,19 @@ def test_a_sound_config_ends_with_0_and_a_sick_teacher_with_1(
     assert "weights lost" in out and "faults 1" in out
 
 
+def test_a_model_that_is_there_and_does_not_load_is_not_called_missing(
+    run_doctor: Callable[..., tuple[int, str, str]], tmp_path: Path, tokenizer: Any
+) -> None:
+    model = load_model("builtin:arithmetic", dtype="float32", device="cpu")
+    model.model.norm.weight.data[0] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    code, out, _ = run_doctor(ARITHMETIC, f"teachers.calculator.model={tmp_path / 'broken'}")
+    said = " ".join(out.split())
+    assert code == 1 and "NaN" in said
+    assert "do as it says" in said and "name a folder that is there" not in said
+
+
 def test_what_is_missing_is_a_finding_and_a_mistake_in_the_config_is_not(
     run_doctor: Callable[..., tuple[int, str, str]],
 ) -> None:

@@ -31,9 +31,12 @@ class Scripted(gym.Env[str, str]):
     faults: ClassVar[dict[int, list[str | int]]] = {}
     seeds: ClassVar[list[tuple[int, int]]] = []
 
-    def __init__(self, expert: bool = True, says_success: bool = True, length: int = 0) -> None:
+    def __init__(
+        self, expert: bool = True, says_success: bool = True, length: int = 0, bonus: float = 0.0
+    ) -> None:
         self.num_episodes = 9
         self._expert, self._says, self._length = expert, says_success, length
+        self._bonus = bonus
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
@@ -48,7 +51,7 @@ class Scripted(gym.Env[str, str]):
         self._fail(self._at)
         self._right &= action == str(self._index - self._at + 1)
         ended, cut = self._at == self._index, self._at == self._length
-        reward = float(ended and self._right)
+        reward = float(ended and self._right) + self._bonus
         return f"after {self._at} {'x ' * (action == 'long')}", reward, ended, cut, self._info()
 
     def _fail(self, at: str | int) -> None:
@@ -422,6 +425,14 @@ def test_success_is_a_positive_reward_where_the_environment_does_not_say(
     right = make_worker(env_args={"says_success": False}).collect(_orders(2))
     wrong = make_worker(_wrong, env_args={"says_success": False}).collect(_orders(2))
     assert [e.success for e in _episodes([*right, *wrong])] == [True, False]
+
+
+@pytest.mark.parametrize("length", [0, 2])  # to its end, and cut off there
+def test_rewards_whose_sum_is_no_number_lose_the_episode(make_worker: Any, length: int) -> None:
+    args = {"bonus": 1.5e308, "length": length}
+    (lost,) = make_worker(env_args=args).collect(_orders(4))
+    assert isinstance(lost, Dropped) and lost.reason == "garbage"
+    assert "add up to inf" in lost.detail
 
 
 def test_nothing_ordered_is_nothing_played(make_worker: Any) -> None:

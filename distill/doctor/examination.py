@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.engine import TransformersEngine
 from tutelage.distill.identity import exam_rows
 from tutelage.distill.models import (
+    BUILTIN,
     load_model,
     load_student,
     load_tokenizer,
@@ -34,6 +36,9 @@ from tutelage.scheduler.rollouts import RolloutWorker
 
 EPISODES, TURNS, TOKENS = 2, 4, 64
 """Of each task, what is played to have something to score."""
+
+AS_TOLD = "do as it says, or choose another model"
+"""The cure of a fault that names its own."""
 
 Say = Callable[[str], None]
 
@@ -100,13 +105,14 @@ def _tokenizer(subject: str, reference: str) -> tuple[Any, list[Finding]]:
     try:
         return load_tokenizer(reference), []
     except ConfigError as error:
-        return None, [_absent(subject, "tokenizer", error)]
+        return None, [_absent(subject, "tokenizer", reference, error)]
 
 
-def _absent(subject: str, what: str, error: Exception) -> Finding:
-    return Check(subject, what).fault(
-        " ".join(str(error).split()), "name a folder that is there, or a hub id that can be reached"
-    )
+def _absent(subject: str, what: str, reference: str | None, error: Exception) -> Finding:
+    """What does not load. reference: None: it is made here."""
+    there = reference is None or reference.startswith(BUILTIN) or Path(reference).is_dir()
+    cure = AS_TOLD if there else "name a folder that is there, or a hub id that can be reached"
+    return Check(subject, what).fault(" ".join(str(error).split()), cure)
 
 
 def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
@@ -127,7 +133,7 @@ def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> It
     try:
         model = load_student(config.student, seed=config.seed)
     except ConfigError as error:
-        yield _absent("student", "weights", error)
+        yield _absent("student", "weights", config.student.model, error)
         return
     rows = model.get_output_embeddings().weight.shape[0]
     yield texts.check_padding("student", rows, size)
@@ -249,7 +255,7 @@ def _teacher(
         try:
             model = load_model(settings.files, dtype=settings.dtype, device=settings.device)
         except ConfigError as error:
-            yield _absent(subject, "weights", error)
+            yield _absent(subject, "weights", settings.files, error)
             return
         rows = model.get_output_embeddings().weight.shape[0]
         yield texts.check_padding(subject, rows, len(tokenizer))
@@ -300,6 +306,9 @@ def examine_teacher(
         probes = numbers.greedy_probes(model, prompt, vocabulary=size)
         rows = [probe.row for probe in probes]
         scores = teacher.score(rows, k=1)
+    except ConfigError as error:  # such as a context that is too short
+        yield Check(subject, "scores").fault(" ".join(str(error).split()), AS_TOLD)
+        return
     except (ValueError, ArithmeticError) as error:  # NaN among the weights
         yield Check(subject, "scores").fault(
             " ".join(str(error).split()),
