@@ -1012,13 +1012,13 @@ class TestRefusals:
     ) -> None:
         """Two tokens changed places: the sizes agree, and every score would be wrong."""
         folder = tmp_path / "swapped"
+        shutil.copytree(models["two"], folder)
         tokenizer.save_pretrained(folder)
         data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = data["model"]["vocab"]
         one, other = "mug", "Ġmug"
         vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
         (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-        (folder / "config.json").write_bytes((Path(models["two"]) / "config.json").read_bytes())
         with pytest.raises(ConfigError, match=r"teachers\.two: its vocabulary differs.*mug") as no:
             Run(self._with_teacher(configure, str(folder)))
         assert "\n" not in str(no.value)
@@ -1027,10 +1027,10 @@ class TestRefusals:
         self, configure: Configure, tokenizer: Any, models: dict[str, str], tmp_path: Path
     ) -> None:
         folder = tmp_path / "ends"
+        shutil.copytree(models["two"], folder)
         odd = copy.deepcopy(tokenizer)
         odd.eos_token = "<|pad|>"
         odd.save_pretrained(folder)
-        (folder / "config.json").write_bytes((Path(models["two"]) / "config.json").read_bytes())
         with pytest.raises(ConfigError, match=r"teachers\.two: it ends with '<\|pad\|>'"):
             Run(self._with_teacher(configure, str(folder)))
 
@@ -1038,7 +1038,7 @@ class TestRefusals:
         self, configure: Configure, tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path
     ) -> None:
         folder = tmp_path / "small"
-        make_model(vocabulary=100).config.save_pretrained(folder)
+        make_model(vocabulary=100).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with pytest.raises(ConfigError, match=r"teachers\.two\.model.*100 embedding rows"):
             Run(self._with_teacher(configure, str(folder)))
