@@ -129,6 +129,7 @@ def start(
             "model": model,
             "dtype": options.dtype or dtype,
             "skip_tokenizer_init": True,
+            "trust_remote_code": False,  # no model brings code of its own
             "generation_config": "vllm",  # the checkpoint's own would cut max_tokens
             "tensor_parallel_size": options.tensor_parallel_size,
             "gpu_memory_utilization": options.gpu_memory_utilization,
