@@ -141,7 +141,7 @@ def of_kind(kind: str, processes: list[Process], learner: int, sparing: set[int]
     """sparing: nodes that must stay, by their raylet's process id."""
     words = {
         "environment": "tutelage.envs.worker",
-        "grader": "tutelage.envs.grading_worker",
+        "grader": "tutelage.envs.grading.worker",
         "raylet": "raylet/raylet ",
         "gcs": "gcs_server ",
     }

@@ -28,8 +28,8 @@ from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models import load_model
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.teachers import TransformersTeacher
-from tutelage.envs import grading_pool
 from tutelage.envs.grading import Verdict
+from tutelage.envs.grading import pool as grading_pool
 from tutelage.envs.math import env as math_env
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.episodes import Row
@@ -525,7 +525,7 @@ def test_a_generous_grader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def _grader_of(monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Finding]:
     """The findings on a grader whose processes run `script` before they begin."""
     popen = subprocess.Popen
-    begin = "from tutelage.envs.grading_worker import main; main()"
+    begin = "from tutelage.envs.grading.worker import main; main()"
     monkeypatch.setattr(
         grading_pool.subprocess,
         "Popen",

@@ -21,10 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.envs import grading, grading_pool
-from tutelage.envs.grading import Verdict, grade, judge
-from tutelage.envs.grading_numbers import numeral
-from tutelage.envs.grading_pool import Allowance
+from tutelage.envs.grading import Verdict, grade, judge, verdict
+from tutelage.envs.grading import pool as grading_pool
+from tutelage.envs.grading.numbers import numeral
+from tutelage.envs.grading.pool import Allowance
 from tutelage.envs.math import env as math_env
 from tutelage.envs.math.env import MathEnv
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Reset
@@ -598,9 +598,9 @@ def test_idle_workers_that_were_killed_or_stopped_cost_no_verdict(fault: int) ->
 
 SLEEPY = """
 import os, signal, sys
-from tutelage.envs import grading_worker
+from tutelage.envs.grading import worker
 
-compare, mark = grading_worker.compare, sys.argv[2]
+compare, mark = worker.compare, sys.argv[2]
 
 def interrupted(answer, gold):
     if "z" in gold and os.path.exists(mark):
@@ -608,8 +608,8 @@ def interrupted(answer, gold):
         os.kill(os.getpid(), signal.{fault})
     return compare(answer, gold)
 
-grading_worker.compare = interrupted
-grading_worker.main()
+worker.compare = interrupted
+worker.main()
 """
 
 
@@ -644,7 +644,7 @@ def test_a_fault_in_the_middle_of_a_request_turns_no_right_answer_wrong(
 def test_a_worker_stopped_for_longer_than_its_request_says_what_it_would_have_said() -> None:
     """The protocol itself: no clock on the wall counts inside."""
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tutelage.envs.grading_worker", "0"],
+        [sys.executable, "-P", "-m", "tutelage.envs.grading.worker", "0"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -708,7 +708,7 @@ def test_an_answer_that_ends_its_own_process_is_wrong_and_one_that_is_killed_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = (
-        "import os, sys\nfrom tutelage.envs import grading_worker as worker\n"
+        "import os, sys\nfrom tutelage.envs.grading import worker\n"
         "compare = worker.compare\n"
         "def fatal(answer, gold):\n"
         "    if answer.isdigit(): os.kill(os.getpid(), int(answer))\n"
@@ -723,7 +723,7 @@ def test_an_answer_that_ends_its_own_process_is_wrong_and_one_that_is_killed_is_
     grading_pool.close()
 
 
-SLOW = "import time; time.sleep({seconds})\nfrom tutelage.envs.grading_worker import main; main()"
+SLOW = "import time; time.sleep({seconds})\nfrom tutelage.envs.grading.worker import main; main()"
 
 
 @needs_math_verify
@@ -733,7 +733,7 @@ def test_a_worker_that_starts_slowly_makes_no_answer_wrong(
     """`judge` says in time that it could not ask; the environment waits, whatever its timeout."""
     _stand_in(monkeypatch, SLOW.replace("{seconds}", "1.2"))
     assert judge("\\boxed{x+501}", "501+x", timeout=0.2).reason == "starting"
-    assert ("x+501", "501+x") not in grading._cache
+    assert ("x+501", "501+x") not in verdict._cache
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "?", "answer": "501+x"}')
     env = MathEnv(str(problems), timeout=1.0)
@@ -763,7 +763,7 @@ def test_a_grade_that_the_machine_has_no_time_for_is_an_episode_to_be_repeated(
         assert failed.detail.startswith(
             "no grade within 0.1 s (starting): this machine is too busy"
         )
-    assert ("x+601", "601+x") not in grading._cache
+    assert ("x+601", "601+x") not in verdict._cache
     grading_pool.close()
 
 
@@ -784,7 +784,7 @@ def test_math_verify_that_does_not_work_as_it_is_installed_is_said_once_with_the
     script = (
         "import sys, math_verify as real; from types import SimpleNamespace as Is\n"
         f"sys.modules['math_verify'] = {module}\n"
-        "from tutelage.envs.grading_worker import main; main()"
+        "from tutelage.envs.grading.worker import main; main()"
     )
     _stand_in(monkeypatch, script)
     monkeypatch.setattr(grading_pool, "_broken", [])
@@ -837,8 +837,8 @@ def test_a_worker_retires_after_its_share(monkeypatch: pytest.MonkeyPatch) -> No
 @needs_math_verify
 def test_no_worker_survives_its_process() -> None:
     line = (
-        "from tutelage.envs.grading import grade; from tutelage.envs import grading_pool;"
-        "assert grade('x+1', '1+x', timeout=30); print(*grading_pool.worker_pids(), flush=True);{}"
+        "from tutelage.envs.grading import grade, pool;"
+        "assert grade('x+1', '1+x', timeout=30); print(*pool.worker_pids(), flush=True);{}"
     )
     for end in ("pass", "import os; os.kill(os.getpid(), 9)"):
         done = subprocess.run(
@@ -874,10 +874,9 @@ def test_without_math_verify_the_reason_says_so_and_the_cure_is_warned_once(
 
 def test_grading_starts_no_process_for_numbers() -> None:
     line = (
-        "import sys; from tutelage.envs import grading_pool\n"
-        "from tutelage.envs.grading import grade\n"
+        "import sys; from tutelage.envs.grading import grade, pool\n"
         "assert grade('so \\\\boxed{1/2}', '0.5');"
-        "print(grading_pool.worker_pids(), {'sympy', 'torch', 'ray'} & set(sys.modules))"
+        "print(pool.worker_pids(), {'sympy', 'torch', 'ray'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     assert done.stdout == "[] set()\n"
@@ -885,4 +884,4 @@ def test_grading_starts_no_process_for_numbers() -> None:
 
 def test_the_cache_does_not_keep_what_was_not_decided() -> None:
     judge("\\boxed{x+301}", "301+x", timeout=0)
-    assert ("x+301", "301+x") not in grading._cache
+    assert ("x+301", "301+x") not in verdict._cache

@@ -14,9 +14,9 @@ import gymnasium
 from gymnasium.utils.env_checker import check_env
 
 from tutelage.distill.doctor.findings import Check, Finding
-from tutelage.envs import grading_pool
 from tutelage.envs.grading import judge
-from tutelage.envs.grading_pool import Allowance
+from tutelage.envs.grading import pool as grading_pool
+from tutelage.envs.grading.pool import Allowance
 from tutelage.envs.pool import START_SECONDS, Act, EnvironmentPool, Failed, Observed, Reset
 from tutelage.envs.worker import Undecided, num_episodes
 
@@ -292,7 +292,7 @@ def _bounded(*, timeout: float) -> Finding:
     if correct or reason != "timeout":
         return check.fault(
             f"an answer that never ends took {seconds:.1f} s of {timeout:g} ({reason})",
-            "the grader's processes cannot be killed here: see envs/grading_pool.py",
+            "the grader's processes cannot be killed here: see envs/grading/pool.py",
         )
     return check.ok(f"algebra that never ends is killed in time ({reason})")
 

@@ -1,7 +1,7 @@
 """What kind of answer two texts are, and whether they are the same one: lists, tuples, equations,
-sets of reals, the kinds of `grading_kinds`, and at the bottom two values.
+sets of reals, what has a notation of its own (`kinds`), and at the bottom two values.
 
-All of it works on plain TeX (`grading_text.clean`). Whether two values are equal is asked of an
+All of it works on plain TeX (`text.clean`). Whether two values are equal is asked of an
 `Arithmetic`: the exact one here in the process, the numerical one in the grading worker.
 """
 
@@ -12,8 +12,8 @@ import itertools
 import re
 from fractions import Fraction
 
-from tutelage.envs import grading_sets
-from tutelage.envs.grading_arithmetic import (
+from tutelage.envs.grading import sets
+from tutelage.envs.grading.arithmetic import (
     Arithmetic,
     Equal,
     all_of,
@@ -22,9 +22,9 @@ from tutelage.envs.grading_arithmetic import (
     rational,
     read,
 )
-from tutelage.envs.grading_kinds import approximate, clock, label, matrix, modular
-from tutelage.envs.grading_numbers import numeral, quantity
-from tutelage.envs.grading_split import (
+from tutelage.envs.grading.kinds import approximate, clock, label, matrix, modular
+from tutelage.envs.grading.numbers import numeral, quantity
+from tutelage.envs.grading.split import (
     Listing,
     brackets,
     grouped,
@@ -34,9 +34,9 @@ from tutelage.envs.grading_split import (
     squeezed,
     ungrouped,
 )
-from tutelage.envs.grading_syntax import Node, Unreadable, parse
-from tutelage.envs.grading_text import TEXT, stripped
-from tutelage.envs.grading_values import same_value
+from tutelage.envs.grading.syntax import Node, Unreadable, parse
+from tutelage.envs.grading.text import TEXT, stripped
+from tutelage.envs.grading.values import same_value
 
 DEEPEST = 8  # shapes in shapes
 MOST = 60  # parts of a list
@@ -64,15 +64,15 @@ def same(answer: str, gold: str, arithmetic: Arithmetic, depth: int = 0) -> bool
 
 def _set(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
     """Intervals, inequalities, unions, set builders, excluded points, against each other."""
-    if not grading_sets.is_set(answer) and not grading_sets.is_set(gold):
+    if not sets.is_set(answer) and not sets.is_set(gold):
         return NotImplemented
-    member = [grading_sets.member(text) for text in (answer, gold)]
+    member = [sets.member(text) for text in (answer, gold)]
     if member[0][0] and member[1][0] and member[0][0] != member[1][0]:
         return False
-    if any(name for name, _ in member) and not any(grading_sets.is_set(text) for _, text in member):
+    if any(name for name, _ in member) and not any(sets.is_set(text) for _, text in member):
         letters = [_LETTER.match(text) is not None for _, text in member]
         return not any(letters) and again(member[0][1], member[1][1])  # x in {1, 2}
-    return grading_sets.same_set(answer, gold, read, arithmetic)
+    return sets.same_set(answer, gold, read, arithmetic)
 
 
 # --- equations and names -------------------------------------------------------------------------

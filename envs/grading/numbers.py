@@ -2,7 +2,7 @@
 
 A numeral is a number written out (integer, decimal, fraction, mixed number, power, scientific
 notation, repeating decimal), as `Fraction`, without tolerance. An expression that only has a value
-(`10!`) is none: see `grading_exact`.
+(`10!`) is none: see `exact`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tutelage.envs import grading_units
-from tutelage.envs.grading_text import TEXT, repeating, stripped
+from tutelage.envs.grading import units
+from tutelage.envs.grading.text import TEXT, repeating, stripped
 
 MAX_DIGITS = 400  # digits in a number; beyond them nothing is a plausible answer
 MAX_EXPONENT = 2000  # powers of ten and of integers that are written out exactly
@@ -154,7 +154,7 @@ def quantity(text: str) -> Quantity:
     if "^\\circ" in text and not _IN_FUNCTIONS.search(text) and not _TEMPERATURE.search(text):
         core = text.replace("^\\circ", " ")  # 180^\circ-2x: degrees throughout
         return Quantity(value=stripped(core), unit="degree^1")
-    core, unit, bare = ("", "", False) if _IN_FUNCTIONS.search(text) else grading_units.split(text)
+    core, unit, bare = ("", "", False) if _IN_FUNCTIONS.search(text) else units.split(text)
     core = core or text
-    core, scale = grading_units.scaled(core)
+    core, scale = units.scaled(core)
     return Quantity(value=stripped(core), unit=unit, scale=scale, bare=bare)

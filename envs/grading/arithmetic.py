@@ -9,10 +9,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Protocol
 
-from tutelage.envs.grading_exact import NotRational, evaluate, oversized
-from tutelage.envs.grading_numbers import numeral
-from tutelage.envs.grading_syntax import Node, parse
-from tutelage.envs.grading_syntax import number as number_node
+from tutelage.envs.grading.exact import NotRational, evaluate, oversized
+from tutelage.envs.grading.numbers import numeral
+from tutelage.envs.grading.syntax import Node, parse
+from tutelage.envs.grading.syntax import number as number_node
 
 Equal = Callable[[str, str], bool | None]
 

@@ -1,6 +1,6 @@
 """The process in which math-verify runs: one JSON line in, one out, until stdin ends.
 
-Started by `tutelage.envs.grading_pool`. It says that it is ready once it has compared something:
+Started by `tutelage.envs.grading.pool`. It says that it is ready once it has compared something:
 math-verify imports half of sympy at its first comparison, which is no answer's time. Nothing here
 looks at the clock on the wall, and math-verify's own alarms, which it swallows and calls a wrong
 answer, are off: a request has a number of processor seconds, and where they run out ITIMER_PROF
@@ -68,7 +68,7 @@ def _warm_up() -> str | None:
     try:
         import math_verify  # noqa: F401 (what it takes to load, before memory is bounded)
 
-        import tutelage.envs.grading_algebra  # noqa: F401
+        import tutelage.envs.grading.algebra  # noqa: F401
 
         with contextlib.suppress(ValueError, OSError):  # a lower limit may already hold
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -93,7 +93,7 @@ def _bounded(answer: str, gold: str) -> tuple[bool, str]:
 
 def compare(answer: str, gold: str) -> tuple[bool, str]:
     """(correct, reason), without any clock: by values where our own grammar reads both sides."""
-    from tutelage.envs.grading_algebra import decide, plain
+    from tutelage.envs.grading.algebra import decide, plain
 
     return decide(answer, gold) or verified(plain(answer), plain(gold))
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from tutelage.envs.grading_split import brackets, outside, split, split_at, squeezed
-from tutelage.envs.grading_syntax import Node, Unreadable
-from tutelage.envs.grading_text import TEXT, stripped
+from tutelage.envs.grading.split import brackets, outside, split, split_at, squeezed
+from tutelage.envs.grading.syntax import Node, Unreadable
+from tutelage.envs.grading.text import TEXT, stripped
 
 if TYPE_CHECKING:
-    from tutelage.envs.grading_arithmetic import Arithmetic
+    from tutelage.envs.grading.arithmetic import Arithmetic
 
 Reader = Callable[[str], Node]
 

@@ -2,15 +2,15 @@
 
 Three tiers, cheapest first:
 
-1. string: both sides without their dress (`grading_text`) are the same text;
-2. exact: lists, sets, equations, units and the like are taken apart (`grading_shapes`,
-   `grading_sets`, `grading_kinds`, `grading_values`), and numbers are compared as `Fraction`,
-   without tolerance, expressions that have a rational value among them (`grading_exact`). A gold
-   number is decided here unless the answer is an irrational expression;
-3. symbolic: the same again by values of high precision (`grading_algebra`), and what that can't
-   read by math-verify (the extra `tutelage[math]`), in worker processes that are killed at the
-   deadline, because `9^{9^{9}}` holds Python's interpreter lock and no thread, alarm or asyncio
-   timeout can end it.
+1. string: both sides in plain TeX (`text`) are the same text;
+2. exact: lists, sets, equations, units and the like are taken apart (`shapes`, `sets`, `kinds`,
+   `values`), and numbers are compared as `Fraction`, without tolerance, expressions that have a
+   rational value among them (`exact`). A gold number is decided here unless the answer is an
+   irrational expression;
+3. symbolic: the same again by values of high precision (`algebra`), and what that can't read by
+   math-verify (the extra `tutelage[math]`), in worker processes that are killed at the deadline,
+   because `9^{9^{9}}` holds Python's interpreter lock and no thread, alarm or asyncio timeout can
+   end it.
 
 What math-verify would get wrong or explode on (power towers, factorials, number bases, lists of
 another length, moduli, tiny values) never reaches it. Verdicts carry a reason, so that timeouts and
@@ -24,12 +24,12 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from tutelage.envs.grading_arithmetic import Exact
-from tutelage.envs.grading_numbers import numeral
-from tutelage.envs.grading_pool import UNDECIDED, Allowance, symbolic
-from tutelage.envs.grading_shapes import same
-from tutelage.envs.grading_split import listed, squeezed
-from tutelage.envs.grading_text import clean
+from tutelage.envs.grading.arithmetic import Exact
+from tutelage.envs.grading.numbers import numeral
+from tutelage.envs.grading.pool import UNDECIDED, Allowance, symbolic
+from tutelage.envs.grading.shapes import same
+from tutelage.envs.grading.split import listed, squeezed
+from tutelage.envs.grading.text import clean
 
 MAX_ANSWER = 1000  # characters; the longest gold of the public sets has 210
 MAX_BARE = 200  # characters of a response without a box that still count as a bare answer
@@ -43,7 +43,7 @@ class Verdict:
     Reasons: string, exact, symbolic (decided); no_box, too_long, not_text, unreadable (no answer to
     compare); gold_unparseable; refused (too large to evaluate safely); timeout (its processor time
     ran out), crash (so did its process, by itself), unavailable (no math-verify that works). And of
-    the machine alone, `undecided`: starting, late, lost (see grading_pool.UNDECIDED).
+    the machine alone, `undecided`: starting, late, lost (see pool.UNDECIDED).
     """
 
     correct: bool

@@ -87,7 +87,7 @@ class _Worker:
         }
         in_main = threading.current_thread() is threading.main_thread()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tutelage.envs.grading_worker", str(int(in_main))],
+            [sys.executable, "-P", "-m", "tutelage.envs.grading.worker", str(int(in_main))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

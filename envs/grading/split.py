@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tutelage.envs.grading_text import TEXT, stripped
+from tutelage.envs.grading.text import TEXT, stripped
 
 _OPEN, _CLOSE = "([{", ")]}"
 _JOINT = re.compile(

@@ -17,10 +17,10 @@ from typing import Any
 
 from mpmath import mp
 
-from tutelage.envs.grading_arithmetic import rational
-from tutelage.envs.grading_shapes import same
-from tutelage.envs.grading_syntax import FUNCTIONS, Node
-from tutelage.envs.grading_text import ROW, TEXT
+from tutelage.envs.grading.arithmetic import rational
+from tutelage.envs.grading.shapes import same
+from tutelage.envs.grading.syntax import FUNCTIONS, Node
+from tutelage.envs.grading.text import ROW, TEXT
 
 CONSTANTS = (300, 1000)  # digits of the two precisions, without symbols
 POINTS = (60, 300)  # and at every point
@@ -50,7 +50,7 @@ def plain(text: str) -> str:
 
 
 class Numeric:
-    """The arithmetic of high precision. See `grading_shapes.Arithmetic`."""
+    """The arithmetic of high precision. See `shapes.Arithmetic`."""
 
     def equal(self, a: Node, b: Node, /) -> bool | None:
         values = rational(a), rational(b)

@@ -1,4 +1,4 @@
-"""Plain TeX (see grading_text) as a tree: one expression of numbers, symbols, functions.
+"""Plain TeX (see text.py) as a tree: one expression of numbers, symbols, functions.
 
 What it cannot read in one way only it does not read: `\\sin\\pi/3`, `12 34`, words, sums and
 integrals, ellipses raise `Unreadable`. Nothing of a text is ever executed.
@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tutelage.envs.grading_text import GREEK
+from tutelage.envs.grading.text import GREEK
 
 DEEPEST = 40  # nested expressions
 MAX_DIGITS = 1000

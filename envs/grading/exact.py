@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-from tutelage.envs.grading_syntax import Node, Unreadable, parse
+from tutelage.envs.grading.syntax import Node, Unreadable, parse
 
 MAX_BITS = 40_000  # of a numerator or denominator: 2006! has 19,100
 EFFORT = 600_000  # bits of all the numbers on the way

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from tutelage.envs.grading_text import TEXT
+from tutelage.envs.grading.text import TEXT
 
 # What Chinese counts by: the thing that is counted may follow (个苹果).
 CLASSIFIERS = (

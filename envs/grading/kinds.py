@@ -11,7 +11,7 @@ import itertools
 import re
 from fractions import Fraction
 
-from tutelage.envs.grading_arithmetic import (
+from tutelage.envs.grading.arithmetic import (
     Arithmetic,
     Equal,
     all_of,
@@ -20,10 +20,10 @@ from tutelage.envs.grading_arithmetic import (
     rational,
     read,
 )
-from tutelage.envs.grading_numbers import numeral
-from tutelage.envs.grading_split import listed, squeezed
-from tutelage.envs.grading_syntax import Node, Unreadable
-from tutelage.envs.grading_text import ROW, TEXT, stripped
+from tutelage.envs.grading.numbers import numeral
+from tutelage.envs.grading.split import listed, squeezed
+from tutelage.envs.grading.syntax import Node, Unreadable
+from tutelage.envs.grading.text import ROW, TEXT, stripped
 
 MOST = 60  # cells of a matrix
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from tutelage.envs.grading_arithmetic import Arithmetic, any_of, read
-from tutelage.envs.grading_numbers import Quantity, numeral, quantity
-from tutelage.envs.grading_split import split, squeezed
-from tutelage.envs.grading_syntax import Node, Unreadable
-from tutelage.envs.grading_syntax import number as number_node
-from tutelage.envs.grading_text import TEXT, stripped
+from tutelage.envs.grading.arithmetic import Arithmetic, any_of, read
+from tutelage.envs.grading.numbers import Quantity, numeral, quantity
+from tutelage.envs.grading.split import split, squeezed
+from tutelage.envs.grading.syntax import Node, Unreadable
+from tutelage.envs.grading.syntax import number as number_node
+from tutelage.envs.grading.text import TEXT, stripped
 
 _BASE = re.compile(r"^\(?\s*([\dA-Za-z]+)\s*\)?\s*_\s*\{?\s*([\dA-Za-z]+)\s*\}?$")
 _DIGITS = (
