@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill.config import load_config
-from tutelage.distill.training import Run, Watcher  # ours first: it sets how threads wait
+from tutelage.distill.config.loading import load_config
+from tutelage.distill.run.training import Run
+from tutelage.distill.run.watcher import Watcher
 
 import torch  # isort: skip
 

@@ -196,7 +196,7 @@ class Case:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.folder, self.mark = folder, mark
-        self.command = [sys.executable, "-m", "tutelage.distill.cli", "train"]
+        self.command = [sys.executable, "-m", "tutelage.distill.cli.main", "train"]
         self.command.append(str(make_config(folder, cluster)))
         self.memory: set[str] = set()
 

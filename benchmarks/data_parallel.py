@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.distill.assembly import rank_model
-from tutelage.distill.config import OptimizerConfig, StudentConfig
-from tutelage.distill.data_parallel import DataParallelLearner, Setup
-from tutelage.distill.learner import Course, Learner, Lesson
-from tutelage.distill.models import load_student, prepare_process
+from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
+from tutelage.distill.models.loading import load_student, prepare_process
 from tutelage.distill.objectives import build
+from tutelage.distill.student.build import rank_model
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.student.lessons import Course, Lesson
+from tutelage.distill.student.sharded import DataParallelLearner, Setup
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 VOCABULARY = 2048

@@ -121,7 +121,7 @@ def in_actor() -> Callable[[Callable[[], Any]], Callable[[], Any]]:
 
     def wrap(make: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> Any:
-            from tutelage.distill.transport import CompactScores
+            from tutelage.distill.teachers.transport import CompactScores
 
             held = Timed(make())
             pack, clock = CompactScores.pack, held._clock
@@ -154,11 +154,12 @@ def processor_seconds(mark: str) -> float:
 
 def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     """Seconds a step, by part."""
-    from tutelage.distill import assembly, routing, training
-    from tutelage.distill.cli import CONFIGS
-    from tutelage.distill.config import load_config
-    from tutelage.distill.identity import Identity
-    from tutelage.distill.transport import CompactScores
+    from tutelage.distill.cli.main import CONFIGS
+    from tutelage.distill.config.loading import load_config
+    from tutelage.distill.run import assembly, routing, training
+    from tutelage.distill.run.watcher import Watcher
+    from tutelage.distill.teachers.identity import Identity
+    from tutelage.distill.teachers.transport import CompactScores
     from tutelage.scheduler.cluster import RayCluster, _Job
     from tutelage.scheduler.timetable import Timetable
 
@@ -197,7 +198,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
             "teachers": [ask(one) for one in placed._teachers.values()],
         }
 
-    class Warm(training.Watcher):
+    class Warm(Watcher):
         run: Any
         processor = 0.0
 

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.distill.config import VllmConfig
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.models import load_model, load_tokenizer
-from tutelage.distill.vllm.engine import make_engine
+from tutelage.distill.config.teachers import VllmConfig
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.engines.vllm.engine import make_engine
+from tutelage.distill.models.loading import load_model, load_tokenizer
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import Episode, Order, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout

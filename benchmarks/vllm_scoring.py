@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.distill.config import TeacherConfig, VllmConfig
-from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
+from tutelage.distill.config.teachers import TeacherConfig, VllmConfig
+from tutelage.distill.teachers.vllm import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
 
 

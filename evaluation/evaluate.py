@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
@@ -133,3 +135,18 @@ def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
 def law_of(mode: str, sampled: SamplingLaw) -> SamplingLaw:
     """`greedy`, or the rollouts' own law."""
     return GREEDY if mode == "greedy" else sampled
+
+
+def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """`eval/TASK/MODE` for a step's line of metrics."""
+    return {
+        f"eval/{task}/{mode}": found["value"]
+        for task, modes in scores.items()
+        for mode, found in modes.items()
+        if mode != "metric"
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("tutelage", "torch", "transformers", "gymnasium", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from tutelage.scheduler.cluster import Placement
 from tutelage.scheduler.episodes import Dropped, Episode, revived
+from tutelage.scheduler.placement import Placement
 from tutelage.scheduler.timetable import Planned, Timetable
 
 

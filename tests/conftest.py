@@ -89,7 +89,7 @@ def stock_alfworld() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tiny models' tokenizer, 2,048 ids."""
-    from tutelage.distill.models import load_tokenizer
+    from tutelage.distill.models.loading import load_tokenizer
 
     return load_tokenizer(VOCABULARY)
 

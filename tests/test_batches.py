@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.rounding import FORWARD_SUMS, rounding
-from tutelage.distill.batches import Batch, pack
-from tutelage.distill.teachers import TransformersTeacher
+from tutelage.distill.models.batches import Batch, pack
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 CPU = torch.device("cpu")
@@ -218,7 +218,7 @@ class TestTeacher:
     def test_chunks_of_positions_do_not_show(
         self, model: Any, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tutelage.distill import teachers
+        from tutelage.distill.teachers import transformers as teachers
 
         rows = [make_row([("prompt", [50] * n), ("said", [n, 7, 11])]) for n in (9, 2, 5)]
         teacher = TransformersTeacher(model, vocabulary=101)

@@ -10,14 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tutelage.distill import checkpoints
-from tutelage.distill.changes import (
-    differences,
-    hanging_on_steps,
-    refuse_changes,
-    write_config,
-)
-from tutelage.distill.config import ConfigError, RunConfig, parse_config
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.run.resume import differences, hanging_on_steps, refuse_changes, write_config
+from tutelage.evaluation import run_folder
 
 BASE: dict[str, Any] = {
     "run": "RUN",
@@ -54,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     write_config(folder, _config(folder), step=0)
     checkpoint = folder / "checkpoints" / "000004"
     checkpoint.mkdir(parents=True)
-    (checkpoint / checkpoints.STATE).touch()
+    (checkpoint / run_folder.STATE).touch()
     return folder
 
 

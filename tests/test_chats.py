@@ -11,12 +11,14 @@ import pytest
 import yaml
 
 from tests.chats import BAD, MISTRAL, PARTS, SILENT, STYLES, Style, save_student, styled
-from tutelage.distill.config import ConfigError, RunConfig, parse_config
-from tutelage.distill.conversations import stop_ids
-from tutelage.distill.doctor import tokenizers
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.doctor import texts as tokenizers
 from tutelage.distill.doctor.examination import examine
-from tutelage.distill.models import load_tokenizer
-from tutelage.distill.training import Run, evaluate_model
+from tutelage.distill.models.conversations import stop_ids
+from tutelage.distill.models.loading import load_tokenizer
+from tutelage.distill.run.training import Run, evaluate_model
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.templates import conversation, in_parts, render
 
@@ -126,7 +128,7 @@ def test_a_template_that_does_not_do_is_one_line_before_weights_load(
     config = _config(tmp_path, model)
     found = tokenizers.check_template("student", load_tokenizer(model))
     assert found.level == "fault" and (why in found.text or "drops earlier" in found.text)
-    monkeypatch.setattr("tutelage.distill.models.load_model", None)  # none is asked for
+    monkeypatch.setattr("tutelage.distill.models.loading.load_model", None)  # none is asked for
     with pytest.raises(ConfigError, match="the chat template of") as refused:
         Run(config)
     assert str(refused.value).startswith("student.model: ") and why in str(refused.value)

@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.distill import checkpoints, whole
-from tutelage.distill.config import ConfigError
-from tutelage.distill.journal import Journal
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.run import checkpoints
+from tutelage.distill.run.journal import Journal
+from tutelage.evaluation import files
+from tutelage.evaluation import run_folder
 
 Make = Callable[..., Any]
 
@@ -58,7 +60,7 @@ class TestSaving:
         path = checkpoints.save(
             folder, step=4, model=model, tokenizer=tokenizer, state=state, keep=1
         )
-        assert path == folder / "000004" == checkpoints.newest(folder)
+        assert path == folder / "000004" == run_folder.newest(folder)
         assert checkpoints.load_state(path) == state
         other = make_model(seed=8)
         checkpoints.load_weights(path, other)
@@ -68,7 +70,7 @@ class TestSaving:
     def test_it_is_a_hugging_face_folder(self, folder: Path, model: Any, tokenizer: Any) -> None:
         from transformers import AutoModelForCausalLM
 
-        from tutelage.distill.models import load_tokenizer
+        from tutelage.distill.models.loading import load_tokenizer
 
         path = _save(folder, 1, model, tokenizer)
         assert (path / "model.safetensors").is_file() and (path / "config.json").is_file()
@@ -107,13 +109,13 @@ class TestSaving:
         """As text, 1000000 comes before 999999."""
         for step in (999_999, 1_000_000, 5):
             (folder / f"{step:06d}").mkdir(parents=True)
-            (folder / f"{step:06d}" / checkpoints.STATE).touch()
-        assert checkpoints.newest(folder) == folder / "1000000"
+            (folder / f"{step:06d}" / run_folder.STATE).touch()
+        assert run_folder.newest(folder) == folder / "1000000"
 
     def test_newest_of_nothing(self, folder: Path) -> None:
-        assert checkpoints.newest(folder) is None
+        assert run_folder.newest(folder) is None
         folder.mkdir()
-        assert checkpoints.newest(folder) is None
+        assert run_folder.newest(folder) is None
 
     def test_what_is_half_written_or_foreign_is_not_a_checkpoint(
         self, folder: Path, model: Any, tokenizer: Any
@@ -122,9 +124,9 @@ class TestSaving:
         path = _save(folder, 10, model, tokenizer)
         shutil.copytree(path, folder / ".000020.partial")
         shutil.copytree(path, folder / "000030")
-        (folder / "000030" / checkpoints.STATE).unlink()
+        (folder / "000030" / run_folder.STATE).unlink()
         shutil.copytree(path, folder / "best")
-        assert checkpoints.newest(folder) == path
+        assert run_folder.newest(folder) == path
         _save(folder, 25, model, tokenizer)  # and what a killed run left takes no room for ever
         assert not (folder / ".000020.partial").exists()
 
@@ -275,8 +277,8 @@ SAVED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    checkpoints.STATE,
-    checkpoints.SUMS,
+    run_folder.STATE,
+    run_folder.SUMS,
 )
 
 
@@ -316,7 +318,7 @@ class TestDamage:
         names = {path.name for path in newest.iterdir()}
         assert names == {*SAVED}
         done = subprocess.run(
-            ["sha256sum", "--strict", "-c", checkpoints.SUMS],
+            ["sha256sum", "--strict", "-c", run_folder.SUMS],
             cwd=newest,
             capture_output=True,
             text=True,
@@ -330,12 +332,12 @@ class TestDamage:
     ) -> None:
         before = checkpoints.load_state(two / "000001")
         DAMAGES[damage](two / "000002" / name)
-        if (name, damage) == (checkpoints.SUMS, "gone"):  # nothing else is wrong
+        if (name, damage) == (run_folder.SUMS, "gone"):  # nothing else is wrong
             with pytest.warns(UserWarning, match=r"000002 has no SHA256SUMS.*taken as it is"):
                 found = checkpoints.load_newest(two, make_model(seed=3))
             assert found is not None and found[0].name == "000002"
             return
-        if name == checkpoints.STATE and damage in ("gone", "a folder"):  # half-copied: no number
+        if name == run_folder.STATE and damage in ("gone", "a folder"):  # half-copied: no number
             found = checkpoints.load_newest(two, make_model(seed=3))
         else:
             with pytest.warns(UserWarning, match=rf"000002 is damaged \(.*{name}.*set aside as"):
@@ -367,9 +369,9 @@ class TestDamage:
         self, two: Path, make_model: Make, size: int
     ) -> None:
         """Of an earlier version: whatever torch makes of it, it is one warning."""
-        state = two / "000002" / checkpoints.STATE
+        state = two / "000002" / run_folder.STATE
         os.truncate(state, size if size >= 0 else state.stat().st_size - 1)
-        (two / "000002" / checkpoints.SUMS).unlink()
+        (two / "000002" / run_folder.SUMS).unlink()
         with pytest.warns(UserWarning) as warned:
             found = checkpoints.load_newest(two, make_model(seed=3))
         assert found is not None and found[0].name == "000001"
@@ -377,20 +379,20 @@ class TestDamage:
         assert "000002 has no SHA256SUMS" in said[0] and "000002 is damaged (" in said[1]
         assert not any("\n" in one for one in said)
 
-    @pytest.mark.parametrize("name", [x for x in SAVED if x != checkpoints.STATE])
+    @pytest.mark.parametrize("name", [x for x in SAVED if x != run_folder.STATE])
     def test_nobody_loads_it_as_a_model(self, two: Path, name: str) -> None:
         """As a student, as a teacher, in an evaluation. What a trainer needs is not read there."""
-        from tutelage.distill.models import load_model, load_settings, load_tokenizer
+        from tutelage.distill.models.loading import load_model, load_settings, load_tokenizer
 
         load_model(str(two / "000002"), dtype="float32", device="cpu")
-        _flip(two / "000002" / checkpoints.STATE, 0.5)
+        _flip(two / "000002" / run_folder.STATE, 0.5)
         load_model(str(two / "000002"), dtype="float32", device="cpu")
         _flip(two / "000002" / name, 0.5)
         for load in (
             partial(load_model, dtype="float32", device="cpu"),
             *(
                 (load_tokenizer, load_settings)
-                if name not in (checkpoints.WEIGHTS, checkpoints.SUMS)
+                if name not in (run_folder.WEIGHTS, run_folder.SUMS)
                 else ()
             ),
         ):
@@ -442,7 +444,7 @@ class TestKilledInTheMiddle:
         assert left in (["000002"], ["000001", "000002"])
         assert ended <= (left == ["000002"])
         for name in left:
-            checkpoints.check(folder / name)
+            run_folder.check(folder / name)
             assert _contents(folder / name).keys() == before[name].keys()
 
 
@@ -451,12 +453,12 @@ class TestJsonFiles:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "eval.json"
-        whole.write_json(path, {"value": 1})
+        files.write_json(path, {"value": 1})
         with pytest.raises(TypeError):
-            whole.write_json(path, {"value": object()})
-        monkeypatch.setattr(whole, "put", _full)
+            files.write_json(path, {"value": object()})
+        monkeypatch.setattr(files, "put", _full)
         with pytest.raises(OSError, match="No space left"):
-            whole.write_json(path, {"value": 2})
+            files.write_json(path, {"value": 2})
         monkeypatch.undo()
         assert json.loads(path.read_text()) == {"value": 1}
         assert [found.name for found in tmp_path.iterdir()] == ["eval.json"]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.scheduler.cluster import Ask, RayCluster
+from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
+from tutelage.scheduler.placement import Ask
 
 pytestmark = pytest.mark.slow
 

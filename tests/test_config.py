@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 
-from tutelage.distill.config import ConfigError, RunConfig, load_config, parse_config
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import load_config, parse_config
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
 
 Load = Callable[..., RunConfig]

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutelage.distill.config import ConfigError, load_config
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import load_config
 
 WHOLE = """\
 run: runs/a  # text

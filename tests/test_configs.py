@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill.config import load_config
-from tutelage.distill.training import Run
+from tutelage.distill.config.loading import load_config
+from tutelage.distill.run.training import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

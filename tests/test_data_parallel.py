@@ -19,20 +19,19 @@ import torch
 from safetensors.torch import load_file
 
 from tests.rounding import UPDATE_SUMS, rounding
-from tutelage.distill.assembly import rank_model
-from tutelage.distill.config import (
-    ConfigError,
-    OptimizerConfig,
-    RunConfig,
-    StudentConfig,
-    parse_config,
-)
-from tutelage.distill.data_parallel import DataParallelLearner, Setup, split
-from tutelage.distill.learner import Course, Learner, Lesson
-from tutelage.distill.models import load_student
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
+from tutelage.distill.models.loading import load_student
 from tutelage.distill.objectives import build
-from tutelage.distill.teachers import TransformersTeacher
-from tutelage.distill.training import Run, Watcher
+from tutelage.distill.run.training import Run
+from tutelage.distill.run.watcher import Watcher
+from tutelage.distill.student.build import rank_model
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.student.lessons import Course, Lesson
+from tutelage.distill.student.sharded import DataParallelLearner, Setup, split
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row, SamplingLaw
 
 VOCABULARY = 101

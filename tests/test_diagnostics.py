@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tutelage.distill import diagnostics
-from tutelage.distill.diagnostics import Meter
 from tutelage.distill.objectives import DenseStudent, SparseStudent, TeacherScores
+from tutelage.distill.student import diagnostics
+from tutelage.distill.student.diagnostics import Meter
 
 N, V = 7, 11
 Draw = Callable[..., torch.Tensor]

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tutelage.distill.config import RunConfig, load_config, parse_config
-from tutelage.distill.display import ConsoleWatcher, Pace
-from tutelage.distill.training import Run, Watcher
+from tutelage.distill.config.loading import load_config, parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.run.progress import ConsoleWatcher, Pace
+from tutelage.distill.run.training import Run
+from tutelage.distill.run.watcher import Watcher
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 METRICS = {"reward/success": 0.5, "loss/mean": 1.25}

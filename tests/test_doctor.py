@@ -20,14 +20,16 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from tutelage.distill import cli
-from tutelage.distill.config import parse_config
-from tutelage.distill.doctor import environments, examination, models, tokenizers
+from tutelage.distill.cli import main as cli
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.doctor import environments, examination
+from tutelage.distill.doctor import numbers as models
+from tutelage.distill.doctor import texts as tokenizers
 from tutelage.distill.doctor.examination import examine_teacher
 from tutelage.distill.doctor.findings import Finding
-from tutelage.distill.models import load_model
+from tutelage.distill.models.loading import load_model
 from tutelage.distill.objectives import TeacherScores, build
-from tutelage.distill.teachers import TransformersTeacher
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.envs.grading import Verdict
 from tutelage.envs.grading import pool as grading_pool
 from tutelage.envs.math import env as math_env

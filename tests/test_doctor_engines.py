@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tests.stand_in_server import StandIn
-from tutelage.distill import server_client
-from tutelage.distill.config import parse_config
+from tutelage.distill.cli.pages import show_plan
+from tutelage.distill.config.loading import parse_config
 from tutelage.distill.doctor.examination import examine
 from tutelage.distill.doctor.findings import Finding
-from tutelage.distill.models import load_model
-from tutelage.distill.pages import show_plan
-from tutelage.distill.plan import make_plan
+from tutelage.distill.models.loading import load_model
+from tutelage.distill.plan.plan import make_plan
+from tutelage.distill.teachers import http_client as server_client
 
 Diagnose = Callable[..., dict[str, Finding]]
 

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tutelage.distill import checkpoints, training, whole
-from tutelage.distill.config import RunConfig, parse_config
-from tutelage.distill.journal import Journal
-from tutelage.distill.learner import Learner
-from tutelage.distill.routing import Routing
-from tutelage.distill.training import Run, Watcher, evaluate_model
-from tutelage.scheduler.cluster import InProcess
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.run import training
+from tutelage.distill.run.journal import Journal
+from tutelage.distill.run.routing import Routing
+from tutelage.distill.run.training import Run, evaluate_model
+from tutelage.distill.run.watcher import Watcher
+from tutelage.distill.student.learner import Learner
+from tutelage.evaluation import files
+from tutelage.evaluation import run_folder
+from tutelage.scheduler.placement import InProcess
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
 STEPS = 4
@@ -153,7 +157,7 @@ def test_no_learned_step_is_lost(
         patch.setattr(kind, name, Failing(getattr(kind, name), number, error()))
         with pytest.raises(error) as raised:
             _train(config)
-    newest = checkpoints.newest(tmp_path / "run" / "checkpoints")
+    newest = run_folder.newest(tmp_path / "run" / "checkpoints")
     assert (newest.name if newest else "000000") == f"{learned:06d}"
     (note,) = raised.value.__notes__
     said = f"saved as {newest};" if newest else "nothing was learned yet;"
@@ -263,7 +267,7 @@ def writes(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> 
     folder = tmp_path_factory.mktemp("counted") / "run"
     disk = _disk(folder, 10**9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole.os, "write", next(disk))
+        patch.setattr(files.os, "write", next(disk))
         _train(_config(folder, models, journal={"tensorboard": True}))
     return int(next(disk))
 
@@ -283,7 +287,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing(
     journal = {"journal": {"tensorboard": True}}
     config, expected = _config(tmp_path / "run", models, **journal), undisturbed(**journal)
     with monkeypatch.context() as patch:
-        patch.setattr(whole.os, "write", next(_disk(tmp_path / "run", at)))
+        patch.setattr(files.os, "write", next(_disk(tmp_path / "run", at)))
         with pytest.raises((OSError, ValueError), match="No space left on device") as raised:
             _train(config)
     assert str(tmp_path / "run") in str(raised.value) and "\n" not in str(raised.value)
@@ -340,7 +344,7 @@ def test_a_model_is_evaluated_while_the_run_goes_on(tmp_path: Path, models: dict
 def test_no_room_for_a_checkpoint_is_told_before_a_model_loads(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tutelage.distill import assembly
+    from tutelage.distill.run import assembly
 
     monkeypatch.setattr(assembly, "load_student", lambda *_, **__: pytest.fail("it was loaded"))
 

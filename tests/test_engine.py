@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rounding import FORWARD_SUMS, rounding
-from tutelage.distill.engine import FORWARD, TransformersEngine, _parts
+from tutelage.distill.engines.transformers import FORWARD, TransformersEngine, _parts
 from tutelage.distill.objectives import DenseStudent, SparseStudent
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw

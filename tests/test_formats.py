@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import tutelage.envs  # noqa: F401 (registers the household)
-from tutelage.distill.config import ConfigError, parse_config
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Request

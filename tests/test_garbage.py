@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from tutelage.distill.config import ConfigError, RunConfig, parse_config
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.models import load_model
-from tutelage.distill.teachers import Answer, TeacherService
-from tutelage.distill.training import Run
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.models.loading import load_model
+from tutelage.distill.run.training import Run
+from tutelage.distill.teachers.service import Answer, TeacherService
 from tutelage.envs.grading import Verdict
 from tutelage.envs.math import env as math_env
 from tutelage.scheduler.engine import Completion

@@ -23,11 +23,14 @@ import pytest
 
 from tests.hostile_server import GARBAGE, SOUND, TRANSPORT, Act, Caller, HostileServer, listing
 from tests.stand_in_server import StandIn
-from tutelage.distill import server_client
-from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
-from tutelage.distill.identity import scored_row
-from tutelage.distill.server_client import Refused, ServerError
-from tutelage.distill.server_teacher import ServerTeacher, check_server, read_candidates
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.teachers import http_client as server_client
+from tutelage.distill.teachers.http_client import Refused, ServerError
+from tutelage.distill.teachers.identity import scored_row
+from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
 from tutelage.scheduler.episodes import Row
 
 KEY = "sk-livesecretofthehostileservertest"

@@ -133,12 +133,12 @@ def test_an_address_that_fails_at_first_is_tried_again_and_then_named(
 
 def test_what_a_node_lacks_is_named_with_the_node(addresses: dict[str, str]) -> None:
     """The error rises as a mistake of the user's, after one try."""
-    from tutelage.distill.config import TeacherConfig
+    from tutelage.distill.config.teachers import TeacherConfig
 
     def make() -> Any:
-        from tutelage.distill.assembly import _make_teacher
+        from tutelage.distill.run.assembly import make_teacher
 
-        return _make_teacher("t", TeacherConfig(model="/not/on/this/node"), 2048)
+        return make_teacher("t", TeacherConfig(model="/not/on/this/node"), 2048)
 
     with pytest.raises(
         ValueError,

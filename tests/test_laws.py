@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.distill import cli
-from tutelage.distill.config import parse_config
-from tutelage.distill.doctor.models import check_law
-from tutelage.distill.laws import bias, told
+from tutelage.distill.cli import main as cli
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.doctor.numbers import check_law
+from tutelage.distill.engines.vllm.engine import _under_law
 from tutelage.distill.objectives import build
-from tutelage.distill.plan import make_plan, notes
-from tutelage.distill.vllm.engine import _under_law
+from tutelage.distill.plan.plan import make_plan, notes
+from tutelage.distill.student.laws import bias, told
 from tutelage.scheduler.episodes import GREEDY, Episode, Order, Row, SamplingLaw, revived
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"

@@ -72,7 +72,7 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     mark, memory = uuid.uuid4().hex, {*os.listdir("/dev/shm")}
-    command = [sys.executable, "-m", "tutelage.distill.cli", "train", str(path)]
+    command = [sys.executable, "-m", "tutelage.distill.cli.main", "train", str(path)]
     environment = os.environ | {"TUTELAGE_MARK": mark, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(

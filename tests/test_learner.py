@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from tests.rounding import UPDATE_SUMS, rounding
-from tutelage.distill.config import OptimizerConfig
-from tutelage.distill.learner import Course, Learner, Lesson
+from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
-from tutelage.distill.teachers import TransformersTeacher
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.student.lessons import Course, Lesson
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
 VOCABULARY = 101

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill import lock
-from tutelage.distill.config import ConfigError
-from tutelage.distill.lock import Lock, Owner
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.run import lock
+from tutelage.distill.run.lock import Lock, Owner
 
 HOLD = """
 import sys

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tutelage.distill.masks import loss_mask, special_ids
+from tutelage.distill.student.masks import loss_mask, special_ids
 from tutelage.scheduler.episodes import Row
 
 

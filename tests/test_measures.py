@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tutelage.distill.measures import UNGRADED, outcome_metrics
+from tutelage.distill.run.measures import UNGRADED, outcome_metrics
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order
 
 

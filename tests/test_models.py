@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tutelage.distill.architecture import check_architecture, check_forward, window_of
-from tutelage.distill.config import ConfigError, StudentConfig
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.models import load_model, load_student, load_tokenizer
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.sections import StudentConfig
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.models.architecture import check_architecture, check_forward, window_of
+from tutelage.distill.models.loading import load_model, load_student, load_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 101,

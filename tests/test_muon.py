@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.distill import muon
-from tutelage.distill.config import OptimizerConfig
-from tutelage.distill.muon import ITERATIONS, Muon, orthogonalized, precision
-from tutelage.distill.optimizers import Optimizer
+from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.student import muon
+from tutelage.distill.student.muon import ITERATIONS, Muon, orthogonalized, precision
+from tutelage.distill.student.optimizers import Optimizer
 
 SHAPES = [(16, 16), (16, 48), (48, 16), (5, 48), (1, 7), (16, 16)]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill.config import parse_config
-from tutelage.distill.training import Run
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.run.training import Run
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "student support": {"name": "local_support", "k": 8, "support": "student"},

@@ -11,15 +11,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from tutelage.distill import cli, footprint, models
-from tutelage.distill import plan as planning
-from tutelage.distill.config import ConfigError, RunConfig, load_config, parse_config
-from tutelage.distill.gpus import suggestion
-from tutelage.distill.models import recomputing
+from tutelage.distill.cli import main as cli
+from tutelage.distill.cli.pages import count, show_plan, size
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import load_config, parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.models import loading as models
+from tutelage.distill.models.loading import recomputing
 from tutelage.distill.objectives import TeacherScores, build
-from tutelage.distill.optimizers import Optimizer
-from tutelage.distill.pages import count, show_plan, size
-from tutelage.distill.plan import Need, Plan, make_plan, score_bytes
+from tutelage.distill.plan import footprint, memory
+from tutelage.distill.plan import plan as planning
+from tutelage.distill.plan.gpus import suggestion
+from tutelage.distill.plan.memory import Need
+from tutelage.distill.plan.plan import Plan, make_plan
+from tutelage.distill.plan.tasks import score_bytes
+from tutelage.distill.student.optimizers import Optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -97,7 +103,7 @@ def test_a_learner_over_four_processes_has_a_quarter_in_each(
     """Of weights, gradients and moments; micro-batches are each one's own, and one keeps a copy."""
     config = load_config(DEMO, ["student.device=cpu"])
     if device == "cuda":
-        monkeypatch.setattr("tutelage.distill.plan.device_name", lambda name: "cuda")
+        monkeypatch.setattr("tutelage.distill.plan.memory.device_name", lambda name: "cuda")
     alone = make_plan(config)
     four = make_plan(load_config(DEMO, ["student.device=cpu", "learner.processes=4"]))
     weights, kept = (_need(alone, what) for what in ("student: weights", "activations"))
@@ -356,7 +362,7 @@ def test_imitation_sends_no_scores() -> None:
 
 @pytest.mark.parametrize("name", ["local_support", "full_vocabulary"])
 def test_score_bytes_are_those_that_travel(name: str) -> None:
-    transport = pytest.importorskip("tutelage.distill.transport")
+    transport = pytest.importorskip("tutelage.distill.teachers.transport")
     objective = build(name)
     ids_N = torch.arange(5)
     scores = TeacherScores.from_logits(
@@ -379,7 +385,7 @@ def test_ray_workers_have_weights_and_caches_of_their_own() -> None:
     assert weights is not None
     assert _need(plan, "rollout workers: 2 x weights").most == 2 * weights
     assert "100 sessions a worker" in _need(plan, "keys and values").what  # of 200 evaluated
-    assert _need(plan, "Python").least == 5 * planning.LIBRARIES  # and two teachers
+    assert _need(plan, "Python").least == 5 * memory.LIBRARIES  # and two teachers
 
 
 def test_what_does_not_fit_says_which_key_to_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from tutelage.distill.config import load_config
-from tutelage.distill.training import Run
+from tutelage.distill.config.loading import load_config
+from tutelage.distill.run.training import Run
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "guess_number"
 NUMBERS, GUESSES = 15, 4

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill import cli, training
-from tutelage.distill.config import ConfigError, RunConfig, load_config
-from tutelage.distill.models import load_tokenizer
-from tutelage.distill.preflight import check_folder, check_machine, open_once
-from tutelage.distill.scratch import scratch_settings
+from tutelage.distill.cli import main as cli
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import load_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.models.loading import load_tokenizer
+from tutelage.distill.models.scratch import scratch_settings
+from tutelage.distill.run import training
+from tutelage.distill.run.preflight import check_folder, check_machine, open_once
 from tutelage.envs.names import nearest
 
 Load = Callable[..., RunConfig]
@@ -142,7 +145,7 @@ class TestMachine:
     def test_weights_that_are_not_whole(
         self, load: Load, no_models: None, tmp_path: Path, key: str, spoil: Any, named: str
     ) -> None:
-        from tutelage.distill.models import resolve
+        from tutelage.distill.models.loading import resolve
 
         folder = tmp_path / "model"
         shutil.copytree(resolve("builtin:start"), folder)

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from tutelage.distill import reading
-from tutelage.distill.reading import Scalar, dump, parse, parse_value, plain, read_file, scalar
+from tutelage.distill.config import reading
+from tutelage.distill.config.reading import (
+    Scalar,
+    dump,
+    parse,
+    parse_value,
+    plain,
+    read_file,
+    scalar,
+)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ import yaml
 
 from tests.hostile_server import Caller, HostileServer
 from tests.stand_in_server import StandIn
-from tutelage.distill.config import ConfigError, TeacherConfig, parse_config
-from tutelage.distill.credentials import HIDDEN, api_key, hidden
-from tutelage.distill.models import load_model
-from tutelage.distill.server_teacher import ServerTeacher
+from tutelage.distill.config.credentials import HIDDEN, api_key, hidden
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.models.loading import load_model
+from tutelage.distill.teachers.server import ServerTeacher
 
 KEY = "sk-7secretQ9of/the+run=w3"
 
@@ -214,7 +216,7 @@ def test_nothing_that_a_command_leaves_behind_holds_the_key(
         # The folder of Ray's logs stays, to be looked into.
         keep = "from tutelage.scheduler import ray_start as r; r.shutil = __import__('types')"
         keep += ".SimpleNamespace(rmtree=lambda *_, **__: None); "
-        code = f"{keep}from tutelage.distill.cli import main; main()"
+        code = f"{keep}from tutelage.distill.cli.main import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", code, command, str(path)],
             env=os.environ | {"A_KEY": f"{KEY}\n", "TUTELAGE_TRACEBACK": "1", "RAY_TMPDIR": ray},

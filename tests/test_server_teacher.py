@@ -19,13 +19,18 @@ import pytest
 import torch
 
 from tests.stand_in_server import StandIn
-from tutelage.distill import server_client
-from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.server_client import Garbage, Refused, ServerError
-from tutelage.distill.server_teacher import ServerTeacher, check_server, read_candidates
-from tutelage.distill.teachers import TeacherService, TransformersTeacher
-from tutelage.distill.training import Run, Watcher
+from tutelage.distill.run.training import Run
+from tutelage.distill.run.watcher import Watcher
+from tutelage.distill.teachers import http_client as server_client
+from tutelage.distill.teachers.http_client import Garbage, Refused, ServerError
+from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
+from tutelage.distill.teachers.service import TeacherService
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
 VOCABULARY = 101
@@ -392,7 +397,7 @@ def configure(tmp_path: Path, models: dict[str, str]) -> Callable[..., RunConfig
 @pytest.fixture
 def served(serve: Serve, models: dict[str, str], tokenizer: Any) -> Callable[..., StandIn]:
     """A server of one of the models, by name."""
-    from tutelage.distill.models import load_model
+    from tutelage.distill.models.loading import load_model
 
     def served(model: str, **options: Any) -> StandIn:
         loaded = load_model(models[model], dtype="float32", device="cpu")
@@ -507,7 +512,7 @@ class TestBeforeAnythingLoads:
         options: dict[str, Any],
         said: str,
     ) -> None:
-        from tutelage.distill import assembly
+        from tutelage.distill.run import assembly
 
         monkeypatch.setattr(assembly, "load_student", lambda *_, **__: pytest.fail("loaded"))
         with pytest.raises(ConfigError, match=said):

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tutelage.distill import cli, demo, training
-from tutelage.distill.display import ConsoleWatcher
-from tutelage.distill.signals import Ended, Signals
-from tutelage.distill.training import Run
+from tutelage.distill.cli import demo
+from tutelage.distill.cli import main as cli
+from tutelage.distill.cli.signals import Ended, Signals
+from tutelage.distill.run import training
+from tutelage.distill.run.progress import ConsoleWatcher
+from tutelage.distill.run.training import Run
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ class TestSignals:
         file: that stays."""
         code = (
             "import os, signal\n"
-            "from tutelage.distill.signals import Signals\n"
+            "from tutelage.distill.cli.signals import Signals\n"
             "with Signals() as signals:\n"
             "    signals.stop = lambda: None\n"
             "    input()\n"
@@ -195,7 +197,9 @@ class TestTrain:
     def test_a_run_folder_that_is_in_use(
         self, path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        hold = "import sys, pathlib, tutelage.distill.lock as l; l.Lock(pathlib.Path(sys.argv[1]))"
+        hold = (
+            "import sys, pathlib, tutelage.distill.run.lock as l; l.Lock(pathlib.Path(sys.argv[1]))"
+        )
         other = subprocess.Popen(
             [sys.executable, "-c", f"{hold}; print(flush=True); input()", path.parent / "run"],
             stdin=subprocess.PIPE,

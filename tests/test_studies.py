@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tutelage.distill.cli import main
+from tutelage.distill.cli.main import main
 from tutelage.distill.objectives import build
 from tutelage.distill.studies import estimators, toy_control
 from tutelage.distill.studies.enumeration import (

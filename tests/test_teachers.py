@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.distill.config import ConfigError
-from tutelage.distill.identity import TOLERANCE, Identity, digest_of
-from tutelage.distill.teachers import Answer, TeacherService, TransformersTeacher
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.teachers.identity import TOLERANCE, Identity, digest_of
+from tutelage.distill.teachers.service import Answer, TeacherService
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
 VOCABULARY = 101

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tutelage.distill import threads
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.threads import READ, WORK, cores, fitting, matrix_size
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.models import threads
+from tutelage.distill.models.threads import READ, WORK, cores, fitting, matrix_size
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import GREEDY
 
@@ -44,9 +44,9 @@ def _openmp(code: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     "code",
     [
-        "import tutelage.distill.cli, torch",
+        "import tutelage.distill.cli.main, torch",
         "import tutelage.distill.objectives",
-        "import tutelage.distill.ranks, torch",  # a learner's process
+        "import tutelage.scheduler.processes, torch",  # a learner's process
         "import tutelage.scheduler.cluster, torch",  # an actor
     ],
 )

@@ -21,14 +21,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tutelage.distill import assembly, checkpoints, whole
-from tutelage.distill.config import ConfigError, RunConfig, parse_config
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.learner import Learner
-from tutelage.distill.training import Run, Watcher, evaluate_model
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.run import assembly, checkpoints
+from tutelage.distill.run.training import Run, evaluate_model
+from tutelage.distill.run.watcher import Watcher
+from tutelage.distill.student import build as student_building
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.teachers import build as teacher_building
 from tutelage.envs.pool import EnvironmentPool
-from tutelage.scheduler.cluster import InProcess
+from tutelage.evaluation import files
+from tutelage.evaluation import run_folder
 from tutelage.scheduler.episodes import Dropped, Row
+from tutelage.scheduler.placement import InProcess
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
 Configure = Callable[..., RunConfig]
@@ -173,7 +180,7 @@ class TestResuming:
             assert run.stopped
         assert len(_metrics(Path(config.run))) == 3
         _assert_same_run(_train(config), whole, self.STEPS)
-        before = _weights(whole, self.STEPS)
+        before = _weights(files, self.STEPS)
         assert _train(config) == Path(config.run)  # done: run once more, nothing changes
         _assert_same_run(Path(config.run), whole, self.STEPS)
         start = load_file(Path(config.student.model or "") / "model.safetensors")
@@ -271,10 +278,10 @@ class TestResuming:
         shutil.copy(Path(models["two"]) / "model.safetensors", folder)
         exam = Path(config.run) / "teachers" / "two.json"
         first = json.loads(exam.read_text(encoding="utf-8"))
-        whole.write_json(exam, first | {"entropies": [x + 1 for x in first["entropies"]]})
+        files.write_json(exam, first | {"entropies": [x + 1 for x in first["entropies"]]})
         with pytest.raises(RuntimeError, match=r"teachers.two: its weights were lost or changed"):
             _train(config)  # the same files, and another answer than at first
-        whole.write_json(exam, first)
+        files.write_json(exam, first)
         assert len(_metrics(_train(config))) == 3
 
     @pytest.mark.parametrize("changed", ["config.json", "chat_template.jinja"])
@@ -336,11 +343,11 @@ class TestResuming:
 
     def test_a_state_of_another_version_is_named(self, configure: Configure) -> None:
         config = configure({"math": MATH}, steps=1)
-        newest = checkpoints.newest(_train(config) / "checkpoints")
+        newest = run_folder.newest(_train(config) / "checkpoints")
         state = checkpoints.load_state(newest)
         del state["position"]
-        torch.save(state, newest / checkpoints.STATE)
-        (newest / checkpoints.SUMS).unlink()
+        torch.save(state, newest / run_folder.STATE)
+        (newest / run_folder.SUMS).unlink()
         with (
             pytest.warns(UserWarning, match="has no SHA256SUMS"),
             pytest.raises(RuntimeError, match=r"000001: its trainer\.pt has no 'position': anoth"),
@@ -616,7 +623,7 @@ def test_memory_that_runs_out_names_the_cure_and_costs_no_step(
     monkeypatch.setattr(*where, full)
     with pytest.raises(RuntimeError, match=said):
         _train(config)
-    assert checkpoints.newest(Path(config.run) / "checkpoints").name == "000001"
+    assert run_folder.newest(Path(config.run) / "checkpoints").name == "000001"
 
 
 def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configure) -> None:
@@ -757,7 +764,7 @@ class TestCollectingAhead:
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Kept in the checkpoint it would stop the run again for ever."""
-        from tutelage.scheduler.cluster import InProcess
+        from tutelage.scheduler.placement import InProcess
 
         start, calls = InProcess.start, iter(range(99))
 
@@ -786,7 +793,7 @@ class TestSeveralTeachers:
         folder = _train(config)
         rows, by_teacher = 0, Counter[str]()
         services = {
-            name: assembly._make_teacher(name, config.teachers[name], len(tokenizer))
+            name: teacher_building.make_teacher(name, config.teachers[name], len(tokenizer))
             for name in ("one", "two")
         }
         for path in sorted((folder / "episodes").iterdir()):
@@ -912,7 +919,7 @@ class TestImitation:
 
 
 def _tokenizer(config: RunConfig) -> Any:
-    from tutelage.distill.models import load_tokenizer, student_tokenizer
+    from tutelage.distill.models.loading import load_tokenizer, student_tokenizer
 
     return load_tokenizer(student_tokenizer(config.student))
 
@@ -999,8 +1006,8 @@ class TestRefusals:
         def loaded(*_: Any, **__: Any) -> None:
             raise AssertionError("weights were loaded")
 
-        monkeypatch.setattr(assembly, "load_student", loaded)
-        monkeypatch.setattr(assembly, "load_model", loaded)
+        monkeypatch.setattr(student_building, "load_student", loaded)
+        monkeypatch.setattr(teacher_building, "load_model", loaded)
 
     def _with_teacher(self, configure: Configure, model: str) -> RunConfig:
         config = configure({"math": MATH})
@@ -1065,7 +1072,7 @@ class TestEvaluation:
     def test_a_models_scores_need_no_teacher_and_repeat(
         self, configure: Configure, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(assembly, "_make_teacher", lambda *_: pytest.fail("a teacher loaded"))
+        monkeypatch.setattr(assembly, "make_teacher", lambda *_: pytest.fail("a teacher loaded"))
         config = configure(
             {"household": HOUSEHOLD, "math": MATH | {"eval_args": {"split": "test"}}},
             evaluation={"episodes": 5},

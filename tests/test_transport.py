@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
-from tutelage.distill.transport import LEAST, CompactScores, rounding_bound
+from tutelage.distill.teachers.transport import LEAST, CompactScores, rounding_bound
 
 N, VOCABULARY = 64, 500
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill import assembly, training
-from tutelage.distill.config import ConfigError, RunConfig, parse_config
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.examination import examine
-from tutelage.distill.training import Run
-from tutelage.distill.vllm import start
+from tutelage.distill.engines.vllm import start
+from tutelage.distill.run import assembly, training
+from tutelage.distill.run.training import Run
 
 
 def _config(folder: Path, **sections: Any) -> RunConfig:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.distill.config import ConfigError
-from tutelage.distill.teachers import TeacherService, TransformersTeacher
-from tutelage.distill.vllm.teacher import VllmTeacher, batched_tokens, cut_padding
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.teachers.service import TeacherService
+from tutelage.distill.teachers.transformers import TransformersTeacher
+from tutelage.distill.teachers.vllm import VllmTeacher, batched_tokens, cut_padding
 from tutelage.scheduler.episodes import Row
 
 VOCABULARY = 101
@@ -126,7 +127,7 @@ def test_a_vllm_that_has_changed_is_refused(
     engine = StandIn(make_model())
     monkeypatch.setattr(engine, "output_processor", SimpleNamespace())
     monkeypatch.setattr(engine, "add_request", lambda *_: "inside")
-    monkeypatch.setattr("tutelage.distill.vllm.teacher.installed", lambda: "0.99")
+    monkeypatch.setattr("tutelage.distill.teachers.vllm.installed", lambda: "0.99")
     teacher = VllmTeacher("one", engine, vocabulary=VOCABULARY)
     with pytest.raises(ConfigError, match=r"vllm 0\.99 keeps log-prob.* elsewhere"):
         teacher.score(rows, k=4)

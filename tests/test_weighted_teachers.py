@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from tests.stand_in_server import StandIn
-from tutelage.distill import server_client
-from tutelage.distill.cli import main
-from tutelage.distill.config import RunConfig, parse_config
+from tutelage.distill.cli.main import main
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.examination import examine
-from tutelage.distill.models import load_model
-from tutelage.distill.plan import make_plan
-from tutelage.distill.training import Run, evaluate_model
+from tutelage.distill.models.loading import load_model
+from tutelage.distill.plan.plan import make_plan
+from tutelage.distill.run.training import Run, evaluate_model
+from tutelage.distill.teachers import http_client as server_client
 
 HERE = {"model": "builtin:arithmetic", "device": "cpu", "dtype": "float32"}
 ENGINES = [("here", "here"), ("server", "server"), ("server", "here"), ("here", "server")]

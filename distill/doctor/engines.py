@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tutelage.distill.assembly import check_teachers, load_teacher
-from tutelage.distill.config import RunConfig
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.findings import Check, Finding
-from tutelage.distill.doctor.models import Score, check_teacher_on_student
+from tutelage.distill.doctor.numbers import Score, check_teacher_on_student
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
-from tutelage.distill.teachers import Teacher
+from tutelage.distill.teachers.build import check_teachers, load_teacher
+from tutelage.distill.teachers.service import Teacher
 from tutelage.scheduler.episodes import Row
 
 WITHIN = {"float32": 2e-3, "bfloat16": 0.1}

@@ -10,17 +10,23 @@ from typing import Any
 
 import torch
 
-from tutelage.distill.assembly import make_engine
-from tutelage.distill.config import ConfigError, RunConfig, build_objective
-from tutelage.distill.conversations import as_begun, chat_of, dated, spoken, stop_ids, teacher_chat
-from tutelage.distill.doctor import models as numbers
-from tutelage.distill.doctor import tokenizers as texts
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.doctor import numbers, texts
 from tutelage.distill.doctor.engines import Known, examine_engine
 from tutelage.distill.doctor.environments import check_environment, check_grader
 from tutelage.distill.doctor.findings import Check, Finding
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.identity import exam_rows
-from tutelage.distill.models import (
+from tutelage.distill.engines.build import make_engine
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.models.conversations import (
+    as_begun,
+    chat_of,
+    dated,
+    spoken,
+    stop_ids,
+    teacher_chat,
+)
+from tutelage.distill.models.loading import (
     BUILTIN,
     load_model,
     load_student,
@@ -28,8 +34,9 @@ from tutelage.distill.models import (
     prepare_process,
     student_tokenizer,
 )
-from tutelage.distill.preflight import check_devices
-from tutelage.distill.teachers import TransformersTeacher
+from tutelage.distill.run.preflight import check_devices
+from tutelage.distill.teachers.identity import exam_rows
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.rollouts import RolloutWorker

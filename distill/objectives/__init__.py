@@ -6,7 +6,7 @@
     loss_N, metrics = objective(student, scores, sampled_ids_N, behaviour_logprobs_N)
 
 loss_N is unreduced and minimised; masks and averages are applied outside, in one place
-(distill/learner.py). Every log-probability is a natural log over the full vocabulary at temperature
+(student/learner.py). Every log-probability is a natural log over the full vocabulary at temperature
 1. `metrics` holds per-token diagnostics [N], detached.
 
 Some losses are means over the draw of the token (`Objective.draws`) and take it for one of the

@@ -20,12 +20,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.distill import whole
-from tutelage.distill.display import ConsoleWatcher
+from tutelage.distill.run.progress import ConsoleWatcher
 from tutelage.distill.studies import enumeration, toy_control
 from tutelage.distill.studies.enumeration import LawError, Quality, run_enumeration, run_laws
 from tutelage.distill.studies.plots import check_matplotlib, plot_bias, plot_variance
 from tutelage.distill.studies.toy_control import ToyRun, run_toy
+from tutelage.evaluation import files
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEEDS = (42, 43, 2026)
@@ -92,7 +92,7 @@ def _write(
         "enumeration": [asdict(quality) for quality in qualities],
         "laws": [asdict(error) for error in errors],
     }
-    whole.write_json(out / "estimators.json", _finite(found))
+    files.write_json(out / "estimators.json", _finite(found))
     plot_variance(runs, out / "variance_against_gamma.png")
     plot_bias(qualities, out / "bias_against_variance.png")
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from tutelage.distill import checkpoints, whole
-from tutelage.distill.models import TINY, load_model, load_tokenizer
+from tutelage.distill.models.loading import TINY, load_model, load_tokenizer
+from tutelage.evaluation import files
+from tutelage.evaluation import run_folder
 
 
 def ship(run: Path, name: str) -> Path:
     """Write distill/tiny/NAME: weights in float16, configuration, tokenizer, scores.json."""
-    checkpoint = checkpoints.newest(run / "checkpoints")
+    checkpoint = run_folder.newest(run / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint: train it first")
     folder = TINY / name
@@ -32,7 +33,7 @@ def ship(run: Path, name: str) -> Path:
     scores = run / "eval.json"
     if scores.is_file():
         found = json.loads(scores.read_text(encoding="utf-8"))
-        whole.write_json(folder / "scores.json", found["scores"])
+        files.write_json(folder / "scores.json", found["scores"])
     return folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.vllm.students import NOISY, VOCABULARY, engine_of, make_student
-from tutelage.distill.vllm.engine import VllmEngine
+from tutelage.distill.engines.vllm.engine import VllmEngine
 from tutelage.scheduler.engine import Completion, Request
 
 Play = Callable[..., list[Completion]]

@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium import spaces
 
-from tutelage.distill.vllm.engine import VllmEngine
+from tutelage.distill.engines.vllm.engine import VllmEngine
 
 FATAL = 20
 """The step, of all the process's, at which it goes."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.distill.config import VllmConfig
-from tutelage.distill.vllm.engine import VllmEngine, make_engine
+from tutelage.distill.config.teachers import VllmConfig
+from tutelage.distill.engines.vllm.engine import VllmEngine, make_engine
 from tutelage.scheduler.episodes import SamplingLaw
 
 VOCABULARY, PADDING, CONTEXT = 101, 11, 256

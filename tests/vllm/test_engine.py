@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, WITHIN, logprobs_of, said
-from tutelage.distill.engine import TransformersEngine
-from tutelage.distill.vllm.start import EngineFailure
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.engines.vllm.start import EngineFailure
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tutelage.distill import checkpoints
-from tutelage.distill.cli import main
-from tutelage.distill.config import RunConfig, parse_config
+from tutelage.distill.cli.main import main
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.examination import examine
-from tutelage.distill.training import Run
-from tutelage.distill.vllm import sync
+from tutelage.distill.engines.vllm import sync
+from tutelage.distill.run import checkpoints
+from tutelage.distill.run.training import Run
+from tutelage.evaluation import run_folder
 from tutelage.scheduler.engine import Engine
 
 HOUSEHOLD = {
@@ -127,7 +129,7 @@ def test_a_sync_that_does_nothing_stops_the_run_saved(
     ):
         run.train()
     assert len(_metrics(tmp_path)) == 1
-    found = checkpoints.newest(tmp_path / "run" / "checkpoints")
+    found = run_folder.newest(tmp_path / "run" / "checkpoints")
     assert found is not None and checkpoints.load_state(found)["step"] == 1
 
 

@@ -20,12 +20,16 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.distill import server_client
-from tutelage.distill.config import ConfigError, RunConfig, TeacherConfig, parse_config
-from tutelage.distill.models import load_model, load_tokenizer, resolve
-from tutelage.distill.server_teacher import ServerTeacher
-from tutelage.distill.teachers import TransformersTeacher
-from tutelage.distill.training import Run, Watcher
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.models.loading import load_model, load_tokenizer, resolve
+from tutelage.distill.run.training import Run
+from tutelage.distill.run.watcher import Watcher
+from tutelage.distill.teachers import http_client as server_client
+from tutelage.distill.teachers.server import ServerTeacher
+from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
 MODEL, ROOM, START_SECONDS = "builtin:arithmetic", 256, 150

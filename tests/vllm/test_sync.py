@@ -22,9 +22,10 @@ from tests.vllm.students import (
     said,
     shake,
 )
-from tutelage.distill.config import ConfigError, VllmConfig
-from tutelage.distill.vllm import start as starting
-from tutelage.distill.vllm import sync
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.teachers import VllmConfig
+from tutelage.distill.engines.vllm import patches, sync
+from tutelage.distill.engines.vllm import start as starting
 
 TEXT = [4, 8, 15, 16, 23, 42, 77, 99]
 
@@ -101,7 +102,7 @@ def test_what_vllm_packs_is_not_reached_and_that_is_caught(
     """The trap itself: with vLLM's own CPU layers a reload says nothing and leaves them alone."""
     from vllm.model_executor.layers import utils
 
-    starting.keep_unpacked()
+    patches.keep_unpacked()
     packed = utils.dispatch_cpu_unquantized_gemm.replaced
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", packed)
     monkeypatch.setattr(starting, "keep_unpacked", lambda: None)
@@ -197,7 +198,7 @@ def test_a_start_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     torch.set_num_threads(1)  # vLLM forbids it
     assert "skip" not in torch.set_num_threads.__name__
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with starting._undisturbed():  # as for workers on a GPU
+    with patches.undisturbed():  # as for workers on a GPU
         torch.set_num_threads(3)
         os.environ["OMP_NUM_THREADS"] = "3"
     assert torch.get_num_threads() == 1

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from tests.vllm.students import CONTEXT, VOCABULARY, WITHIN, make_student
-from tutelage.distill.config import TeacherConfig, VllmConfig, parse_config
-from tutelage.distill.doctor.models import self_distilled
-from tutelage.distill.models import load_model, load_tokenizer
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.teachers import TeacherConfig, VllmConfig
+from tutelage.distill.doctor.numbers import self_distilled
+from tutelage.distill.engines.vllm.start import EngineFailure
+from tutelage.distill.models.loading import load_model, load_tokenizer
 from tutelage.distill.objectives import TeacherScores, build
-from tutelage.distill.teachers import TeacherService, TransformersTeacher
-from tutelage.distill.training import Run
-from tutelage.distill.vllm.start import EngineFailure
-from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
+from tutelage.distill.run.training import Run
+from tutelage.distill.teachers.service import TeacherService
+from tutelage.distill.teachers.transformers import TransformersTeacher
+from tutelage.distill.teachers.vllm import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
 
 
@@ -155,7 +157,7 @@ def test_a_run_with_the_student_as_its_own_teacher(
     tmp_path: Path, start: VllmTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through rollouts, transport and learner: what is left is the rounding to float16."""
-    from tutelage.distill import assembly
+    from tutelage.distill.run import assembly
 
     closed: list[str] = []
     monkeypatch.setattr(start, "close", lambda: closed.append(start.name))  # others need it yet

@@ -25,12 +25,12 @@ from tests.vllm.students import (
     shake,
 )
 from tests.vllm.test_teacher import _row
-from tutelage.distill.config import TeacherConfig
-from tutelage.distill.teachers import TransformersTeacher
-from tutelage.distill.vllm import sync
-from tutelage.distill.vllm.engine import VllmEngine
-from tutelage.distill.vllm.start import EngineFailure
-from tutelage.distill.vllm.teacher import VllmTeacher, load_vllm_teacher
+from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.engines.vllm import sync
+from tutelage.distill.engines.vllm.engine import VllmEngine
+from tutelage.distill.engines.vllm.start import EngineFailure
+from tutelage.distill.teachers.transformers import TransformersTeacher
+from tutelage.distill.teachers.vllm import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.engine import Request
 
 TWO = OPTIONS.model_copy(update={"tensor_parallel_size": 2})

@@ -1,0 +1,1 @@
+"""Every key of a config: plain data, read once, checked whole, before anything heavy loads."""

@@ -1,0 +1,59 @@
+"""From a file and `key=value` arguments to a checked config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tutelage.distill.config import reading
+from tutelage.distill.config.faults import ConfigError, _kind, printable, said, settled
+from tutelage.distill.config.run import RunConfig
+from tutelage.envs.plugins import look_beside
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` overrides (the last one of a key holds), check
+    everything.
+
+    Raises:
+        ConfigError: with the file, the key and the cure in one line.
+    """
+    path = Path(path)
+    look_beside(path.parent)  # for environments of the user's own
+    try:
+        data = reading.read_file(path)
+        if not isinstance(data, dict):
+            raise ValueError(f"must be a mapping of keys, not {_kind(data)}")
+        for override in overrides or []:
+            _override(data, override)
+    except ValueError as error:
+        raise ConfigError(printable(f"{path}: {error}")) from None
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], source: str) -> RunConfig:
+    """Check plain data, or what reading.py makes of a text; `source` is named in messages."""
+    try:
+        data = settled(RunConfig, data)
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        fault = said(error, data).lstrip(".: ")
+    except ValueError as error:
+        fault = str(error)
+    raise ConfigError(printable(f"{source}: {fault}"))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    (*parents, last), value = reading.parse_pair(override, "key.path=value")
+    place = data
+    for at, parent in enumerate(parents):
+        child = place.setdefault(parent, {})
+        if isinstance(child, reading.Scalar) and child.value is None and not child.doubt:
+            child = place[parent] = {}
+        if not isinstance(child, dict):
+            key = ".".join(parents[: at + 1])
+            raise ValueError(f"{override!r}: {key} holds no keys in the file: give {key}={{...}}")
+        place = child
+    place[last] = value

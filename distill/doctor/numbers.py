@@ -1,0 +1,367 @@
+"""What a model's numbers tell: are a teacher's scores of the token that they stand at, are its
+weights there, does the student agree with itself.
+
+The reference is a plain forward of the model, which shares no line with the batches, masks and
+positions that training uses.
+
+Letters: T tokens of a row, N chosen tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.doctor.findings import Check, Finding
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.models.batches import pack
+from tutelage.distill.objectives import Objective, TeacherScores, Tokens
+from tutelage.distill.objectives.tokens import IMPOSSIBLE
+from tutelage.distill.student.laws import bias
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.teachers.transformers import TransformersTeacher
+from tutelage.scheduler.engine import Completion, Request
+from tutelage.scheduler.episodes import GREEDY, NOT_CHOSEN, Row, SamplingLaw
+
+GREEDY_TOKENS, PROMPT_TOKENS = 24, 256  # the reference keeps whole logits: 0.2 GB at V = 150,000
+LOST = 0.9
+"""Entropy over ln V from which a model says nothing: language models stay below a third."""
+STRANGE = -5.0
+"""Nats a token: a teacher that finds the student's replies e^5 times less likely than it does."""
+
+Score = Callable[..., Sequence[TeacherScores]]
+"""`TransformersTeacher.score`, or what stands for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A row, and the log-probabilities [T, V] of a plain forward: row t is of token t."""
+
+    row: Row
+    logprobs_TV: torch.Tensor
+
+
+def tolerance(model: Any, other: str | None = None) -> float:
+    """Nats by which two computations of one log-probability may differ in the mean. other: the
+    dtype of the second, where it is not the model's."""
+    half = model.dtype in (torch.bfloat16, torch.float16) or other == "bfloat16"
+    return 0.1 if half else 2e-3
+
+
+def greedy_probes(model: Any, prompt: Sequence[int], *, vocabulary: int) -> list[Probe]:
+    """What the model itself goes on with after `prompt`, greedily: two rows of unequal length, the
+    longer one with a second reply inside its prompt, so that padding and gaps are met too."""
+    engine = TransformersEngine(model, vocabulary=vocabulary)
+    ids = list(prompt)[: min(PROMPT_TOKENS, engine.max_context - GREEDY_TOKENS)]
+    engine.submit(
+        Request(
+            session=0,
+            ids=ids,
+            max_new_tokens=GREEDY_TOKENS,
+            stop_ids=frozenset(),  # what follows an EOS is a text like another
+            law=GREEDY,
+            seed=0,
+        )
+    )
+    found: list[Completion] = []
+    while not found:
+        found = engine.step()
+    said, logprobs = found[0].ids, found[0].logprobs
+    inside = range(max(1, len(ids) // 2), max(1, len(ids) // 2) + min(4, len(ids) // 4))
+    short = GREEDY_TOKENS // 2
+    return [
+        _probe(model, ids, said, logprobs, inside, vocabulary),
+        _probe(model, ids, said[:short], logprobs[:short], range(0), vocabulary),
+    ]
+
+
+@torch.no_grad()
+def _probe(
+    model: Any,
+    prompt: Sequence[int],
+    said: Sequence[int],
+    logprobs: Sequence[float],
+    inside: range,
+    vocabulary: int,
+) -> Probe:
+    ids_T = np.asarray([*prompt, *said], dtype=np.int32)
+    turns_T = np.full(len(ids_T), NOT_CHOSEN, dtype=np.int32)
+    turns_T[inside.start : inside.stop] = 0
+    turns_T[len(prompt) :] = 1
+    logprobs_T = np.full(len(ids_T), np.nan, dtype=np.float32)
+    logprobs_T[len(prompt) :] = logprobs
+    row = Row(
+        ids_T=ids_T, turns_T=turns_T, logprobs_T=logprobs_T, branches_T=np.zeros_like(turns_T)
+    )
+    logits_TV = model(input_ids=torch.from_numpy(ids_T).long()[None].to(model.device)).logits[0]
+    after_TV = logits_TV[:, :vocabulary].float().log_softmax(-1).cpu()
+    first_1V = torch.full_like(after_TV[:1], math.nan)  # nothing predicts the first token
+    return Probe(row=row, logprobs_TV=torch.cat([first_1V, after_TV[:-1]]))
+
+
+def check_alignment(
+    subject: str, score: Score, probes: Sequence[Probe], *, within: float
+) -> Finding:
+    """Whether the scores of a token are those that a plain forward gives at that token, and that
+    generation gave. Scores that belong to the token before or after are recognised by what the
+    plain forward says there.
+
+    within: nats, in the mean; a single token may be five times as far off.
+    """
+    check = Check(subject, "one-token shift")
+    scores = score([probe.row for probe in probes], k=1)
+    pairs = list(zip(scores, probes, strict=True))
+    here = [_errors(*pair, offset=0) for pair in pairs]
+    top_N, sampled_N = (torch.cat(parts) for parts in zip(*here, strict=True))
+    generated_N = torch.cat([_against_generation(*pair) for pair in pairs])
+    off = max(float(error_N.mean()) for error_N in (top_N, sampled_N, generated_N))
+    if off <= within:
+        said_N = torch.cat([_generated(probe) for probe in probes])
+        return check.ok(
+            f"its own greedy text, {float(said_N.mean()):.3f} nats a token when generated, is"
+            f" scored alike at every token (off by {off:.0e})"
+        )
+    for offset, where in ((1, "after"), (-1, "before")):
+        there = [_errors(*pair, offset=offset) for pair in pairs]
+        fits = [torch.cat(parts) <= 5 * within for parts in zip(*there, strict=True)]
+        # Not all: at the ends of a reply a shifted score is of no neighbour.
+        if max(float(fit_N.float().mean()) for fit_N in fits) > 0.7:
+            return check.fault(
+                f"shifted by one: the scores at a token are those of the token {where} it",
+                "the scores are gathered at the wrong position: row t of a causal model's logits"
+                " predicts token t + 1, so token t is scored by row t - 1",
+            )
+    return check.fault(
+        "the scores of its own greedy text are not those of a plain forward: off by"
+        f" {off:.2g} nats in the mean",
+        "another prompt, mask, position or temperature is used in scoring than the row's own",
+    )
+
+
+def _errors(
+    scores: TeacherScores, probe: Probe, *, offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far in nats (what is said to be the most probable id, the token's own log-probability)
+    are [N] from the plain forward's `offset` tokens on."""
+    at_N = torch.from_numpy(np.flatnonzero(probe.row.chosen_T)) + offset
+    keep_N = (at_N >= 1) & (at_N < len(probe.row.ids_T))
+    logprobs_NV = probe.logprobs_TV[at_N[keep_N]].clamp(min=IMPOSSIBLE)
+    best_N = logprobs_NV.amax(-1)
+    # The id must be (all but) the most probable there, and its log-probability that id's: in a
+    # confident text the number alone would be near 0 everywhere.
+    chosen_N = logprobs_NV.gather(1, scores.ids_NK[keep_N, :1])[:, 0]
+    number_N = (scores.logprobs_NK[keep_N, 0] - chosen_N).abs()
+    ids_N = torch.from_numpy(probe.row.ids_T).long()[at_N[keep_N]]
+    own_N = logprobs_NV.gather(1, ids_N[:, None])[:, 0]
+    mine_N = scores.sampled_N[keep_N].clamp(min=IMPOSSIBLE)
+    return torch.maximum(best_N - chosen_N, number_N), (mine_N - own_N).abs()
+
+
+def _generated(probe: Probe) -> torch.Tensor:
+    """The log-probabilities recorded in generation, of those tokens that were generated."""
+    recorded_T = probe.row.logprobs_T
+    return torch.from_numpy(recorded_T[np.isfinite(recorded_T)])
+
+
+def _against_generation(scores: TeacherScores, probe: Probe) -> torch.Tensor:
+    recorded_N = torch.from_numpy(probe.row.logprobs_T[probe.row.chosen_T])
+    error_N = (scores.sampled_N.clamp(min=IMPOSSIBLE) - recorded_N).abs()
+    return error_N[recorded_N.isfinite()]
+
+
+def check_support(subject: str, scores: Sequence[TeacherScores], size: int) -> Finding:
+    """Whether the scores are over the tokenizer's ids alone."""
+    check = Check(subject, "ids that are scored")
+    over = {found.vocabulary for found in scores}
+    if over == {size}:
+        return check.ok(f"the tokenizer's {size:,}")
+    return check.fault(
+        f"vocabulary padded: scores over {max(over):,} ids for a tokenizer of {size:,}: rows that"
+        " no token has take probability",
+        "cut the logits to the tokenizer's ids before the softmax (TransformersTeacher's"
+        " vocabulary)",
+    )
+
+
+def check_weights(subject: str, scores: Sequence[TeacherScores]) -> Finding:
+    """Whether the model says anything: a uniform distribution is that of lost weights."""
+    check = Check(subject, "uniform")
+    known = [found.entropy_N for found in scores if found.entropy_N is not None]
+    if not known:
+        return check.note("these scores hold no entropy: lost weights would go unseen")
+    entropy = float(torch.cat(known).mean())
+    most = math.log(scores[0].vocabulary)
+    if entropy > LOST * most:
+        return check.fault(
+            f"weights lost: its entropy is {entropy:.2f} nats of at most ln V = {most:.2f}: it"
+            " prefers no token to another",
+            "load the weights again and compare their hash: not all of them arrived (a device that"
+            " slept, a checkpoint without its shards), or this model was never trained",
+        )
+    return check.ok(f"no: its entropy is {entropy:.2f} nats a token, of at most ln V = {most:.2f}")
+
+
+def check_determinism(subject: str, score: Score, rows: Sequence[Row], *, within: float) -> Finding:
+    """Whether the same rows get the same scores, and a row alone those that it gets in a batch."""
+    check = Check(subject, "determinism")
+    first, again = (score(rows, k=1) for _ in range(2))
+    if (off := _furthest(first, again)) > 0:
+        return check.fault(
+            f"the same rows scored twice differ by up to {off:.2g} nats",
+            "turn dropout off (model.eval()), and use deterministic kernels; replicas of a server"
+            " must hold the same weights",
+        )
+    alone = [found for row in rows for found in score([row], k=1)]
+    off = _furthest(first, alone)
+    if off > 10 * within:
+        return check.fault(
+            f"a row alone and in a batch differ by up to {off:.2g} nats",
+            "padding is seen by real tokens: check attention mask and positions",
+        )
+    return check.ok(f"the same twice; alone and in a batch within {off:.0e} nats")
+
+
+def _furthest(left: Sequence[TeacherScores], right: Sequence[TeacherScores]) -> float:
+    ours = torch.cat([found.sampled_N for found in left]).clamp(min=IMPOSSIBLE)
+    theirs = torch.cat([found.sampled_N for found in right]).clamp(min=IMPOSSIBLE)
+    return float((ours - theirs).abs().max())
+
+
+def check_teacher_on_student(
+    subject: str, task: str, scores: Sequence[TeacherScores], rows: Sequence[Row]
+) -> Finding:
+    """What the teacher thinks of the student's replies: log q - log pi, in the mean."""
+    check = Check(subject, f"on {task}'s replies")
+    sampled_N = torch.cat([found.sampled_N for found in scores]).clamp(min=IMPOSSIBLE)
+    own_N = torch.cat([torch.from_numpy(row.logprobs_T[row.chosen_T]) for row in rows])
+    known_N = own_N.isfinite()
+    if not known_N.any():
+        return check.ok("none of them are the student's own")
+    gap = float((sampled_N - own_N)[known_N].mean())
+    text = f"log q - log pi = {gap:.2f} nats a token on {int(known_N.sum())} tokens of the student"
+    if gap < STRANGE:
+        return check.note(
+            f"{text}: the teacher finds them all but impossible",
+            "is it the teacher of this task, under the template that it knows? An imitation stage"
+            " first brings the student nearer",
+        )
+    return check.ok(text)
+
+
+def check_law(subject: str, objective: Objective, law: SamplingLaw) -> Finding:
+    """Whether the objective's gradient is, in the mean, what it says, under the law that plays."""
+    check = Check(subject, "sampling law")
+    found = bias(objective, law)
+    if found is not None:
+        return check.note(found.text, found.cure)
+    if law.whole:
+        return check.ok(f"{objective.name}'s tokens are drawn from the whole policy")
+    return check.ok(f"{objective.name} weighs its tokens by the law that draws them")
+
+
+def check_engine(
+    subject: str,
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    vocabulary: int,
+    within: float | None = None,
+    check: str = "engine and learner",
+) -> Finding:
+    """Whether the learner gives sampled tokens the log-probabilities that the engine recorded: what
+    importance ratios and rewards are made of. within: nats, in the mean; None: `tolerance`."""
+    checked = Check(subject, check)
+    learner = _learner(model, vocabulary)
+    gaps = []
+    with torch.no_grad():
+        for batch in pack(rows, max_tokens=2048, device=model.device):
+            student = learner.student(batch.hidden(model))
+            own_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
+            gaps.append((own_N - batch.behaviour_N)[batch.behaviour_N.isfinite()].abs().cpu())
+    gap_N = torch.cat(gaps)
+    if not len(gap_N):
+        return checked.note("no token was sampled by the student")
+    mean, most = float(gap_N.mean()), float(gap_N.max())
+    text = f"apart by {mean:.0e} nats in the mean, {most:.0e} at most, on {len(gap_N)} tokens"
+    if not mean <= (tolerance(model) if within is None else within):
+        return checked.fault(
+            text,
+            "every importance ratio is off by that: compare the engine's positions, cache and"
+            " temperature (log-probabilities are those at 1), or use dtype float32",
+        )
+    return checked.ok(text)
+
+
+def check_self_distillation(
+    subject: str, model: Any, rows: Sequence[Row], objective: Objective, *, vocabulary: int
+) -> Finding:
+    """The student as its own teacher, through scoring and objective as in training: nothing is
+    left to learn, so the divergence, or the reward of a policy gradient, must be 0."""
+    teacher = TransformersTeacher(model, vocabulary=vocabulary)
+    return self_distilled(subject, model, teacher.score, rows, objective, vocabulary=vocabulary)
+
+
+DIVERGENCES = ("local_support", "full_vocabulary")
+"""Objectives whose loss is a distance between teacher and student."""
+
+
+@torch.no_grad()
+def self_distilled(
+    subject: str,
+    model: Any,
+    score: Score,
+    rows: Sequence[Row],
+    objective: Objective,
+    *,
+    vocabulary: int,
+) -> Finding:
+    """See `check_self_distillation`; `score` is the student's own, however computed."""
+    check = Check(subject, "self-distillation")
+    if not objective.needs_teacher:
+        return check.ok(f"{objective.name} has no teacher")
+    learner = _learner(model, vocabulary)
+    wanted: dict[str, Any] = {
+        "k": max(objective.k, objective.student_k),
+        "full": objective.needs_full,
+    }
+    if objective.student_k:
+        wanted["asked"] = learner.own_support(rows, objective.student_k)
+    scores = score(rows, **wanted)
+    losses, rewards = [], []
+    for batch in pack(rows, max_tokens=2048, device=model.device):
+        student = learner.student(batch.hidden(model))
+        own = TeacherScores.join([scores[i] for i in batch.members]).to(model.device)
+        logprobs_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
+        rewards.append((own.sampled_N - logprobs_N).abs())
+        loss_N, _ = objective(
+            student,
+            own,
+            batch.targets_N,
+            logprobs_N,
+            generator=torch.Generator(model.device).manual_seed(0),
+            tokens=Tokens(law_N=logprobs_N),
+        )
+        losses.append(loss_N.abs())
+    loss, reward = float(torch.cat(losses).mean()), float(torch.cat(rewards).mean())
+    found = f"{objective.name}: |log q - log pi| = {reward:.0e}"
+    if objective.name in DIVERGENCES:
+        found += f", loss = {loss:.0e}"
+    left = max(reward, loss) if objective.name in DIVERGENCES else reward
+    if not left <= tolerance(model):
+        return check.fault(
+            f"{found} nats of the student to itself, not 0",
+            "teacher and learner read the rows differently (positions, mask, temperature, dtype),"
+            " or the scores lose precision on their way",
+        )
+    return check.ok(f"{found} nats of the student to itself")
+
+
+def _learner(model: Any, vocabulary: int) -> Learner:
+    """For its view of the student; it trains nothing here."""
+    return Learner(model, vocabulary=vocabulary, config=OptimizerConfig(), steps=1)

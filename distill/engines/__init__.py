@@ -1,0 +1,1 @@
+"""Who generates: the student's rollout engines."""

@@ -1,0 +1,52 @@
+"""The engine that a config names, built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.engines.vllm import sync
+from tutelage.distill.engines.vllm.engine import WANTED
+from tutelage.distill.engines.vllm.engine import make_engine as make_vllm_engine
+from tutelage.distill.engines.vllm.start import require_vllm
+from tutelage.distill.models.weights import array_of
+from tutelage.scheduler.engine import Engine
+
+
+def worker_weights(config: RunConfig, model: Any, vocabulary: int) -> dict[str, npt.NDArray[Any]]:
+    """What workers in other processes load."""
+    if config.rollout.engine == "vllm":
+        dtype = config.vllm.dtype or config.student.dtype
+        weights = sync.weights_of(model, vocabulary)
+        return sync.packed(weights, sync.probe_of(model, vocabulary), dtype=dtype)
+    return {name: array_of(tensor) for name, tensor in model.state_dict().items()}
+
+
+def check_rollout_engine(config: RunConfig) -> None:
+    """Raises ConfigError for an engine that is not installed where it would run: here."""
+    here = config.cluster is None or config.cluster.address == "local"
+    if config.rollout.engine == "vllm" and here:
+        require_vllm(WANTED)
+
+
+def make_engine(config: RunConfig, model: Any, vocabulary: int) -> Engine:
+    """The engine that plays, beside the learner's model in this process."""
+    if config.rollout.engine == "vllm":
+        return vllm_engine(config, model.config, vocabulary, learner=model)
+    return TransformersEngine(model, vocabulary=vocabulary)
+
+
+def vllm_engine(
+    config: RunConfig, settings: Any, vocabulary: int, *, learner: Any = None
+) -> Engine:
+    return make_vllm_engine(
+        settings,
+        config.vllm,
+        vocabulary=vocabulary,
+        dtype=config.student.dtype,
+        max_live=max(config.rollout_of(task).max_live for task in config.tasks),
+        learner=learner,
+    )

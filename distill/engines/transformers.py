@@ -1,0 +1,432 @@
+"""The transformers rollout engine: many multi-turn sessions in one batch, each with its own cache.
+
+A session owns a slot of one big cache, and a token's place in the slot is its position. So one
+rule, key <= query, masks padding, ragged lengths, prefill and decoding alike, and a turn's new
+tokens are all that is ever prefilled.
+Left out: paged memory and mixed prefill/decode batches; for those there is vLLM.
+
+Letters: B batch rows, Q query tokens, H key-value heads, P positions in a slot, V vocabulary, D
+head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.models.architecture import context_of, one_line, window_of
+from tutelage.distill.models.threads import fitting, matrix_size
+from tutelage.distill.models.weights import weight_of
+from tutelage.scheduler.engine import Completion, Request
+
+CHUNK = 256
+"""A slot's room grows by at least this many positions."""
+
+FORWARD = 64
+"""What a forward costs beside its tokens, in tokens: its operators are called, however small."""
+
+
+class SlotCache:
+    """Keys and values of every session, per layer [slots, H, P, D]; to a model, its cache.
+
+    Before a forward set `positions_BQ` (where the tokens go), `reach` (how many positions the
+    queries may look at) and `slots_B` (the rows' slots; None: the first B, which need no copy).
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.slots, self.room = 0, 0
+        self.positions_BQ: torch.Tensor | None = None
+        self.slots_B: torch.Tensor | None = None
+        self.reach = 0
+
+    def reserve(self, slots: int, room: int) -> None:
+        """Grow to at least `slots` x `room`; what is stored stays."""
+        if slots > self.slots or room > self.room:
+            slots = max(slots, self.slots)
+            room = max(room, self.room) if room <= self.room else max(room, self.room + CHUNK)
+            self.keys = [self._grown(old, slots, room) for old in self.keys]
+            self.values = [self._grown(old, slots, room) for old in self.values]
+            self.slots, self.room = slots, room
+
+    @staticmethod
+    def _grown(old: torch.Tensor, slots: int, room: int) -> torch.Tensor:
+        new = old.new_zeros(slots, old.shape[1], room, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
+
+    def swap(self, left: Sequence[int], right: Sequence[int], filled: int) -> None:
+        """Exchange the first `filled` positions of slots pairwise."""
+        to, source = [*left, *right], [*right, *left]
+        for tensor in (*self.keys, *self.values):
+            tensor[to, :, :filled] = tensor[source, :, :filled]
+
+    def update(
+        self, keys_BHQD: torch.Tensor, values_BHQD: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values; return all that the queries may look at."""
+        _rows, heads, _queries, size = keys_BHQD.shape
+        if layer == len(self.keys):  # the first forward tells heads, head size, dtype and device
+            shape = (self.slots, heads, self.room, size)
+            self.keys.append(keys_BHQD.new_zeros(shape))
+            self.values.append(values_BHQD.new_zeros(shape))
+        keys, values = self.keys[layer], self.values[layer]
+        return self._stored(keys, keys_BHQD), self._stored(values, values_BHQD)
+
+    def _stored(self, kept: torch.Tensor, new_BHQD: torch.Tensor) -> torch.Tensor:
+        rows, heads, _queries, size = new_BHQD.shape
+        positions_BQ, slots_B = self.positions_BQ, self.slots_B
+        assert positions_BQ is not None
+        if slots_B is None:
+            index = positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
+            return kept[:rows].scatter_(2, index, new_BHQD)[:, :, : self.reach]
+        kept[slots_B[:, None], :, positions_BQ] = new_BHQD.transpose(1, 2)
+        return kept[slots_B, :, : self.reach]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Asked by models that build their own masks; ours comes with the call."""
+        return 0
+
+
+@torch.inference_mode()
+def check_cache(model: Any) -> None:
+    """Refuse a model that keeps something else than keys and values of every position: states of
+    its own, or none at all.
+
+    Raises:
+        ConfigError: it fails over our cache, or reads two tokens otherwise with it than without.
+    """
+    ids_1T = torch.tensor([[1, 2]], device=model.device)
+    ids_1T %= model.get_input_embeddings().weight.shape[0]
+    mask_B1QP = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=model.device)
+    cache, parts = SlotCache(), []
+    cache.reserve(1, 2)
+    who = f"{type(model).__name__} (type {model.config.model_type!r})"
+    cure = "choose a student whose layers attend, such as llama or qwen2, or rollout.engine=vllm"
+    try:
+        for t in range(2):
+            cache.positions_BQ, cache.reach = torch.tensor([[t]], device=model.device), t + 1
+            parts.append(
+                model.base_model(
+                    input_ids=ids_1T[:, t : t + 1],
+                    attention_mask=mask_B1QP[..., : t + 1],
+                    position_ids=cache.positions_BQ,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+            )
+        whole_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state.float()
+    except Exception as error:  # transformers' models raise what comes
+        raise ConfigError(
+            f"{who} cannot be played token by token here ({one_line(error)}): {cure}"
+        ) from None
+    apart = float((torch.cat(parts, dim=1).float() - whole_1TD).abs().max())
+    if apart > 0.1 * float(whole_1TD.abs().max()):  # (NaN is said where it matters)
+        raise ConfigError(
+            f"{who} says other things token by token than in one piece: it keeps more than keys and"
+            f" values: {cure}"
+        )
+
+
+@dataclass(slots=True)
+class _Session:
+    slot: int
+    cached: list[int] = field(default_factory=list)  # ids whose keys and values the slot holds
+
+
+@dataclass(slots=True)
+class _Running:
+    request: Request
+    session: _Session
+    draws: np.ndarray  # one uniform number per token to come
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    law_logprobs: list[float] = field(default_factory=list)
+    done: bool = False
+
+
+class TransformersEngine:
+    """Generates with a transformers causal language model, shared with the learner or loaded apart.
+
+    Args:
+        model: a causal LM. Its weights are used as they are at each call: a shared model needs no
+            copy.
+        vocabulary: ids at or above it (the embedding's padding) are never sampled and take no
+            probability.
+        prefill_tokens: at most about this many tokens go through one prefill forward.
+    """
+
+    lockstep = True
+
+    def __init__(self, model: Any, *, vocabulary: int, prefill_tokens: int = 16_384) -> None:
+        self.model, self.version = model, 0
+        self._vocabulary, self._prefill_tokens = vocabulary, prefill_tokens
+        self._matrix_size = matrix_size(model)
+        # A layer that looks back over a window alone would be given more: our mask has none.
+        context = context_of(model.config)
+        self.max_context = min(context, window_of(model.config) or context)
+        check_cache(model)
+        self._cache = SlotCache()
+        self._sessions: dict[int, _Session] = {}
+        self._free: list[int] = []
+        self._queue: list[Request] = []
+        self._batch: list[_Running] = []
+        self._in_flight: set[int] = set()  # sessions that are owed a reply
+        self.generated_tokens = 0
+        self.prefilled_tokens = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self._in_flight)
+
+    def load(self, weights: dict[str, np.ndarray] | None, version: int) -> None:
+        """Take weights by name (None: the learner's own model); drop caches of older ones."""
+        if self.pending:
+            raise RuntimeError(
+                f"{self.pending} requests are in flight: load weights between rollouts"
+            )
+        if weights is not None:
+            own = self.model.state_dict()
+            if missing := sorted(set(own) - set(weights)):
+                raise ValueError(
+                    f"weights for version {version} lack {missing[0]!r} and {len(missing) - 1} more"
+                )
+            for name, tensor in own.items():
+                tensor.copy_(weight_of(weights[name]))
+        self._sessions.clear()
+        self._free = list(range(self._cache.slots))
+        self._batch.clear()
+        self.version = version
+
+    def submit(self, request: Request) -> None:
+        if request.session in self._in_flight:
+            raise ValueError(f"session {request.session} has a request in flight: await its reply")
+        session = self._sessions.get(request.session)
+        cached = session.cached if session else []
+        if list(request.ids[: len(cached)]) != cached or len(request.ids) <= len(cached):
+            raise ValueError(
+                f"session {request.session}: its {len(request.ids)} ids do not extend the"
+                f" {len(cached)} cached ones: history is append-only, so release the session or"
+                " keep its ids"
+            )
+        room = self.max_context - len(request.ids)
+        if request.max_new_tokens < 1 or request.max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens={request.max_new_tokens} after {len(request.ids)} ids: the model's"
+                f" context of {self.max_context} leaves 1 to {room}"
+            )
+        self._in_flight.add(request.session)
+        self._queue.append(request)
+
+    def release(self, session: int) -> None:
+        owned = self._sessions.pop(session, None)
+        if owned is not None:
+            self._free.append(owned.slot)
+            for row in self._batch:  # it rides along: the batch must fill the first slots
+                row.done = row.done or row.session is owned
+        self._in_flight.discard(session)
+        self._queue = [request for request in self._queue if request.session != session]
+
+    def close(self) -> None:
+        """Drop keys and values."""
+        self._cache, self._sessions = SlotCache(), {}
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        running = [row for row in self._batch if not row.done]
+        if self._queue and len(self._queue) >= len(running):
+            self._prefill(running)
+        elif running:
+            self._decode(running)
+        return self._collect()
+
+    def _prefill(self, running: list[_Running]) -> None:
+        """Feed every queued request's new ids and sample its first token."""
+        fresh = [self._admit(request) for request in self._queue]
+        self._queue.clear()
+        self._batch = fresh + running
+        reach = max(len(row.request.ids) + row.request.max_new_tokens for row in fresh)
+        self._cache.reserve(self._cache.slots, reach)
+        chunks = [row.request.ids[len(row.session.cached) :] for row in fresh]
+        for part in _parts([len(chunk) for chunk in chunks], most=self._prefill_tokens):
+            self._feed([fresh[i] for i in part], [chunks[i] for i in part], anywhere=True)
+        self._bring_to_front([row.session for row in self._batch])
+
+    def _admit(self, request: Request) -> _Running:
+        session = self._sessions.get(request.session)
+        if session is None:
+            if not self._free:
+                old = self._cache.slots
+                self._cache.reserve(max(8, 2 * old), self._cache.room)
+                self._free = list(range(old, self._cache.slots))
+            self._free.sort(reverse=True)
+            session = self._sessions[request.session] = _Session(slot=self._free.pop())
+        draws = np.random.default_rng(request.seed).random(request.max_new_tokens, dtype=np.float32)
+        return _Running(request, session, draws)
+
+    def _decode(self, running: list[_Running]) -> None:
+        # Finished rows ride along, their output unread, until they are a quarter of the batch:
+        # moving slots costs more.
+        if 4 * len(running) <= 3 * len(self._batch):
+            self._batch = running
+            self._bring_to_front([row.session for row in running])
+        self._feed(self._batch, [row.ids[-1:] for row in self._batch])
+
+    def _bring_to_front(self, sessions: Sequence[_Session]) -> None:
+        """Make `sessions` occupy slots 0..n-1, in that order as far as no slot must move."""
+        count = len(sessions)
+        taken = {session.slot for session in sessions}
+        holes = [slot for slot in range(count) if slot not in taken]
+        outside = [session for session in sessions if session.slot >= count]
+        if not holes:
+            return
+        filled = max(len(session.cached) for session in self._sessions.values())
+        self._cache.swap(holes, [session.slot for session in outside], filled)
+        owners = {session.slot: session for session in self._sessions.values()}
+        for hole, session in zip(holes, outside, strict=True):
+            if hole in owners:
+                owners[hole].slot = session.slot
+            else:
+                self._free[self._free.index(hole)] = session.slot
+            session.slot = hole
+
+    def _feed(
+        self, rows: list[_Running], chunks: list[Sequence[int]], *, anywhere: bool = False
+    ) -> None:
+        """One forward over rows in the first slots, or anywhere; each that still runs samples a
+        token."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
+        rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
+        device = self.model.device
+        lengths = [len(chunk) for chunk in chunks]
+        past = [len(row.session.cached) for row in rows]
+        width, reach = max(lengths), max(p + n for p, n in zip(past, lengths, strict=True))
+        ids_BQ = np.zeros((len(rows), width), dtype=np.int64)
+        for i, chunk in enumerate(chunks):
+            ids_BQ[i, : lengths[i]] = chunk
+        positions = np.asarray(past)[:, None] + np.arange(width)
+        self._cache.reserve(self._cache.slots, max(reach, int(positions.max()) + 1))
+        positions_BQ = torch.from_numpy(positions).to(device)
+        mask_B1QP = torch.arange(reach, device=device) <= positions_BQ[:, None, :, None]
+        slots = [row.session.slot for row in rows]
+        self._cache.slots_B = torch.tensor(slots, device=device) if anywhere else None
+        self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
+        with fitting(self._matrix_size, ids_BQ.size):
+            hidden_BQD = self.model.base_model(
+                input_ids=torch.from_numpy(ids_BQ).to(device),
+                attention_mask=mask_B1QP,
+                position_ids=positions_BQ,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
+            last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+            logits_BV = self.model.get_output_embeddings()(last_BD)[:, : self._vocabulary].float()
+            sampled = _sample(logits_BV, rows)
+        self.prefilled_tokens += sum(lengths) if width > 1 else 0
+        for row, chunk, token, logprob, law in zip(rows, chunks, *sampled, strict=True):
+            if row.done:
+                continue
+            row.session.cached.extend(chunk)
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.law_logprobs.append(law)
+            self.generated_tokens += 1
+
+    def _collect(self) -> list[Completion]:
+        finished = []
+        for row in self._batch:
+            if row.done or not row.ids:
+                continue
+            stopped = row.ids[-1] in row.request.stop_ids
+            if stopped or len(row.ids) == row.request.max_new_tokens:
+                row.done = True
+                self._in_flight.discard(row.request.session)
+                finished.append(
+                    Completion(
+                        session=row.request.session,
+                        ids=row.ids,
+                        logprobs=row.logprobs,
+                        stopped=stopped,
+                        law_logprobs=row.law_logprobs,
+                    )
+                )
+        return finished
+
+
+def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
+    """Which chunks of these lengths go through one forward, padded to the longest: a part is split
+    where that saves more than a forward costs, or it would have more than `most` tokens."""
+    waiting = [sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+    while waiting:
+        part = waiting.pop()
+        sizes = np.asarray([lengths[i] for i in part])
+        saved = (sizes[0] - sizes) * np.arange(len(part), 0, -1)
+        at = int(saved.argmax())
+        if saved[at] <= FORWARD:
+            at = max(1, most // int(sizes[0]))
+        if at < len(part):
+            waiting += [part[at:], part[:at]]
+        else:
+            yield part
+
+
+def _sample(
+    logits_BV: torch.Tensor, rows: Sequence[_Running]
+) -> tuple[list[int], list[float], list[float]]:
+    """Draw a token a row by its own law and next uniform number: none depends on another's. Tokens,
+    their log-probabilities, and those under the law."""
+    if not torch.isfinite(logits_BV).all():
+        raise FloatingPointError(
+            "the student's logits hold NaN or infinity during a rollout: its weights are broken"
+            " (lower optimizer.lr, or go back to an earlier checkpoint)"
+        )
+    logprobs_BV = logits_BV.log_softmax(-1)
+    device = logits_BV.device
+    laws = [row.request.law for row in rows]
+    if all(law.temperature == 0 for law in laws):
+        tokens_B = logits_BV.argmax(-1)
+        law_B = torch.zeros_like(logits_BV[:, 0])
+    else:
+        draw = [row.draws[min(len(row.ids), len(row.draws) - 1)] for row in rows]
+        tokens_B, law_B = _draw(
+            logits_BV,
+            temperature_B=torch.tensor([law.temperature for law in laws], device=device),
+            top_p_B=torch.tensor([law.top_p for law in laws], device=device),
+            uniform_B=torch.tensor(np.asarray(draw), device=device),
+        )
+    chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    return tokens_B.tolist(), chosen_B.tolist(), law_B.tolist()
+
+
+def _draw(
+    logits_BV: torch.Tensor,
+    *,
+    temperature_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    uniform_B: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF sampling from the nucleus, the fewest most probable tokens with mass >= top_p:
+    the tokens, and their log-probabilities under that law (greedy: 0). Where the law is the policy
+    itself, these are the policy's, to the bit."""
+    greedy_B = temperature_B == 0
+    scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    probs_BV, order_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative_BV = probs_BV.cumsum(-1)
+    outside_BV = cumulative_BV - probs_BV >= top_p_B[:, None]
+    outside_BV[:, 0] = False
+    mass_B = probs_BV.masked_fill(outside_BV, 0.0).sum(-1)
+    rank_B = (cumulative_BV <= (uniform_B * mass_B)[:, None]).sum(-1)
+    kept_B = (~outside_BV).sum(-1) - 1
+    rank_B = torch.minimum(rank_B, kept_B).masked_fill(greedy_B, 0)
+    tokens_B = order_BV.gather(1, rank_B[:, None])[:, 0]
+    law_B = scaled_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
+    law_B = law_B - torch.where(top_p_B < 1, mass_B.log(), 0.0)
+    return tokens_B, law_B.clamp(max=0).masked_fill(greedy_B, 0.0)

@@ -1,0 +1,24 @@
+"""Weights as they travel between processes."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+def array_of(weight: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A weight as an array: numpy knows no bfloat16, so its bits travel, as uint16."""
+    weight = weight.detach().cpu()
+    return (weight.view(torch.uint16) if weight.dtype is torch.bfloat16 else weight).numpy()
+
+
+def weight_of(array: npt.NDArray[np.generic]) -> torch.Tensor:
+    """The weight that `array_of` made an array of; it lies where the array lies, and is to be read
+    alone: Ray's store allows no more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        weight = torch.from_numpy(array)
+    return weight.view(torch.bfloat16) if weight.dtype is torch.uint16 else weight

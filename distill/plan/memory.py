@@ -1,0 +1,324 @@
+"""The memory that a config would take, by device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.teachers import VllmConfig
+from tutelage.distill.models.loading import device_of
+from tutelage.distill.objectives.scores import CHUNK
+from tutelage.distill.plan.footprint import BYTES, Footprint
+from tutelage.distill.plan.tasks import TaskForecast
+from tutelage.distill.student.learner import DENSE_VOCABULARY
+
+LIBRARIES = 400_000_000
+"""Bytes of a process that holds Python, torch and transformers (measured: 375 MB with the demo's
+three models)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Memory that something takes on a device, in bytes; None: unknown."""
+
+    device: str
+    what: str
+    least: int | None
+    most: int | None
+    knob: str  # the key that changes it
+
+
+def learner_needs(
+    config: RunConfig,
+    student: Footprint,
+    vocabulary: int | None,
+    tasks: Sequence[TaskForecast],
+) -> list[Need]:
+    device, width = device_name(config.student.device), BYTES[config.student.dtype]
+    weights = student.weights(config.student.dtype)
+    found = [
+        Need(device=device, what="student: weights", least=weights, most=weights, knob="dtype"),
+        Need(device=device, what="gradients", least=weights, most=weights, knob="dtype"),
+        _optimizer_need(config, student, device),
+    ]
+    micro = config.optimizer.micro_tokens or (2048 if device.startswith("cpu") else 16_384)
+    longest = max(micro, student.shape.context) if student.shape else None  # a row goes whole
+    least = min(micro, max(task.tokens for task in tasks))
+    shape, again = student.shape, config.optimizer.recompute
+    kept = None if shape is None else shape.activations(recompute=again) * width
+    found.append(
+        Need(
+            device=device,
+            what="activations of a micro-batch",
+            least=None if kept is None else kept * least,
+            most=None if kept is None or longest is None else kept * longest,
+            knob="micro_tokens",
+        )
+    )
+    found += _head_needs(config, device, vocabulary, least, longest)
+    return found if config.learner.processes == 1 else _over_ranks(config, found, weights)
+
+
+CUT = 3
+"""The first needs of a learner: weights, gradients, optimizer."""
+
+
+def _over_ranks(config: RunConfig, alone: Sequence[Need], weights: int | None) -> list[Need]:
+    """A learner's needs over several processes: each has its part of the first ones, and all of the
+    others; rank 0 a whole copy too. While it starts, each loads the whole weights."""
+    ranks, device = config.learner.processes, alone[0].device
+    found = []
+    for rank in [0] if device == "cpu" else range(ranks):
+        for i, need in enumerate(alone):
+            cut, times = (ranks, "parts") if i < CUT else (1, "times")
+            many = ranks if device == "cpu" else 1
+            where = f"{need.what}, {ranks} {times}" if many > 1 else f"rank {rank}: {need.what}"
+            found.append(
+                replace(
+                    need,
+                    device=device if rank == 0 else f"cuda:{rank}",
+                    what=where,
+                    least=None if need.least is None else many * need.least // cut,
+                    most=None if need.most is None else many * need.most // cut,
+                )
+            )
+    copy = "student: weights, a whole copy of rank 0"
+    knob = "learner.processes"
+    return [*found, Need(device=device, what=copy, least=weights, most=weights, knob=knob)]
+
+
+def _optimizer_need(config: RunConfig, student: Footprint, device: str) -> Need:
+    """AdamW keeps two moments of a parameter; Muon one, of the hidden matrices."""
+    weights, width = student.weights(config.student.dtype), BYTES[config.student.dtype]
+    most = None if weights is None else 2 * weights
+    if config.optimizer.name == "adamw":
+        what, least = "optimizer: AdamW, two moments", most
+    else:
+        what, least = "optimizer: Muon, one moment; AdamW", weights
+        if student.shape is not None and most is not None:
+            least = most = most - student.shape.hidden_matrices * width
+    return Need(device=device, what=what, least=least, most=most, knob="optimizer.name")
+
+
+def _head_needs(
+    config: RunConfig, device: str, vocabulary: int | None, least: int, longest: int | None
+) -> list[Need]:
+    """Logits and log-probabilities of a micro-batch's tokens, or the blocks that stand for them."""
+    if vocabulary is None or vocabulary > DENSE_VOCABULARY:
+        what, sizes = "output head, block by block", (4 * CHUNK, 3 * 4 * CHUNK)
+        found = [Need(device=device, what=what, least=sizes[0], most=sizes[1], knob="-")]
+    else:
+        block = 3 * 4 * vocabulary  # logits, log-probabilities, a gradient
+        found = [
+            Need(
+                device=device,
+                what=f"logits [tokens, {vocabulary}], three times",
+                least=block * least,
+                most=None if longest is None else block * longest,
+                knob="micro_tokens",
+            )
+        ]
+    if any(build_objective(config.objective_of(name)).needs_full for name in config.tasks):
+        row = None if vocabulary is None else 4 * vocabulary
+        found.append(
+            Need(
+                device=device,
+                what="teacher's full distributions",
+                least=None if row is None else row * least,
+                most=None if row is None or longest is None else row * longest,
+                knob="objective",
+            )
+        )
+    return found
+
+
+def rollout_needs(config: RunConfig, student: Footprint) -> list[Need]:
+    """The engine's weights, where they are not the learner's own, and its sessions' keys and
+    values: of their replies alone, or of whole contexts."""
+    device, width = device_name(config.student.device), BYTES[config.student.dtype]
+    workers = config.cluster.workers if config.cluster else 1
+    vllm = config.rollout.engine == "vllm"
+    dtype = (config.vllm.dtype if vllm else None) or config.student.dtype
+    found = []
+    if config.cluster is not None or vllm:
+        weights = student.weights(dtype)
+        copies = None if weights is None else weights * workers
+        found.append(
+            Need(
+                device=device,
+                what=f"rollout workers: {workers} x weights" if config.cluster else "vLLM: weights",
+                least=copies,
+                most=copies,
+                knob="cluster.workers" if config.cluster else "vllm.dtype",
+            )
+        )
+        if vllm and config.vllm.tensor_parallel_size > 1:
+            sent = student.weights(config.student.dtype)
+            sent = None if sent is None else sent * workers
+            found.append(
+                Need(
+                    device="cpu",
+                    what="vLLM: weights on their way to its processes",
+                    least=sent,
+                    most=sent,
+                    knob="vllm.tensor_parallel_size",
+                )
+            )
+        if vllm:
+            return [*found, _vllm_need("rollouts", config.vllm, device, weights, workers)]
+    sizes = [_sessions(config, name, workers) for name in config.tasks]
+    each = None if student.shape is None else student.shape.cache * width
+    context = student.shape.context if student.shape else 0
+    found.append(
+        Need(
+            device=device,
+            what=f"keys and values, {max(live for live, _ in sizes)} sessions"
+            + (" a worker" if workers > 1 else ""),
+            least=None
+            if each is None
+            else workers * each * max(live * min(reply, context) for live, reply in sizes),
+            most=None
+            if each is None
+            else workers * each * max(live for live, _ in sizes) * context,
+            knob="max_live",
+        )
+    )
+    return found
+
+
+def _sessions(config: RunConfig, name: str, workers: int) -> tuple[int, int]:
+    """(episodes in flight in one engine, tokens of the replies that its cache holds of each)."""
+    how, section = config.rollout_of(name), config.evaluation
+    played = config.tasks[name].episodes
+    if section.every or section.final:
+        played = (
+            how.max_live * workers if section.episodes == "all" else max(played, section.episodes)
+        )
+    turns = how.max_turns if how.context.kind == "full" else 1
+    return min(how.max_live, -(-played // workers)), turns * how.max_new_tokens
+
+
+def teacher_needs(
+    config: RunConfig,
+    teachers: dict[str, Footprint],
+    vocabulary: int | None,
+    tasks: Sequence[TaskForecast],
+) -> list[Need]:
+    found = []
+    here = {name: one for name, one in config.teachers.items() if one.engine != "server"}
+    for name, teacher in here.items():
+        weights = teachers[name].weights(teacher.dtype)
+        device = device_name(teacher.device)
+        found.append(
+            Need(
+                device=device,
+                what=f"teacher {name}: weights",
+                least=weights,
+                most=weights,
+                knob="dtype",
+            )
+        )
+        if teacher.engine == "vllm":
+            options = teacher.vllm or VllmConfig()
+            found.append(_vllm_need(f"teacher {name}", options, device, weights))
+    # A block of tokens' logits, float32: as they are, as log-probabilities, as probabilities.
+    tokens = max((task.tokens for task in tasks if task.teacher), default=0)
+    block = CHUNK if vocabulary is None else min(CHUNK, vocabulary * tokens)
+    for device in dict.fromkeys(device_name(teacher.device) for teacher in here.values()):
+        found.append(
+            Need(
+                device=device,
+                what="a teacher's logits, three times",
+                least=12 * block if vocabulary and block < CHUNK else 4 * CHUNK,
+                most=12 * block,
+                knob="-",
+            )
+        )
+    return found
+
+
+def guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need]:
+    """A teacher that plays prefixes keeps keys and values as an engine does: of its share of what
+    is in flight, or, if others end before, of all guided episodes at once."""
+    workers = config.cluster.workers if config.cluster else 1
+    found = []
+    for name, task in config.tasks.items():
+        if task.guidance is None or task.guidance.by != "teacher":
+            continue
+        (name_of,) = task.teachers
+        teacher, shape = config.teachers[name_of], teachers[name_of].shape
+        live, reply = _sessions(config, name, workers)
+        share = task.guidance.share
+        usual, all_at_once = round(share * live), min(live, round(share * task.episodes))
+        each = None if shape is None else workers * shape.cache * BYTES[teacher.dtype]
+        context = shape.context if shape else 0
+        found.append(
+            Need(
+                device=device_name(teacher.device),
+                what=f"prefixes of {name}: keys and values, {usual} to {all_at_once} sessions",
+                least=None if each is None else each * usual * min(reply, context),
+                most=None if each is None else each * all_at_once * context,
+                knob="max_live",
+            )
+        )
+    return found
+
+
+def _vllm_need(
+    name: str, options: VllmConfig, device: str, weights: int | None, engines: int = 1
+) -> Need:
+    """What vLLM's engines set aside for keys and values: a size, or the rest of their share. Each
+    of tensor_parallel_size workers does: on a GPU of its own, or all in the CPU's memory."""
+    size, room = options.kv_cache_gib, memory_here(device)
+    if size is None and device == "cpu":
+        size = 1.0
+    kept = None if size is None else int(size * (1 << 30))
+    if kept is None and room is not None and weights is not None:
+        kept = max(0, int(room * options.gpu_memory_utilization) - weights // engines)
+    if kept is not None:
+        kept *= engines * (options.tensor_parallel_size if device == "cpu" else 1)
+    return Need(
+        device=device,
+        what=f"{name}: vLLM's cache",
+        least=kept,
+        most=kept,
+        knob="vllm.kv_cache_gib" if size is not None else "vllm.gpu_memory_utilization",
+    )
+
+
+def process_needs(config: RunConfig) -> Need:
+    """Environments' own processes, which load no torch, come on top."""
+    count = config.learner.processes
+    if config.cluster is not None:
+        count += config.cluster.workers + len(config.teachers)
+    engines = [one.vllm for one in config.teachers.values() if one.engine == "vllm"]
+    if config.rollout.engine == "vllm":
+        engines += [config.vllm] * (config.cluster.workers if config.cluster else 1)
+    sizes = [one.tensor_parallel_size for one in engines if one is not None]
+    count += sum(size for size in sizes if size > 1)
+    return Need(
+        device="cpu",
+        what=f"Python and libraries, {count} process{'es' * (count > 1)}",
+        least=count * LIBRARIES,
+        most=count * LIBRARIES,
+        knob="cluster.workers" if config.cluster else "-",
+    )
+
+
+def device_name(name: str) -> str:
+    """`auto` as what it is on this machine."""
+    return str(device_of(name))
+
+
+def memory_here(device: str) -> int | None:
+    """The bytes of a device of this machine; None: there is no such device."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    index = torch.device(device).index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    return int(torch.cuda.get_device_properties(index).total_memory)

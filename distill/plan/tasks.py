@@ -1,0 +1,137 @@
+"""What each task of a config would run: steps, episodes, tokens, bytes of scores."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.scheduler.policies import Step
+from tutelage.scheduler.timetable import TaskPlan, Timetable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskForecast:
+    """One task's share of the run. Tokens: the student's replies, at most."""
+
+    name: str
+    env: str
+    teacher: str | None
+    objective: str
+    steps: int
+    episodes: int  # a step
+    group: int  # of one game
+    tokens: int  # a step
+    evaluated: int | None  # episodes of all evaluations; None: every game, however many
+    score_bytes: int | None  # of the teacher's scores of one token; None: V is unknown
+
+    @property
+    def run_episodes(self) -> int:
+        return self.steps * self.episodes
+
+    @property
+    def run_tokens(self) -> int:
+        return self.steps * self.tokens
+
+    @property
+    def step_bytes(self) -> int | None:
+        """Of the teacher's scores of a step."""
+        return None if self.score_bytes is None else self.score_bytes * self.tokens
+
+
+def forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) -> TaskForecast:
+    task, objective = config.tasks[name], build_objective(config.objective_of(name))
+    k = max(objective.k, objective.student_k)
+    if vocabulary is not None and k > vocabulary:
+        raise ConfigError(
+            f"tasks.{name}: objective {objective.name!r} has k={k}, the tokenizer {vocabulary} ids:"
+            " lower objective.k"
+        )
+    return TaskForecast(
+        name=name,
+        env=task.env,
+        teacher=_described_teachers(task.teachers) if objective.needs_teacher else None,
+        objective=_described(config, name, objective),
+        steps=steps,
+        episodes=task.episodes,
+        group=task.group,
+        tokens=reply_tokens(config, name),
+        evaluated=evaluated(config),
+        score_bytes=score_bytes(objective, vocabulary),
+    )
+
+
+def _described_teachers(weights: Mapping[str, float]) -> str:
+    """`one`, or `one 75%, two 25%`: the shares of the episodes."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items())
+
+
+def _described(config: RunConfig, name: str, objective: Any) -> str:
+    """The objective with its k and with what differs from its defaults."""
+    options = config.objective_of(name).options
+    defaults = inspect.signature(type(objective.rule)).parameters
+    shown = {
+        key: value
+        for key, value in options.items()
+        if key != "k" and value != defaults[key].default
+    }
+    k = max(objective.k, objective.student_k)
+    text = [objective.name, *([f"k={k}"] if "k" in defaults else [])]
+    text += [f"{key}={value}" for key, value in shown.items()]
+    task = config.tasks[name]
+    if task.weight != 1:
+        text.append(f"(weight {task.weight:g})")
+    if task.guidance is not None:
+        text.append(f"(the {task.guidance.by} begins {task.guidance.share:.0%} of the episodes)")
+    return " ".join(text)
+
+
+def steps_of(config: RunConfig) -> dict[str, int]:
+    """Every task's steps. Where they hang on what happens in the run (token_budget, gap): as if
+    every reply were as long as it may be, and all gaps stayed."""
+    plans = {
+        name: TaskPlan(episodes=task.episodes, start=task.start, end=task.end, most=task.steps)
+        for name, task in config.tasks.items()
+    }
+    timetable = Timetable(plans, steps=config.steps, seed=config.seed, make_policy=config.policy)
+    tokens = {name: float(reply_tokens(config, name)) for name in plans}
+    gaps = dict.fromkeys(plans, 1.0)
+    for _, tasks in timetable.walk():
+        active = timetable.active()
+        timetable.record(Step(active=active, trained=tasks, tokens=tokens, gaps=gaps))
+    return {name: timetable.turn(name) for name in plans}
+
+
+def reply_tokens(config: RunConfig, name: str) -> int:
+    """Of a step, at most."""
+    how = config.rollout_of(name)
+    return config.tasks[name].episodes * how.max_turns * how.max_new_tokens
+
+
+def evaluated(config: RunConfig) -> int | None:
+    """Episodes that one task plays for evaluation."""
+    section = config.evaluation
+    times = config.steps // section.every * len(section.live_modes) if section.every else 0
+    times += len(section.modes) if section.final else 0
+    if section.episodes == "all":
+        return None if times else 0
+    return times * section.episodes
+
+
+def score_bytes(objective: Any, vocabulary: int | None) -> int | None:
+    """Bytes of a teacher's scores of one token, as teachers/transport.py sends them: its K ids as
+    int32 and float16, 6 bytes for the sampled token and the entropy, and where the objective needs
+    them float16 at the J ids that the student asks for (which travel too, as int32) or at all V.
+    None: it takes V, which is unknown."""
+    if not objective.needs_teacher:
+        return 0
+    count = 6 * max(objective.k, objective.student_k) + 6 + 6 * int(objective.student_k)
+    if not objective.needs_full:
+        return count
+    return None if vocabulary is None else count + 2 * vocabulary

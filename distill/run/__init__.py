@@ -1,0 +1,1 @@
+"""One run: may it resume here, and what does it do?"""

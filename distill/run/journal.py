@@ -1,0 +1,151 @@
+"""The run's diary: metrics.jsonl first; TensorBoard and people read from what stands there.
+
+One JSON object a step. Fields under time/, perf/ and memory/ are the only ones in which two runs of
+one configuration may differ. Episodes go to episodes/NNNNNN.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.distill.run.curves import Curves, number, plain
+from tutelage.distill.student.lessons import Lesson
+from tutelage.evaluation.files import Growing, write_text
+from tutelage.scheduler.episodes import Dropped, Episode
+
+
+class Journal:
+    """Appends to a run folder.
+
+    Args:
+        folder: the run's. start: the first step to come. position: bytes of metrics.jsonl that are
+            to stand (a resumed run cuts off what came after its checkpoint). tensorboard: also
+            write event files.
+    """
+
+    def __init__(
+        self, folder: Path, *, start: int = 0, position: int = 0, tensorboard: bool = True
+    ) -> None:
+        self.folder = folder
+        self._path = folder / "metrics.jsonl"
+        self._lines = Growing(self._path, length=self._standing(position))
+        self._curves = Curves(folder / "tensorboard", start=start) if tensorboard else None
+
+    def _standing(self, position: int) -> int:
+        """How many bytes may stand: whole lines, and never more than there are."""
+        found = self._path.read_bytes() if self._path.exists() else b""
+        if len(found) >= position and (not position or found[position - 1 : position] == b"\n"):
+            return position
+        warnings.warn(
+            f"{self._path} has {len(found)} bytes, and the checkpoint knows of {position}: lines of"
+            " steps that were done are lost or changed; the run goes on without them",
+            stacklevel=3,
+        )
+        return found[:position].rfind(b"\n") + 1
+
+    @property
+    def position(self) -> int:
+        """Bytes of metrics.jsonl that are on the disk."""
+        self._lines.sync()
+        return self._lines.length
+
+    def write(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics, and a point of every curve: both or none. task: several are joined
+        by `+`, and their metrics' names begin with theirs."""
+        record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
+        line = json.dumps(record, allow_nan=False, default=plain) + "\n"
+        with self._lines.undone():
+            self._lines.write(line.encode())
+            if self._curves is not None:
+                prefix = "" if "+" in task else f"{task}/"
+                numbers = {prefix + k: x for k, x in metrics.items() if isinstance(x, int | float)}
+                self._curves.write(step, numbers)
+
+    def write_episodes(
+        self,
+        step: int,
+        outcomes: Sequence[Episode | Dropped],
+        lessons: Sequence[Lesson],
+        version: int,
+    ) -> None:
+        """The step's episodes with ids, masks, sampled and teacher log-probabilities. version: of
+        the student that learns from them."""
+        by_row = {id(lesson.row): lesson for lesson in lessons}
+        records = [
+            _dropped(one) if isinstance(one, Dropped) else _episode(one, by_row, version)
+            for one in outcomes
+        ]
+        path = self.folder / "episodes" / f"{step:06d}.jsonl"
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+    def close(self) -> None:
+        """Close."""
+        self._lines.close()
+        if self._curves is not None:
+            self._curves.close()
+
+
+def _dropped(outcome: Dropped) -> dict[str, Any]:
+    order = outcome.order
+    return {
+        "task": order.task,
+        "seed": order.seed,
+        "index": order.index,
+        "dropped": outcome.reason,
+        "detail": outcome.detail,
+        "attempts": outcome.attempts,
+    }
+
+
+def _episode(episode: Episode, lessons: Mapping[int, Lesson], version: int) -> dict[str, Any]:
+    order = episode.order
+    return {
+        "task": order.task,
+        "seed": order.seed,
+        "index": order.index,
+        "teacher": order.teacher,
+        "actor": order.actor,
+        "guide": round(order.guide, 6),
+        "task_type": episode.task_type,
+        "success": episode.success,
+        "reward": episode.reward,
+        "ended": episode.ended,
+        **({"verdict": episode.verdict} if episode.verdict else {}),
+        "version": episode.version,
+        "staleness": version - episode.version,
+        "attempts": episode.attempts,
+        "temperature": episode.law.temperature,
+        "top_p": episode.law.top_p,
+        "turns": [
+            {
+                "observation": turn.observation,
+                "action": turn.action,
+                **({} if turn.expert_action is None else {"expert_action": turn.expert_action}),
+            }
+            for turn in episode.turns
+        ],
+        "final_observation": episode.final_observation,
+        "rows": [_row(lessons[id(row)]) for row in episode.rows if id(row) in lessons],
+    }
+
+
+def _row(lesson: Lesson) -> dict[str, Any]:
+    row = lesson.row
+    chosen = row.chosen_T.nonzero()[0]
+    teacher: list[float | None] = [None] * len(row.ids_T)
+    if lesson.scores is not None:
+        for at, value in zip(chosen, lesson.scores.sampled_N.tolist(), strict=True):
+            teacher[at] = number(value)
+    return {
+        "ids": row.ids_T.tolist(),
+        "turn": row.turns_T.tolist(),
+        "mask": [int(m) for m in lesson.mask_T],
+        "branch": row.branches_T.tolist() if row.branches_T.any() else None,
+        "sampled_logprob": [number(value) for value in row.logprobs_T.tolist()],
+        "law_logprob": [number(value) for value in row.law_T.tolist()],
+        "teacher_logprob": teacher,
+    }

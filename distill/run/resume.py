@@ -1,0 +1,185 @@
+"""What of a run's configuration may change when it goes on, and what did, key by key."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.reading import dump
+from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.evaluation import run_folder
+from tutelage.evaluation.files import first_line, write_text
+
+FREE_TO_CHANGE = (
+    "run",
+    "accept_changes",
+    # where and by how many it is computed: other numbers of processes, other parts of a batch,
+    # other devices round otherwise; the run goes on, but not to the byte
+    "learner.*",
+    "cluster*",
+    *(f"vllm.{key}*" for key in ("gpu", "kv", "max", "tensor", "enforce")),  # not its dtype
+    "student.device",
+    "student.threads",
+    "optimizer.micro_tokens",
+    "optimizer.recompute",
+    "*rollout.max_live",
+    "*rollout.processes",
+    # when patience ends
+    "*rollout.timeout",
+    "*rollout.attempts",
+    "*rollout.lost",
+    # who teaches is the hash's and the self-test's to say
+    "teachers.*.model*",  # a folder that was moved: the hash of its files is compared
+    "teachers.*.device*",
+    "teachers.*.cache*",
+    "teachers.*.sleeps*",
+    "teachers.*.url*",
+    "teachers.*.weights*",
+    "teachers.*.api_key_env*",
+    "teachers.*.timeout*",
+    "teachers.*.attempts*",
+    "teachers.*.concurrency*",
+    "teachers.*.max_answer_mib*",
+    "teachers.*.vllm*",
+    # what is told of it
+    "journal.*",
+    "checkpoint.*",
+    "evaluation.*",
+    "tasks.*.eval_args*",
+)
+"""Keys that do not touch what is learned."""
+
+MISSING = object()
+
+
+def refuse_changes(folder: Path, config: RunConfig) -> None:
+    """Compare a configuration with that of the run in the folder, which the run goes on from.
+
+    Raises:
+        ConfigError: every key that touches what is learned and is another now, and the cure; fewer
+            steps than are done; the folder's own configuration is damaged.
+    """
+    newest = run_folder.newest(folder / "checkpoints")
+    if newest is None:
+        return
+    if config.steps < (done := int(newest.name)):
+        raise ConfigError(
+            f"steps: {config.steps}, but {done} are done in {folder}: set it to {done} or more, or"
+            " choose another run folder"
+        )
+    if config.accept_changes:
+        return
+    old = _read(folder / "config.yaml")
+    hanging = hanging_on_steps(config)
+    free = FREE_TO_CHANGE if hanging else (*FREE_TO_CHANGE, "steps")
+    found = [
+        f"{key}: {_shown(was)}, now {_shown(now)}" + (hanging if key == "steps" else "")
+        for key, was, now in differences(old, config)
+        if not any(fnmatchcase(key, pattern) for pattern in free)
+    ]
+    if found:
+        raise ConfigError(
+            f"{folder / 'config.yaml'}: the run there was made with another configuration"
+            f" ({'; '.join(found)}): put that back, choose another run folder, or go on with"
+            " accept_changes=true"
+        )
+
+
+def write_config(folder: Path, config: RunConfig, *, step: int) -> None:
+    """RUN/config.yaml, without the permission to go on, which was for once; what it changes of the
+    one that stood there goes to RUN/changes.jsonl, a line a change of configuration."""
+    path, record = folder / "config.yaml", folder / "changes.jsonl"
+    try:
+        changed = {key: [_plain(was), _plain(now)] for key, was, now in _changes(path, config)}
+    except ConfigError as error:  # whoever came here has accepted it
+        changed = {"config.yaml": [str(error), None]}
+    if changed:
+        line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %z"), "changes": changed}
+        lines = record.read_text(encoding="utf-8") if record.exists() else ""
+        write_text(record, lines + json.dumps(line) + "\n", private=True)
+    once = config.model_copy(update={"accept_changes": False})
+    text = dump(once.model_dump(mode="json"))
+    write_text(path, text, private=True)  # an environment's argument may be a key
+
+
+def _changes(path: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    if not path.exists():
+        return []
+    return [one for one in differences(_read(path), config) if one[0] != "accept_changes"]
+
+
+def hanging_on_steps(config: RunConfig) -> str:
+    """What a run of more steps would have done otherwise from its beginning, for a message: the
+    schedule of the learning rate, and what goes by the share of a task's steps that is done. Empty:
+    nothing; whose turn it is never hangs on how many steps are to come."""
+    found = ["optimizer.decay"] if config.optimizer.decay != "constant" else []
+    for name, task in config.tasks.items():
+        share = task.expert_share
+        objective = build_objective(config.objective_of(name))
+        if isinstance(share, tuple) and share[0] != share[1] and not objective.needs_teacher:
+            found.append(f"tasks.{name}.expert_share")
+        if task.guidance is not None:
+            found.append(f"tasks.{name}.guidance")
+        if objective.uses_progress:
+            found.append(f"tasks.{name}.objective ({objective.name})")
+    return f", on which {', '.join(found)} hangs" if found else ""
+
+
+def differences(old: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(key, what it was, what it is) of all that differs; MISSING on the side that has it not.
+    Defaults that came after `old` was written are no difference."""
+    try:
+        filled = parse_config(dict(old), "").model_dump(mode="json")
+    except ConfigError:  # an earlier version's, with keys that are no more
+        filled = dict(old)
+    was, now = dict(_leaves(filled)), dict(_leaves(config.model_dump(mode="json")))
+    return [
+        (key, was.get(key, MISSING), now.get(key, MISSING))
+        for key in dict.fromkeys([*was, *now])
+        if was.get(key, MISSING) != now.get(key, MISSING)
+    ]
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no mapping with keys of its own."""
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value != {}:
+            yield f"{prefix}{key}", value
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Raises ConfigError for what is no configuration of a run."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fault = "" if isinstance(found, Mapping) and "tasks" in found else "no keys of a run"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fault = first_line(error)
+    if fault:
+        raise ConfigError(
+            f"{path} is damaged ({fault}), so that nobody can tell whether the run goes on as it"
+            " was begun: put it back from a copy, or go on with accept_changes=true, which writes"
+            " it anew"
+        )
+    return dict(found)
+
+
+def _plain(value: Any) -> Any:
+    return None if value is MISSING else value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: as in YAML, not too long."""
+    if value is MISSING:
+        return "not there"
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,189 @@
+"""Takes every episode to its own teacher and brings it back as a lesson; keeps the ledger.
+
+An episode's order names its teacher, so none can be lost by an index. All teachers of a step are
+asked at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.student.laws import told
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.student.lessons import Course, Lesson
+from tutelage.distill.student.masks import loss_mask
+from tutelage.distill.teachers.answers import unpack_answer
+from tutelage.distill.teachers.identity import Identity
+from tutelage.distill.teachers.service import Answer
+from tutelage.distill.teachers.transport import CompactScores
+from tutelage.scheduler.episodes import Dropped, Episode, Row
+from tutelage.scheduler.placement import Ask, Placement
+
+_Scored = tuple[CompactScores, TeacherScores]  # as they came, and unpacked
+Outcomes = Mapping[str, Sequence[Episode | Dropped]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """A step's lessons, task by task in the episodes' order.
+
+    ledger: of each task, who taught how much; the sum of `teacher/NAME/tokens` over a run is what
+    it trained. costs: what the teachers took, as metrics that may differ between two runs.
+    """
+
+    lessons: list[Lesson]
+    ledger: dict[str, dict[str, float]]
+    costs: dict[str, float]
+
+
+class Routing:
+    """From episodes to lessons.
+
+    Args:
+        courses: of each task. special: ids that take no loss, by task.
+
+    `references` are the teachers' identities; an answer by another is refused.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        courses: Mapping[str, Course],
+        special: Mapping[str, Sequence[int]],
+        learner: Learner,
+        placement: Placement,
+    ) -> None:
+        self._config, self._courses = config, courses
+        self._learner, self._placement = learner, placement
+        self._special = special
+        self.references: dict[str, Identity] = {
+            name: placement.identity(name) for name in config.teachers
+        }
+
+    def sound(self, task: str, outcomes: Sequence[Episode | Dropped]) -> bool:
+        """Whether enough of the task's episodes were played to learn from."""
+        lost = sum(isinstance(outcome, Dropped) for outcome in outcomes)
+        return lost < len(outcomes) and lost <= self._config.rollout_of(task).lost * len(outcomes)
+
+    def complete(self, outcomes: Outcomes) -> Outcomes:
+        """The outcomes with all that their objectives need of the law that drew their tokens."""
+        needy = {task for task in outcomes if self._courses[task].objective.needs_law}
+        return {
+            task: told(own, self._learner) if task in needy else own
+            for task, own in outcomes.items()
+        }
+
+    def teach(self, outcomes: Outcomes) -> Taught:
+        """The lessons of a step.
+
+        Raises:
+            RuntimeError: a greater share of a task's episodes was lost than rollout.lost allows, or
+                a teacher says something else on its exam than at first.
+            ConfigError: they were lost because their first prompts are too long.
+        """
+        rows = {task: self._rows(task, own) for task, own in outcomes.items()}
+        scores, answers = self._scores(rows)
+        lessons: list[Lesson] = []
+        ledger: dict[str, dict[str, float]] = {}
+        for task, own in rows.items():
+            found = scores.get(task, [None] * len(own))
+            taught = [
+                Lesson(
+                    task=task,
+                    row=row,
+                    scores=None if scored is None else scored[1],
+                    mask_T=loss_mask(row, self._special[task]),
+                )
+                for (row, _), scored in zip(own, found, strict=True)
+            ]
+            lessons += taught
+            ledger[task] = _ledger(taught, found)
+        costs = {}
+        if answers:  # a run that goes on may find what was scored before it stopped
+            costs["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
+            costs["perf/teacher_retries"] = float(sum(answer.retries for answer in answers))
+            costs["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
+        return Taught(lessons=lessons, ledger=ledger, costs=costs)
+
+    def _rows(
+        self, task: str, outcomes: Sequence[Episode | Dropped]
+    ) -> list[tuple[Row, str | None]]:
+        """The rows of the episodes that were played, each with its teacher."""
+        if not self.sound(task, outcomes):
+            lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
+            most = self._config.rollout_of(task).lost
+            # what the user can mend is no crash
+            kind = ConfigError if lost[0].reason == "too long" else RuntimeError
+            raise kind(
+                f"task {task!r}: {len(lost)} of {len(outcomes)} episodes were lost (rollout.lost"
+                f" allows a share of {most}), the first ({lost[0].order.name}) because"
+                f" {lost[0].why}"
+            )
+        return [
+            (row, outcome.order.teacher)
+            for outcome in outcomes
+            if isinstance(outcome, Episode)
+            for row in outcome.rows
+        ]
+
+    def _scores(
+        self, rows: Mapping[str, Sequence[tuple[Row, str | None]]]
+    ) -> tuple[dict[str, list[_Scored | None]], list[Answer]]:
+        """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
+        asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
+        for task, own in rows.items():
+            if self._courses[task].objective.needs_teacher:
+                by_teacher: dict[str, list[int]] = defaultdict(list)
+                for place, (_, teacher) in enumerate(own):
+                    assert teacher is not None
+                    by_teacher[teacher].append(place)
+                for teacher, places in by_teacher.items():
+                    some = [own[place][0] for place in places]
+                    asks.append((task, places, self._ask(task, teacher, some)))
+        answers: list[Answer] = self._placement.score([ask for _, _, ask in asks])
+        scores: dict[str, list[_Scored | None]] = {}
+        for (task, places, ask), answer in zip(asks, answers, strict=True):
+            answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor
+            own_scores = scores.setdefault(task, [None] * len(rows[task]))
+            sent = list(answer.scores)
+            if asked := ask.wanted.get("asked"):  # a wrong number of rows is refused below
+                sent = [one.answering(ids) for one, ids in zip(sent, asked, strict=False)]
+            unpacked = unpack_answer(
+                ask.teacher, ask.rows, sent, vocabulary=self._learner.vocabulary
+            )
+            for place, scored in zip(places, zip(sent, unpacked, strict=True), strict=True):
+                own_scores[place] = scored
+        return scores, answers
+
+    def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
+        objective = self._courses[task].objective
+        wanted: dict[str, Any] = {
+            "k": max(objective.k, objective.student_k),
+            "full": objective.needs_full,
+        }
+        if objective.student_k:
+            own = self._learner.own_support(rows, objective.student_k)
+            wanted["asked"] = [ids_NK.numpy().astype(np.int32) for ids_NK in own]
+        return Ask(teacher=teacher, rows=rows, wanted=wanted)
+
+
+def _ledger(lessons: Sequence[Lesson], scores: Sequence[_Scored | None]) -> dict[str, float]:
+    """Each row counts for the teacher that its scores name."""
+    found: dict[str, float] = defaultdict(float)
+    for lesson, scored in zip(lessons, scores, strict=True):
+        if scored is None:
+            continue
+        sent, _ = scored
+        found[f"teacher/{sent.teacher}/rows"] += 1
+        found[f"teacher/{sent.teacher}/tokens"] += float(lesson.mask_T.sum())
+        found[f"teacher/{sent.teacher}/positions"] += len(sent)
+        found[f"teacher/{sent.teacher}/bytes"] += sent.nbytes
+    return dict(found)

@@ -1,0 +1,1 @@
+"""The student: one update, and who owns its weights."""

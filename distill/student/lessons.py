@@ -1,0 +1,67 @@
+"""What the student learns from: training examples, and each task's objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tutelage.distill.objectives import Objective, TeacherScores
+from tutelage.scheduler.episodes import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A row, what its teacher says of it (None: its tokens are the lesson), where the loss falls.
+
+    mask_T: a part of the row's chosen tokens.
+    """
+
+    task: str
+    row: Row
+    scores: TeacherScores | None
+    mask_T: npt.NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        if len(self.mask_T) != len(self.row.ids_T) or (self.mask_T & ~self.row.chosen_T).any():
+            raise ValueError(f"task {self.task!r}: the loss mask covers tokens that nobody chose")
+        if self.scores is not None and len(self.scores) != int(self.row.chosen_T.sum()):
+            raise ValueError(
+                f"task {self.task!r}: {len(self.scores)} teacher scores for"
+                f" {int(self.row.chosen_T.sum())} tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How a task is taught: by which objective, and how much its loss weighs."""
+
+    objective: Objective
+    weight: float = 1.0
+
+
+Drawn = tuple[Lesson, npt.NDArray[np.float32]]
+"""A lesson and a uniform draw for each of its row's tokens."""
+
+
+def refuse_empty_masks(lessons: Sequence[Lesson]) -> None:
+    for task in dict.fromkeys(lesson.task for lesson in lessons):
+        own = [lesson for lesson in lessons if lesson.task == task]
+        if not any(lesson.mask_T.any() for lesson in own):
+            raise ValueError(
+                f"task {task!r}: no token takes loss in {len(own)} rows: objective.mask_tokens"
+                " masks all that the student said, or every episode was dropped"
+            )
+
+
+def joined_scores(lessons: Sequence[Lesson]) -> TeacherScores:
+    parts = []
+    for lesson in lessons:
+        if lesson.scores is None:
+            raise ValueError(
+                f"task {lesson.task!r}: a lesson without scores reached a teacher's objective"
+            )
+        parts.append(lesson.scores)
+    return TeacherScores.join(parts)

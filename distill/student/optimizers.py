@@ -1,0 +1,91 @@
+"""The student's optimizer: AdamW, or Muon for the hidden matrices beside AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.student.muon import Muon, Orthogonalize, orthogonalized
+
+
+class Optimizer:
+    """One or two torch optimizers that step together at one learning rate.
+
+    Weight decay falls on matrices alone: on norms and biases it would only shrink them. Muon
+    takes the hidden matrices, its update scaled to AdamW's size; embeddings, head, norms and biases
+    stay with AdamW.
+
+    Args:
+        orthogonalize: see `Muon`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: OptimizerConfig,
+        orthogonalize: Orthogonalize = orthogonalized,
+    ) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        hidden = [p for p in self.parameters if p.ndim == 2 and id(p) not in ends]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        by_muon = hidden if config.name == "muon" else []
+        taken = {id(p) for p in by_muon}
+        vectors = [p for p in self.parameters if p.ndim < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in matrices if id(p) not in taken]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            )
+        ]
+        if by_muon:
+            self._parts.append(
+                Muon(
+                    by_muon,
+                    lr=config.lr,
+                    weight_decay=config.weight_decay,
+                    orthogonalize=orthogonalize,
+                )
+            )
+
+    def step(self, lr: float) -> None:
+        """Update the parameters from their gradients."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes back."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a saved state is of the same optimizers, over as many parameters."""
+        saved = [
+            [len(group["params"]) for group in part["param_groups"]] for part in state["parts"]
+        ]
+        own = [[len(group["params"]) for group in part.param_groups] for part in self._parts]
+        return saved == own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state, with this one's own rates, betas and decays: torch would
+        take the saved ones."""
+        for part, saved in zip(self._parts, state["parts"], strict=True):
+            settings = [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in part.param_groups
+            ]
+            part.load_state_dict(saved)
+            for group, own in zip(part.param_groups, settings, strict=True):
+                group.update(own)

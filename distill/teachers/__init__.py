@@ -1,0 +1,1 @@
+"""Who scores, and how scores travel."""

@@ -1,0 +1,51 @@
+"""A teacher's answer, looked at before anything is learned from it: a server or a device may say
+what no model says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.teachers.transport import CompactScores
+from tutelage.scheduler.episodes import Row
+
+SLACK = 1e-2
+"""By how much float16 and other kernels may make a probability exceed 1."""
+
+
+def unpack_answer(
+    teacher: str, rows: Sequence[Row], sent: Sequence[CompactScores], *, vocabulary: int
+) -> list[TeacherScores]:
+    """The rows' scores.
+
+    Raises:
+        RuntimeError: they are no scores of these rows; names teacher, row and cure.
+    """
+    if len(sent) != len(rows):
+        raise _refusal(teacher, f"it answered {len(sent)} rows of {len(rows)}")
+    found = []
+    for at, (row, one) in enumerate(zip(rows, sent, strict=True)):
+        where, wanted = f"row {at} of {len(rows)}", int(row.chosen_T.sum())
+        if len(one) != wanted:
+            raise _refusal(teacher, f"{where}: it scored {len(one)} of {wanted} tokens")
+        if one.vocabulary != vocabulary:
+            raise _refusal(
+                teacher, f"{where}: it knows {one.vocabulary} ids, the student {vocabulary}"
+            )
+        try:
+            scores = one.unpack()
+        except (ValueError, IndexError) as error:
+            raise _refusal(teacher, f"{where}: {error}") from error
+        mass_N = scores.logprobs_NK.exp().sum(-1)
+        if len(one) and max(mass_N.max().item(), scores.sampled_N.exp().max().item()) > 1 + SLACK:
+            raise _refusal(teacher, f"{where}: its probabilities sum to more than 1")
+        found.append(scores)
+    return found
+
+
+def _refusal(teacher: str, why: str) -> RuntimeError:
+    return RuntimeError(
+        f"teachers.{teacher}: {why}: nothing was learned from it, and what was learned before is"
+        " saved; load the teacher again (the same command goes on), or look at it with tutelage"
+        " doctor"
+    )

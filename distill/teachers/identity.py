@@ -1,0 +1,172 @@
+"""Which teacher this is: the hash of its files, and what it says of a few fixed rows.
+
+A teacher whose files changed between two sessions of a run teaches something else from there on. A
+teacher that lost its weights (woken badly on a device, loaded without its shards) raises no error
+either: its distribution is uniform, and the student learns noise. So every load and every wake ends
+with the same short exam, and every answer carries its result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.models.loading import resolve
+from tutelage.evaluation.files import first_line, write_json
+from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+
+FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")
+"""What makes a teacher, in its folder."""
+
+ROWS, TOKENS = 2, 33
+"""Of the exam: two rows of one given token and 32 scored ones."""
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats, in the mean over the exam's numbers, by which one teacher may differ from itself. Other
+kernels and devices move float32 by 1e-5 or so and bfloat16 by some 1e-2; other weights by whole
+nats."""
+
+UNIFORM = 1e-4
+"""A first load is refused when the exam's mean entropy is this share, or less, below ln V. Lost
+weights are zeros: their logits are all equal and the share is 0 (1e-7 in float32). A model never
+trained is not refused: logits of standard deviation s leave about s^2 / 2 nats, and an initial 0.02
+with 32 hidden units is 0.006, at 2,048 ids a share of 8e-4; larger models are further off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A teacher's files and its exam.
+
+    digest: of weights, configuration and dtype; of a server, its model's name: its weights are
+    known by the exam alone. logprobs, entropies: of the exam's tokens, in nats.
+    """
+
+    name: str
+    digest: str
+    dtype: str
+    logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
+
+    def distance(self, other: Identity) -> float:
+        """Mean difference of the exams' numbers, in nats; infinite where one is no number."""
+        pairs = [(self.logprobs, other.logprobs), (self.entropies, other.entropies)]
+        if any(len(mine) != len(theirs) for mine, theirs in pairs):
+            return math.inf
+        off = np.abs(np.concatenate([np.subtract(mine, theirs) for mine, theirs in pairs]))
+        found = float(off.mean())
+        return found if math.isfinite(found) else math.inf
+
+    def check_weights(self, vocabulary: int) -> None:
+        """Raises ConfigError for a distribution that is uniform."""
+        most = math.log(vocabulary)
+        entropy = float(np.mean(self.entropies))
+        if not entropy < (1 - UNIFORM) * most:
+            raise ConfigError(
+                f"teachers.{self.name}: it prefers no token to another (its entropy is"
+                f" {entropy:.4f} nats of at most ln V = {most:.4f}): its weights are lost; load"
+                " them again and compare their hash"
+            )
+
+    def check_same(self, reference: Identity) -> None:
+        """Raises RuntimeError when a teacher of the same files says something else than it did."""
+        if (off := self.distance(reference)) > TOLERANCE[self.dtype]:
+            raise RuntimeError(
+                f"teachers.{self.name}: its weights were lost or changed: on the exam's rows it is"
+                f" {off:.3g} nats from what it said when this run began (allowed:"
+                f" {TOLERANCE[self.dtype]}): load it again and run the same command;"
+                " where its hash is the same too, the device is at fault"
+            )
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Identity | None:
+        """What `write` wrote; None where there is no such file, or, with a warning, where it is
+        damaged: then the hash in the checkpoint has to do."""
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            data |= {
+                name: tuple(float(x) for x in data[name]) for name in ("logprobs", "entropies")
+            }
+            return cls(**data)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            warnings.warn(
+                f"{path} is damaged ({first_line(error)}): it is written anew; that the teacher is"
+                " the same, the hash in the checkpoint says alone",
+                stacklevel=2,
+            )
+            return None
+
+
+def digest_of(reference: str, *, dtype: str = "") -> str:
+    """SHA-256 of the names and bytes of a model's weight files and its configuration: of its
+    folder, or of a hub id's downloaded snapshot. Shards count, whatever they are called.
+
+    It reads the weights once: seconds for some gigabytes.
+
+    """
+    folder = Path(resolve(reference))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(reference, local_files_only=True))
+    total = hashlib.sha256(dtype.encode())
+    paths = sorted({path for kind in FILES for path in folder.glob(kind)})
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(
+                f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
+    return total.hexdigest()
+
+
+def student_digest(model: str | None, tokenizer: Any) -> str:
+    """SHA-256 of what makes a student beside its weights, which are in the checkpoints: its
+    config.json where it has one here, its vocabulary and its template.
+
+    model: a folder or hub id.
+    """
+    total = hashlib.sha256()
+    settings = None if model is None else Path(resolve(model)) / "config.json"
+    if settings is not None and settings.is_file():
+        total.update(settings.read_bytes())
+    words = sorted(tokenizer.get_vocab().items())
+    total.update(json.dumps([words, tokenizer.chat_template, tokenizer.eos_token_id]).encode())
+    return total.hexdigest()
+
+
+def digest_of_served(model: str) -> str:
+    """SHA-256 of the name under which a server serves; it may move to another url."""
+    return hashlib.sha256(f"server {model}".encode()).hexdigest()
+
+
+def exam_rows(vocabulary: int) -> list[Row]:
+    """Fixed rows of ids of the vocabulary, all but the first token chosen."""
+    rng = np.random.default_rng(20)
+    return [scored_row(rng.integers(vocabulary, size=TOKENS)) for _ in range(ROWS)]
+
+
+def scored_row(ids: npt.ArrayLike) -> Row:
+    """A row of these ids, all but the first chosen."""
+    ids_T = np.asarray(ids, dtype=np.int32)
+    turns_T = np.zeros_like(ids_T)
+    turns_T[0] = NOT_CHOSEN
+    return Row(
+        ids_T=ids_T,
+        turns_T=turns_T,
+        logprobs_T=np.full(len(ids_T), np.nan, dtype=np.float32),
+        branches_T=np.zeros_like(ids_T),
+    )

@@ -1,0 +1,116 @@
+"""Teachers score what the student said, in one batched forward; they never speak themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.models.architecture import context_of
+from tutelage.distill.models.batches import Batch, pack
+from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives.scores import CHUNK
+from tutelage.scheduler.episodes import Row
+
+
+class TransformersTeacher:
+    """A frozen transformers model, to the bit that it computes.
+
+    Args:
+        model: a causal LM.
+        vocabulary: ids that take probability; the embedding's padding beyond them does not.
+        max_tokens: tokens, padding included, in one forward.
+        name: in the configuration.
+    """
+
+    remote, retries = False, 0
+
+    def __init__(
+        self, model: Any, *, vocabulary: int, max_tokens: int = 32_768, name: str = "teacher"
+    ) -> None:
+        self._name, self._context = name, context_of(model.config)
+        self.model, self.vocabulary, self._max_tokens = model, vocabulary, max_tokens
+        self._device = model.device
+
+    @torch.no_grad()  # not inference_mode: its tensors could not meet the student's in a loss
+    def score(
+        self,
+        rows: Sequence[Row],
+        *,
+        k: int,
+        asked: Sequence[torch.Tensor] | None = None,
+        full: bool = False,
+    ) -> list[TeacherScores]:
+        """The scores of each row's chosen tokens, on the CPU, in the rows' order.
+
+        k: how many of its own ids a token. asked: for each row, ids [N, J] at which it is also
+        wanted. full: keep every log-probability, 4 V bytes a token.
+
+        Raises:
+            FloatingPointError: logits that are NaN or infinite; names the row and the token.
+            ConfigError: a row is longer than its context.
+        """
+        longest = max((int(row.positions_T().max()) + 1 for row in rows), default=0)
+        if longest > self._context:
+            raise ConfigError(
+                f"teachers.{self._name}: a row has {longest} tokens, and its context is"
+                f" {self._context} (max_position_embeddings): take a teacher with a longer one, or"
+                " shorten the episodes (rollout.max_turns, rollout.max_new_tokens, rollout.context)"
+            )
+        scores: dict[int, TeacherScores] = {}
+        head = self.model.get_output_embeddings()
+        size = max(1, CHUNK // self.vocabulary)
+        for batch in pack(rows, max_tokens=self._max_tokens, device=self.model.device):
+            hidden_ND = batch.hidden(self.model)
+            asked_NJ = None
+            if asked is not None:
+                asked_NJ = torch.cat([asked[i] for i in batch.members]).to(hidden_ND.device).long()
+            parts = []
+            for at in range(0, len(hidden_ND), size):
+                logits_NV = head(hidden_ND[at : at + size])[:, : self.vocabulary]
+                self._check(logits_NV, at, batch, rows)
+                part = TeacherScores.from_logits(
+                    logits_NV,
+                    batch.targets_N[at : at + size],
+                    k=k,
+                    keep_full=full,
+                    asked_ids_NJ=None if asked_NJ is None else asked_NJ[at : at + size],
+                )
+                parts.append(part.to("cpu"))  # lessons are data, not device memory
+            joined = TeacherScores.join(parts)
+            start = 0
+            for member in batch.members:
+                count = int(rows[member].chosen_T.sum())
+                scores[member] = joined.take(torch.arange(start, start + count))
+                start += count
+        return [scores[i] for i in range(len(rows))]
+
+    def _check(self, logits_NV: torch.Tensor, at: int, batch: Batch, rows: Sequence[Row]) -> None:
+        """Refuse logits that are no numbers. at: where in the batch the first stands."""
+        highest_N = logits_NV.amax(-1)  # of NaN among them, NaN; -inf alone rules an id out
+        if highest_N.isfinite().all():
+            return
+        n = at + int((~highest_N.isfinite()).nonzero()[0])
+        member, before = batch.locate(n)
+        place = int(np.flatnonzero(rows[member].chosen_T)[before])
+        raise FloatingPointError(
+            f"its logits are NaN or infinite at token {place} (id {rows[member].ids_T[place]}) of"
+            f" row {member} of {len(rows)}: check the teacher's weights: they are broken, or too"
+            f" large for {self.model.dtype}: fetch them again, or set its dtype to float32"
+        )
+
+    def sleep(self) -> None:
+        """Leave the device."""
+        self.model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Come back to it."""
+        self.model.to(self._device)
+
+    def close(self) -> None:
+        """Nothing is held."""
