@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.run import checkpoints
 from tutelage.distill.run.journal import Journal
-from tutelage.evaluation import files
-from tutelage.evaluation import run_folder
+from tutelage.evaluation import files, run_folder
 
 Make = Callable[..., Any]
 

@@ -21,8 +21,7 @@ from tutelage.distill.run.routing import Routing
 from tutelage.distill.run.training import Run, evaluate_model
 from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student.learner import Learner
-from tutelage.evaluation import files
-from tutelage.evaluation import run_folder
+from tutelage.evaluation import files, run_folder
 from tutelage.scheduler.placement import InProcess
 
 MAY_DIFFER = ("time/", "perf/", "memory/")

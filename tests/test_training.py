@@ -32,8 +32,7 @@ from tutelage.distill.student import build as student_building
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.teachers import build as teacher_building
 from tutelage.envs.pool import EnvironmentPool
-from tutelage.evaluation import files
-from tutelage.evaluation import run_folder
+from tutelage.evaluation import files, run_folder
 from tutelage.scheduler.episodes import Dropped, Row
 from tutelage.scheduler.placement import InProcess
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from tutelage.distill.models.loading import TINY, load_model, load_tokenizer
-from tutelage.evaluation import files
-from tutelage.evaluation import run_folder
+from tutelage.evaluation import files, run_folder
 
 
 def ship(run: Path, name: str) -> Path:
