@@ -87,6 +87,7 @@ def test_only_the_scheduler_imports_ray() -> None:
         ("tutelage.envs.household.generated", "gymnasium", "torch ray textworld alfworld"),
         ("tutelage.envs.math.env", "gymnasium", "torch ray datasets sympy"),
         ("tutelage.scheduler.cluster", "tutelage.scheduler.rollouts", "torch ray transformers"),
+        ("tutelage.distill.config.loading", "pydantic", "transformers ray httpcore2"),
     ],
 )
 def test_modules_load_no_more_than_they_say(module: str, loaded: str, left_out: str) -> None:

@@ -14,7 +14,7 @@ from tutelage.distill.doctor.examination import examine
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models.loading import load_model
 from tutelage.distill.plan.plan import make_plan
-from tutelage.distill.teachers import http_client as server_client
+from tutelage.distill.teachers import http_client
 
 Diagnose = Callable[..., dict[str, Finding]]
 
@@ -22,7 +22,7 @@ Diagnose = Callable[..., dict[str, Finding]]
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """It serves the arithmetic teacher."""
-    monkeypatch.setattr(server_client, "PAUSE", 0.01)
+    monkeypatch.setattr(http_client, "PAUSE", 0.01)
     made = StandIn(load_model("builtin:arithmetic", dtype="float32", device="cpu"), name="sums")
     yield made
     made.close()

@@ -4,7 +4,6 @@ the teacher, the address, what happened and the cure, and nothing that they say 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -27,8 +26,8 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
-from tutelage.distill.teachers import http_client as server_client
-from tutelage.distill.teachers.http_client import Refused, ServerError
+from tutelage.distill.teachers import http_client
+from tutelage.distill.teachers.http_client import ClientError, ServerError
 from tutelage.distill.teachers.identity import scored_row
 from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
 from tutelage.scheduler.episodes import Row
@@ -39,8 +38,8 @@ VOCABULARY, K = 101, 4
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_client, "PAUSE", 0.01)
-    monkeypatch.setattr(server_client, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(http_client, "PAUSE", 0.01)
+    monkeypatch.setattr(http_client, "LONGEST_PAUSE", 0.02)
     monkeypatch.setenv("HOSTILE_KEY", KEY)
 
 
@@ -53,11 +52,11 @@ def sound(make_model: Callable[..., Any]) -> Iterator[Callable[[Any], Any]]:
 
 
 @pytest.fixture
-def serve(sound: Callable[[Any], Any]) -> Iterator[Callable[[Act], HostileServer]]:
+def serve(sound: Callable[[Any], Any]) -> Iterator[Callable[..., HostileServer]]:
     servers = []
 
-    def serve(act: Act) -> HostileServer:
-        servers.append(HostileServer(act, sound))
+    def serve(act: Act, **options: Any) -> HostileServer:
+        servers.append(HostileServer(act, sound, **options))
         return servers[-1]
 
     yield serve
@@ -65,7 +64,7 @@ def serve(sound: Callable[[Any], Any]) -> Iterator[Callable[[Act], HostileServer
         server.close()
 
 
-Serve = Callable[[Act], HostileServer]
+Serve = Callable[..., HostileServer]
 
 
 def _row() -> Row:
@@ -145,6 +144,24 @@ def test_what_would_be_the_same_again_is_not_asked_again(serve: Serve, kind: str
     assert server.asked == 1
 
 
+@pytest.mark.parametrize("where", ["{}", "HTTP/1.1 200 OK\r\n{}", "HTTP/1.1 200 OK\r\nX '{}"])
+def test_a_key_in_what_is_no_http_is_hidden(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """h11 quotes such a line as Python would, so that some keys look otherwise."""
+    monkeypatch.setenv("HOSTILE_KEY", r"""k'7x"q2\w9z""")
+    server = serve(lambda caller: caller.send(f"{where.format(caller.key)}\r\n\r\n".encode()))
+    text = _said(server.url, timeout=20.0)
+    assert "[hidden]" in text and "7x" not in text and "q2" not in text and "w9z" not in text
+
+
+def test_no_log_holds_what_a_server_says(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    server = serve(lambda caller: caller.reply(caller.sound, X_Key=caller.key))
+    assert _teacher(server.url, timeout=20.0).score([_row()], k=K)
+    assert KEY not in caplog.text
+
+
 def test_a_redirect_takes_no_key_anywhere(serve: Serve) -> None:
     there = serve(SOUND["plain"])
     here = serve(lambda c: c.reply(b"", status="307 Moved", Location=f"{there.url}/v1/completions"))
@@ -155,12 +172,12 @@ def test_a_redirect_takes_no_key_anywhere(serve: Serve) -> None:
 def test_a_server_that_asks_for_time_gets_it_up_to_a_bound(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_client, "LONGEST_PAUSE", 30.0)
+    monkeypatch.setattr(http_client, "LONGEST_PAUSE", 30.0)
     waits: list[float] = []
     for asked in ("7", "99999", "soon", "-3"):
         server = serve(partial(Caller.reply, body=b"", status="429 No", Retry_After=asked))
         teacher = _teacher(server.url)
-        monkeypatch.setattr(teacher._client._lines.stopping, "wait", waits.append)
+        monkeypatch.setattr(teacher._client._connections.cancelled, "wait", waits.append)
         with pytest.raises(ServerError, match="HTTP 429"):
             teacher.score([_row()], k=K)
     assert waits == [7.0, 30.0, 0.01, 0.01]
@@ -195,12 +212,12 @@ class TestAddresses:
 
         def refused() -> None:
             assert asking.wait(10)
-            raise Refused(400, "no")
+            raise ClientError(400, "no")
 
         monkeypatch.setattr(socket, "getaddrinfo", silent)
         client = _teacher("http://host:8000", timeout=60.0, concurrency=2)._client
-        with pytest.raises(Refused):
-            client.together([refused, lambda: client.ask("/x", {}, read=lambda _: None)])
+        with pytest.raises(ClientError):
+            client.map_concurrently([refused, lambda: client.ask("/x", {}, read=lambda _: None)])
         assert not answered.is_set()
         released.set()
 
@@ -214,14 +231,16 @@ class TestAddresses:
             client = _teacher(f"http://127.0.0.1:{address[1]}", timeout=60.0)._client
 
             def refused() -> None:
-                while not client._lines._open:
+                while not client._connections._open:
                     time.sleep(0.01)
                 time.sleep(0.2)  # until it connects
-                raise Refused(400, "no")
+                raise ClientError(400, "no")
 
             begun = time.monotonic()
-            with pytest.raises(Refused):
-                client.together([refused, lambda: client.ask("/x", {}, read=lambda _: None)])
+            with pytest.raises(ClientError):
+                client.map_concurrently(
+                    [refused, lambda: client.ask("/x", {}, read=lambda _: None)]
+                )
             assert time.monotonic() - begun < 30
             for one in waiting:
                 one.close()
@@ -247,31 +266,66 @@ class TestAddresses:
         url = serve(Caller.wait).url.replace("http:", "https:")
         assert "there was no TLS handshake after 0.3 s" in _said(url)
 
-    @pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
-    def test_a_certificate_that_nobody_signed(self, tmp_path: Path) -> None:
-        """It would be no better a second time."""
-        key, certificate = tmp_path / "key", tmp_path / "certificate"
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
+class TestUnderTls:
+    @pytest.fixture
+    def certificate(self, tmp_path: Path) -> tuple[Path, Path]:
+        """Signed by itself, for 127.0.0.1; and its key."""
+        certificate, key = tmp_path / "certificate", tmp_path / "key"
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=here"]
+        names = ["-addext", "subjectAltName=IP:127.0.0.1"]
         files = ["-keyout", str(key), "-out", str(certificate)]
-        subprocess.run([*command, *files], check=True, capture_output=True)
+        subprocess.run([*command, *names, *files], check=True, capture_output=True)
+        return certificate, key
+
+    @pytest.fixture
+    def encrypted(self, serve: Serve, certificate: tuple[Path, Path]) -> Serve:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        asked = []
-        with socket.create_server(("127.0.0.1", 0)) as plain:
+        context.load_cert_chain(*certificate)
+        return partial(serve, tls=context)
 
-            def accept() -> None:
-                with contextlib.suppress(OSError):  # it is closed
-                    while True:
-                        line, _ = plain.accept()
-                        asked.append(line)
-                        with contextlib.suppress(ssl.SSLError):
-                            context.wrap_socket(line, server_side=True)
+    @pytest.fixture
+    def trusted(self, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
 
-            threading.Thread(target=accept, daemon=True).start()
-            url = f"https://127.0.0.1:{plain.getsockname()[1]}"
-            text = _said(url, timeout=5.0, attempts=4)
+    @pytest.mark.usefixtures("trusted")
+    def test_an_answer_is_taken(self, serve: Serve, encrypted: Serve) -> None:
+        exact = _teacher(serve(SOUND["plain"]).url, timeout=5.0).score([_row()], k=K)[0]
+        found = _teacher(encrypted(SOUND["in chunks"]).url, timeout=5.0).score([_row()], k=K)[0]
+        assert (found.ids_NK == exact.ids_NK).all() and (found.sampled_N == exact.sampled_N).all()
+
+    @pytest.mark.usefixtures("trusted")
+    @pytest.mark.parametrize("kind", ["says nothing", "drips headers", "drips the body"])
+    def test_the_deadline_is_of_the_whole_answer(self, encrypted: Serve, kind: str) -> None:
+        begun = time.monotonic()
+        assert re.search(TRANSPORT[kind][1], _said(encrypted(TRANSPORT[kind][0]).url))
+        assert time.monotonic() - begun < 4
+
+    @pytest.mark.usefixtures("trusted")
+    def test_whoever_cancels_does_not_wait_for_an_answer(self, encrypted: Serve) -> None:
+        waiting = threading.Event()
+
+        def silent(caller: Caller) -> None:
+            waiting.set()
+            caller.wait()
+
+        def refused() -> None:
+            assert waiting.wait(10)
+            raise ClientError(400, "no")
+
+        client = _teacher(encrypted(silent).url, timeout=60.0, concurrency=2)._client
+        begun = time.monotonic()
+        with pytest.raises(ClientError):
+            client.map_concurrently([refused, lambda: client.ask("/x", {}, read=lambda _: None)])
+        assert time.monotonic() - begun < 7
+
+    def test_a_certificate_that_nobody_signed(self, encrypted: Serve) -> None:
+        """It would be no better a second time."""
+        server = encrypted(SOUND["plain"])
+        text = _said(server.url, timeout=5.0, attempts=4)
         assert "certificate is not to be trusted" in text and "SSL_CERT_FILE" in text
-        assert len(asked) == 1
+        assert server.asked == 1
 
 
 def _config(url: str, model: str = "m") -> RunConfig:
@@ -361,7 +415,7 @@ def test_a_random_change_gives_scores_or_a_refusal_and_nothing_else(
         try:
             candidates = read_candidates(_mutated(body, rng), tokens=len(row.ids_T), model="m")
             scores = candidates.scores(row, k=K, vocabulary=VOCABULARY)
-        except ValueError:  # Garbage, BadCandidates and ids outside are some
+        except ValueError:  # InvalidResponse, BadCandidates and ids outside are some
             continue
         taken += 1
         assert scores.ids_NK.shape == (int(row.chosen_T.sum()), K)

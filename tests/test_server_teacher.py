@@ -26,8 +26,8 @@ from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.run.training import Run
 from tutelage.distill.run.watcher import Watcher
-from tutelage.distill.teachers import http_client as server_client
-from tutelage.distill.teachers.http_client import Garbage, Refused, ServerError
+from tutelage.distill.teachers import http_client
+from tutelage.distill.teachers.http_client import ClientError, InvalidResponse, ServerError
 from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
 from tutelage.distill.teachers.service import TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -39,7 +39,7 @@ Serve = Callable[..., StandIn]
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_client, "PAUSE", 0.01)
+    monkeypatch.setattr(http_client, "PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ FAULTS = {
     "error": r"HTTP 500: the engine core is dead: see the server's own log",
     "hang": r"there was no answer after 0\.4 s: raise teachers\.one\.timeout or lower",
     "slow": r"not whole after 0\.4 s: raise teachers\.one\.timeout",
-    "cut": r"IncompleteRead.*: is it running there\? Start it, or correct teachers\.one\.url",
+    "cut": r"message body .*: is it running there\? Start it, or correct teachers\.one\.url",
     "no json": r"is no completion with prompt_logprobs .*: see the server's own log",
     "nan": r"token 3 has a log-probability of nan",
     "null": r"a log-probability that is no number",
@@ -237,21 +237,21 @@ class TestFaults:
         server = serve()
         server.faults = ["hang"]
         client = _teacher(server, timeout=30.0, concurrency=2)._client
-        hold, connecting = client._lines.hold, threading.Event()
+        hold, connecting = client._connections.hold, threading.Event()
 
         def late(line: socket.socket) -> None:
             connecting.set()
-            assert client._lines.stopping.wait(5)
+            assert client._connections.cancelled.wait(5)
             hold(line)
 
         def refused() -> None:
             assert connecting.wait(5)
-            raise Refused(400, "no")
+            raise ClientError(400, "no")
 
-        monkeypatch.setattr(client._lines, "hold", late)
+        monkeypatch.setattr(client._connections, "hold", late)
         begun = time.monotonic()
-        with pytest.raises(Refused):
-            client.together(
+        with pytest.raises(ClientError):
+            client.map_concurrently(
                 [refused, lambda: client.ask("/v1/completions", {}, read=lambda _: None)]
             )
         assert time.monotonic() - begun < 5
@@ -269,7 +269,7 @@ class TestFaults:
             time.sleep(0.2)  # until half of the answer is there
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(server_client, "wait", interrupted)
+        monkeypatch.setattr(http_client, "wait", interrupted)
         before, begun = threading.active_count(), time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             _teacher(server, timeout=30.0, concurrency=4).score(rows, k=4)
@@ -552,5 +552,5 @@ class TestBeforeAnythingLoads:
 
 def test_garbage_is_not_taken_for_an_answer() -> None:
     for body in (b"", b"null", b"[]", b'{"choices": 3}', b'{"choices": [{"prompt_logprobs": 1}]}'):
-        with pytest.raises(Garbage):
+        with pytest.raises(InvalidResponse):
             read_candidates(body, tokens=2)

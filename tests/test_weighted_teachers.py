@@ -17,7 +17,7 @@ from tutelage.distill.doctor.examination import examine
 from tutelage.distill.models.loading import load_model
 from tutelage.distill.plan.plan import make_plan
 from tutelage.distill.run.training import Run, evaluate_model
-from tutelage.distill.teachers import http_client as server_client
+from tutelage.distill.teachers import http_client
 
 HERE = {"model": "builtin:arithmetic", "device": "cpu", "dtype": "float32"}
 ENGINES = [("here", "here"), ("server", "server"), ("server", "here"), ("here", "server")]
@@ -26,7 +26,7 @@ ENGINES = [("here", "here"), ("server", "server"), ("server", "here"), ("here", 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """It serves the arithmetic teacher."""
-    monkeypatch.setattr(server_client, "PAUSE", 0.01)
+    monkeypatch.setattr(http_client, "PAUSE", 0.01)
     made = StandIn(load_model("builtin:arithmetic", dtype="float32", device="cpu"), name="sums")
     yield made
     made.close()

@@ -1,5 +1,5 @@
-"""HTTP with an OpenAI-compatible server: every wait has a deadline, every failure is tried again a
-few times, and what is left is an error that names the server and the cure.
+"""Questions to an OpenAI-compatible server: every wait has a deadline, every failure is tried again
+a few times, and what is left is an error that names the server and the cure.
 
 Each request has a connection of its own: beside the scoring of a row it costs nothing, and none is
 ever stale.
@@ -7,7 +7,6 @@ ever stale.
 
 from __future__ import annotations
 
-import http.client
 import json
 import ssl
 import sys
@@ -16,20 +15,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from tutelage.distill.config.credentials import hidden
-from tutelage.distill.teachers.deadline_http import Lines, Reply, TooLong, exchange
+from tutelage.distill.teachers.exchange import AnswerTooLong, Connections, Reply, exchange
 
 T = TypeVar("T")
 
 PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the second attempt, doubled before each further one, up to the longest."""
 
-TRY_AGAIN = (408, 425, 429)
-"""And everything from 500 on: the server's trouble of the moment."""
+TRANSIENT = (408, 425, 429)
+"""Statuses of which another attempt may be rid; all from 500 on, too."""
 
-NEVER = (501, 505)
-"""But for what it was not made for."""
+PERMANENT = (501, 505)
+"""But these: the server was not made for the request."""
 
 SHOWN = 400
 """Characters of a server's own words in a message."""
@@ -41,24 +41,24 @@ class ServerError(RuntimeError):
     """The server did not answer, whatever was tried."""
 
 
-class Garbage(ValueError):
-    """What was sent is no answer to the question."""
+class InvalidResponse(ValueError):
+    """What the server sent does not answer the question."""
 
 
-class Refused(Exception):
-    """The server understood, and said no: it would again. status: HTTP's. text: the server's."""
+class ClientError(Exception):
+    """The server refuses the request, and would again. status: HTTP's. text: the server's."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"HTTP {status}: {text}")
         self.status, self.text = status, text
 
 
-class _Trouble(Exception):
-    """An answer that says that there is none now. wait: seconds that the server asks for."""
+class _TransientError(Exception):
+    """The server says that it cannot answer now. retry_after: seconds that it asks for."""
 
-    def __init__(self, text: str, wait: float) -> None:
+    def __init__(self, text: str, retry_after: float) -> None:
         super().__init__(text)
-        self.wait = wait
+        self.retry_after = retry_after
 
 
 class ServerClient:
@@ -68,7 +68,7 @@ class ServerClient:
         subject: whose it is, such as `teachers.NAME`. url: with or without a last `/v1`.
         key: for the Authorization header, or None.
         timeout: seconds of one answer, from the name server's to the last byte.
-        attempts: at one answer. concurrency: requests in flight (`together`).
+        attempts: at one answer. concurrency: requests in flight (`map_concurrently`).
         max_answer_mib: of one answer.
     """
 
@@ -86,11 +86,16 @@ class ServerClient:
         self.subject, self.url = subject, url.rstrip("/").removesuffix("/v1")
         self._timeout, self._attempts, self._concurrency = timeout, attempts, concurrency
         self._max_answer_mib = max_answer_mib
-        self._headers = {"Content-Type": "application/json", "Connection": "close"}
+        self._headers: dict[bytes | str, bytes | str] = {
+            "Host": urlsplit(self.url).netloc,
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+            "Connection": "close",
+        }
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self._tls = ssl.create_default_context() if url.startswith("https:") else None
-        self._lines = Lines()
+        self._connections = Connections()
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one answer is unpacked at a time: it may take 100 MB
         self.retries = 0
@@ -100,25 +105,35 @@ class ServerClient:
         """What `read` makes of the answer. body: posted as JSON; None: GET.
 
         Raises:
-            ServerError: no answer, or one of which `read` made Garbage, at the last attempt too.
-            Refused: a 4xx.
+            ServerError: no answer, or for `read` an InvalidResponse, at the last attempt too.
+            ClientError: a 4xx.
         """
         data = None if body is None else json.dumps(body).encode()
         begun, pause = time.monotonic(), 0.0
+        fault: Exception
         for attempt in range(self._attempts):
             if attempt:
                 with self._lock:
                     self.retries += 1
-                self._lines.stopping.wait(max(_pause(attempt), pause))
-            if self._lines.stopping.is_set():
+                self._connections.cancelled.wait(max(_pause(attempt), pause))
+            if self._connections.cancelled.is_set():
                 raise ServerError(f"{self.subject}: {self.url}: another request failed")
             try:
-                answer = self._exchange(path, data)
+                reply = exchange(
+                    self.url + path,
+                    data,
+                    self._headers,
+                    timeout=self._timeout,
+                    max_bytes=int(self._max_answer_mib * MIB),
+                    connections=self._connections,
+                    tls=self._tls,
+                )
+                body = _accepted(reply)
                 with self._reading:
-                    found = read(answer)
+                    found = read(body)
                 self._waiting = False
                 return found
-            except TooLong:
+            except AnswerTooLong:
                 raise self._too_long(path) from None
             except ssl.SSLCertVerificationError as error:  # it would be the same again
                 raise ServerError(
@@ -126,18 +141,19 @@ class ServerClient:
                     f" ({_described(error)}): correct {self.subject}.url, or set SSL_CERT_FILE to"
                     " your own authority's"
                 ) from None
-            except (OSError, http.client.HTTPException, Garbage, _Trouble) as error:
-                fault: Exception = error
-                pause = min(error.wait, LONGEST_PAUSE) if isinstance(error, _Trouble) else 0.0
-                if attempt + 1 < self._attempts:
-                    self._say_so(path, fault)
+            except _TransientError as error:
+                fault, pause = error, min(error.retry_after, LONGEST_PAUSE)
+            except (OSError, InvalidResponse) as error:
+                fault, pause = error, 0.0
+            if attempt + 1 < self._attempts:
+                self._say_so(path, fault)
         seconds = time.monotonic() - begun
         raise ServerError(
             f"{self.subject}: {self.url}{path} gave no answer in {self._attempts} attempts and"
             f" {seconds:.0f} s, at last: {_described(fault)}: {self._cure(fault)}"
         ) from None  # the fault may hold what the server said at length
 
-    def together(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    def map_concurrently(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The jobs' results, in order; so many at a time as the server is asked at once. The first
         one that fails ends all."""
         with ThreadPoolExecutor(self._concurrency) as pool:
@@ -148,24 +164,11 @@ class ServerClient:
                 return [future.result() for future in futures]
             except BaseException:  # Ctrl-C too: no thread may be left waiting for a server
                 pool.shutdown(wait=False, cancel_futures=True)
-                self._lines.hang_up()
+                self._connections.cancel()
                 raise
             finally:
                 pool.shutdown()
-                self._lines.stopping.clear()
-
-    def _exchange(self, path: str, data: bytes | None) -> bytearray:
-        """One request and its whole answer."""
-        reply = exchange(
-            self.url + path,
-            data,
-            self._headers,
-            timeout=self._timeout,
-            most=int(self._max_answer_mib * MIB),
-            lines=self._lines,
-            tls=self._tls,
-        )
-        return _accepted(reply)
+                self._connections.cancelled.clear()
 
     def _too_long(self, path: str) -> ServerError:
         key = f"{self.subject}.max_answer_mib"
@@ -193,7 +196,7 @@ class ServerClient:
         again = "; the same command goes on from what is saved"
         if isinstance(fault, TimeoutError):
             return f"raise {self.subject}.timeout or lower its concurrency" + again
-        if isinstance(fault, Garbage | _Trouble):
+        if isinstance(fault, InvalidResponse | _TransientError):
             return "see the server's own log" + again
         return f"is it running there? Start it, or correct {self.subject}.url" + again
 
@@ -204,11 +207,11 @@ def _pause(attempt: int) -> float:
 
 
 def read_json(body: bytearray) -> Any:
-    """Raises Garbage for what is no JSON."""
+    """Raises InvalidResponse for what is no JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Garbage(f"its answer is no JSON ({_described(error)})") from None
+        raise InvalidResponse(f"its answer is no JSON ({_described(error)})") from None
 
 
 def _accepted(reply: Reply) -> bytearray:
@@ -218,10 +221,12 @@ def _accepted(reply: Reply) -> bytearray:
     text = _message(reply.body)
     if 300 <= status < 400:
         there = hidden(reply.location)[:SHOWN] or "nowhere"
-        raise Refused(status, f"it redirects to {there}, where no key is sent: url must name it")
-    if status not in NEVER and (status < 200 or status >= 500 or status in TRY_AGAIN):
-        raise _Trouble(f"HTTP {status}: {text}", reply.wait)
-    raise Refused(status, text)
+        raise ClientError(
+            status, f"it redirects to {there}, where no key is sent: url must name it"
+        )
+    if status not in PERMANENT and (status < 200 or status >= 500 or status in TRANSIENT):
+        raise _TransientError(f"HTTP {status}: {text}", reply.retry_after)
+    raise ClientError(status, text)
 
 
 def _message(body: bytearray) -> str:

@@ -35,7 +35,12 @@ from tutelage.distill.teachers.candidates import (
     check_linear,
     read_length,
 )
-from tutelage.distill.teachers.http_client import Garbage, Refused, ServerClient, read_json
+from tutelage.distill.teachers.http_client import (
+    ClientError,
+    InvalidResponse,
+    ServerClient,
+    read_json,
+)
 from tutelage.distill.teachers.identity import scored_row
 from tutelage.scheduler.episodes import Row
 
@@ -100,7 +105,7 @@ class ServerTeacher:
                 f" set teachers.{self.name}.engine to transformers"
             )
         check_linear(f"teachers.{self.name}", rows)
-        return self._client.together([partial(self._score, row, k) for row in rows])
+        return self._client.map_concurrently([partial(self._score, row, k) for row in rows])
 
     def sleep(self) -> None:
         """Its device is the server's."""
@@ -138,11 +143,11 @@ class ServerTeacher:
                 candidates = read_candidates(answer, tokens=end, model=self._model)
                 return candidates.scores(row, k=k, vocabulary=self.vocabulary)
             except BadCandidates as error:
-                raise Garbage(str(error)) from None
+                raise InvalidResponse(str(error)) from None
 
         try:
             return self._client.ask("/v1/completions", body, read=read)
-        except Refused as refused:
+        except ClientError as refused:
             raise self._mistake(refused, tokens=end, k=k) from None
         except ValueError as error:  # TeacherScores names the id, not whose it is
             raise ConfigError(
@@ -150,7 +155,7 @@ class ServerTeacher:
                 " student's tokenizer, served without padding rows"
             ) from None
 
-    def _mistake(self, refused: Refused, *, tokens: int, k: int) -> ConfigError:
+    def _mistake(self, refused: ClientError, *, tokens: int, k: int) -> ConfigError:
         """What the user must change, by what the server said no to."""
         where, text = f"teachers.{self.name}: {self._client.url}", refused.text
         if "max allowed" in text or "max_logprobs" in text:
@@ -184,7 +189,7 @@ class ServerTeacher:
         try:
             found = self._client.ask("/v1/models", read=read_json)
             served = [hidden(str(model["id"])[:99]) for model in found["data"]]
-        except Refused as refused:
+        except ClientError as refused:
             if refused.status in (401, 403):
                 raise self._mistake(refused, tokens=0, k=0) from None
             raise ConfigError(
@@ -209,7 +214,7 @@ class ServerTeacher:
         body = {"model": self._model, "tokens": [*probe]}
         try:
             theirs = str(self._client.ask("/detokenize", body, read=read_json)["prompt"])
-        except (Refused, KeyError, TypeError):
+        except (ClientError, KeyError, TypeError):
             return  # vLLM's own: other servers have none, and then the exam has to do
         theirs, ours = ("".join(text.split()) for text in (theirs, str(tokenizer.decode(probe))))
         if theirs != ours:
@@ -245,18 +250,18 @@ def read_candidates(
     it says so.
 
     Raises:
-        Garbage: no JSON, not of so many tokens, or another model's.
+        InvalidResponse: no JSON, not of so many tokens, or another model's.
     """
     try:
         found = json.loads(answer, object_pairs_hook=_packed)
         if said := found.get("error"):
-            raise Garbage(f"it answers with an error: {said!r}")
+            raise InvalidResponse(f"it answers with an error: {said!r}")
         if found.get("model", model) not in (model, None):
-            raise Garbage(f"its answer is of model {found['model']!r}, not {model!r}")
+            raise InvalidResponse(f"its answer is of model {found['model']!r}, not {model!r}")
         (choice,) = found["choices"]
         parts = choice.get("prompt_logprobs")
         if parts is None:
-            raise Garbage("its answer has no prompt_logprobs: is it vLLM's server?")
+            raise InvalidResponse("its answer has no prompt_logprobs: is it vLLM's server?")
         if not all(not part or isinstance(part, tuple) for part in parts):
             raise TypeError("not every token has candidates by id")
         ids, logprobs = zip(*[part or _NOTHING for part in parts], strict=True)
@@ -270,13 +275,13 @@ def read_candidates(
         OverflowError,
         RecursionError,
     ) as error:
-        if isinstance(error, Garbage):
+        if isinstance(error, InvalidResponse):
             raise
-        raise Garbage(
+        raise InvalidResponse(
             f"its answer is no completion with prompt_logprobs ({type(error).__name__}: {error})"
         ) from None
     if len(ids) != tokens:
-        raise Garbage(f"it answers with {len(ids)} positions for {tokens} tokens")
+        raise InvalidResponse(f"it answers with {len(ids)} positions for {tokens} tokens")
     return Candidates(
         ids_C=ids_C,
         logprobs_C=np.where(logprobs_C == LEAST, -np.inf, logprobs_C).astype(np.float32),

@@ -27,7 +27,7 @@ from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.models.loading import load_model, load_tokenizer, resolve
 from tutelage.distill.run.training import Run
 from tutelage.distill.run.watcher import Watcher
-from tutelage.distill.teachers import http_client as server_client
+from tutelage.distill.teachers import http_client
 from tutelage.distill.teachers.server import ServerTeacher
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
@@ -195,7 +195,7 @@ def test_a_run_outlives_its_servers_death(
 ) -> None:
     """SIGKILL with the second step's rows in flight, and a new start: the run waits, and ends as if
     nothing had happened."""
-    monkeypatch.setattr(server_client, "LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(http_client, "LONGEST_PAUSE", 2.0)
     rows_sent: list[int] = []
 
     class Killer(Watcher):
