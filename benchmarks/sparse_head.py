@@ -24,7 +24,7 @@ import torch
 from tutelage.distill.objectives import (
     DenseStudent,
     SparseStudent,
-    Student,
+    StudentView,
     TeacherScores,
     build,
 )
@@ -115,7 +115,7 @@ def _measure(arguments: argparse.Namespace, case: str, way: str, path: str) -> N
     for _ in range(arguments.repeat):
         hidden_ND.grad = head.weight.grad = None
         begun = time.perf_counter()
-        student: Student = (
+        student: StudentView = (
             DenseStudent(head(hidden_ND))
             if way == "dense"
             else SparseStudent(hidden_ND, head, vocabulary=vocabulary)

@@ -13,7 +13,7 @@ from tests.rounding import rounding
 from tutelage.distill.objectives import (
     DenseStudent,
     SparseStudent,
-    Student,
+    StudentView,
     TeacherScores,
     Tokens,
     build,
@@ -66,7 +66,7 @@ def _sparse(hidden_ND: torch.Tensor, layer: torch.nn.Linear) -> SparseStudent:
     return SparseStudent(hidden_ND, layer, vocabulary=V)
 
 
-Make = Callable[[torch.Tensor, torch.nn.Linear], Student]
+Make = Callable[[torch.Tensor, torch.nn.Linear], StudentView]
 
 
 def _gradients(loss: torch.Tensor, layer: torch.nn.Linear) -> list[torch.Tensor]:
@@ -276,7 +276,7 @@ class TestMemory:
         )
         old_N = torch.full((self.N,), -8.0)  # about log 1/V: no ratio is clipped away
         with _Largest() as forward:
-            student: Student = (
+            student: StudentView = (
                 DenseStudent(layer(hidden_ND))
                 if dense
                 else SparseStudent(hidden_ND, layer, vocabulary=self.V)

@@ -35,7 +35,7 @@ from tutelage.distill.objectives.reward_clipped import RewardClipped
 from tutelage.distill.objectives.sampled_token import SampledToken
 from tutelage.distill.objectives.scores import TeacherScores
 from tutelage.distill.objectives.sparse import SparseStudent
-from tutelage.distill.objectives.students import DenseStudent, Student
+from tutelage.distill.objectives.students import DenseStudent, StudentView
 from tutelage.distill.objectives.tokens import Case, Loss, Tokens
 from tutelage.distill.objectives.trust_region import TrustRegion
 from tutelage.envs.names import unknown
@@ -44,7 +44,7 @@ __all__ = [
     "DenseStudent",
     "Objective",
     "SparseStudent",
-    "Student",
+    "StudentView",
     "TeacherScores",
     "Tokens",
     "build",
@@ -145,7 +145,7 @@ class Objective:
 
     def __call__(
         self,
-        student: Student,
+        student: StudentView,
         scores: TeacherScores | None,
         sampled_ids_N: torch.Tensor,
         behaviour_logprobs_N: torch.Tensor,

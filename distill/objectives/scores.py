@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tutelage.distill.objectives.students import Student
+from tutelage.distill.objectives.students import StudentView
 
 CHUNK = 1 << 25
 """Elements of a [tokens, vocabulary] block that exist at once: 128 MB in float32."""
@@ -109,7 +109,7 @@ class TeacherScores:
             )
         return self.entropy_N
 
-    def at_student(self, student: Student, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def at_student(self, student: StudentView, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(the student's own K most probable ids, the teacher's log-probabilities there) [N, K].
 
         Raises:

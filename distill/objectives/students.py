@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 
-class Student(Protocol):
+class StudentView(Protocol):
     """N positions of a student. Float32 (or float64), differentiable unless said."""
 
     vocabulary: int

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tutelage.distill.objectives.scores import TeacherScores
-from tutelage.distill.objectives.students import Student
+from tutelage.distill.objectives.students import StudentView
 from tutelage.envs.names import unknown
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -60,7 +60,7 @@ class Tokens:
 class Case:
     """All that a loss may use. `behaviour_N` is NaN where the student did not sample the token."""
 
-    student: Student
+    student: StudentView
     scores: TeacherScores | None
     ids_N: torch.Tensor
     behaviour_N: torch.Tensor

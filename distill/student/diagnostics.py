@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tutelage.distill.objectives import Student, TeacherScores
+from tutelage.distill.objectives import StudentView, TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 
 BUCKETS = (0, 4, 16, 64, 256, 1024, 2048, 4096, 8192)
@@ -91,7 +91,7 @@ def add_by_place(
 
 
 def drift(
-    student: Student, ids_N: torch.Tensor, behaviour_N: torch.Tensor
+    student: StudentView, ids_N: torch.Tensor, behaviour_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """gap/engine: |log pi(y) - log pi_old(y)| of sampled tokens (NaN behaviour: meaningless). On
     policy, how far rollout engine and learner are apart."""
@@ -99,7 +99,7 @@ def drift(
 
 
 def examined(
-    student: Student, scores: TeacherScores | None, ids_N: torch.Tensor
+    student: StudentView, scores: TeacherScores | None, ids_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """What takes the student's whole distribution.
 

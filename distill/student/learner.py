@@ -19,7 +19,7 @@ from tutelage.distill.objectives import (
     DenseStudent,
     Objective,
     SparseStudent,
-    Student,
+    StudentView,
     TeacherScores,
     Tokens,
 )
@@ -123,7 +123,7 @@ class Learner:
             for task, meter in meters.items()
         }
 
-    def student(self, hidden_ND: torch.Tensor) -> Student:
+    def student(self, hidden_ND: torch.Tensor) -> StudentView:
         """The student at the positions of `hidden_ND`, for an objective."""
         head = self.model.get_output_embeddings()
         if self._dense:
@@ -328,7 +328,7 @@ class Learner:
         if objective.needs_teacher:
             scores = joined_scores([x for x, _ in members]).to(device)
 
-        def forward() -> tuple[torch.Tensor, Student, torch.Tensor, dict[str, torch.Tensor]]:
+        def forward() -> tuple[torch.Tensor, StudentView, torch.Tensor, dict[str, torch.Tensor]]:
             student = self.student(batch.hidden(self.model))
             loss_N, metrics = objective(
                 student, scores, batch.targets_N, batch.behaviour_N, tokens=tokens
@@ -355,7 +355,7 @@ class Learner:
     def _diagnose(
         meter: Meter,
         batch: Batch,
-        student: Student,
+        student: StudentView,
         scores: TeacherScores | None,
         weights_N: torch.Tensor,
         *,
@@ -386,7 +386,7 @@ class Learner:
 
 @torch.no_grad()
 def _named(
-    batch: Batch, student: Student, scores: TeacherScores | None, loss_N: torch.Tensor
+    batch: Batch, student: StudentView, scores: TeacherScores | None, loss_N: torch.Tensor
 ) -> str:
     """The first token whose loss is no number, and whose numbers are none either."""
     bad_N = ~loss_N.isfinite()
