@@ -152,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", type=int, nargs="+", help="of the toy's students and teachers")
     study.add_argument("--iterations", type=int, help="of the toy's students")
     command("envs", _envs, "every registered environment with its options")
+    keys = command("config", _config, "every key of a config, its default and its reason")
+    keys.add_argument("section", nargs="?", metavar="SECTION", help="or a key; else all of them")
+    keys.add_argument("--markdown", action="store_true", help="as docs/config.md has it")
     return parser
 
 
@@ -279,6 +282,13 @@ def _envs(options: argparse.Namespace) -> int:
     from tutelage.distill.cli.play import describe_environments
 
     print(describe_environments())
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from tutelage.distill.cli.keys import as_markdown, as_text, chosen
+
+    print((as_markdown if options.markdown else as_text)(chosen(options.section)).rstrip())
     return 0
 
 

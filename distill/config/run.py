@@ -58,25 +58,42 @@ class RunConfig(Section):
     """A whole run."""
 
     run: Place
-    accept_changes: bool = False  # go on in a run folder that was made with another configuration
+    """The run folder."""
+    accept_changes: bool = False
+    """Resume in a run folder that was made with another configuration; it holds for that once."""
     seed: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=MOST_SEED)] = 0
+    """Every random draw is a function of it and of the step."""
     steps: Annotated[Positive, Field(le=MOST_STEPS)]
-    # what a chat template that shows the date takes for today; none: the day of the run's first
-    # start, from its folder's config.yaml when it goes on or is evaluated
+    """Optimizer steps over all tasks."""
     date: Annotated[datetime.date, Field(strict=False), BeforeValidator(day)] | None = None
+    """What a chat template that shows the date takes for today; none: the day of the run's first
+    start, from its folder's config.yaml when it resumes or is evaluated."""
     student: StudentConfig
+    """Who learns."""
     teachers: dict[Name, TeacherConfig] = Field(default_factory=dict)
+    """Who scores, by name."""
     tasks: dict[Name, TaskConfig]
+    """What is learned, by name."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """By which loss, unless a task has its own."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Which tasks a step trains."""
     rollout: RolloutConfig = RolloutConfig()
-    vllm: VllmConfig = VllmConfig()  # of rollout.engine=vllm
+    """How the student plays, unless a task says otherwise."""
+    vllm: VllmConfig = VllmConfig()
+    """How the engine of rollout.engine=vllm is started."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How the student's weights move."""
     learner: LearnerConfig = LearnerConfig()
+    """Over how many processes."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """When the student is examined."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept of it."""
     journal: JournalConfig = JournalConfig()
+    """What is told of a run."""
     cluster: ClusterConfig | None = None
+    """Ray; none: all in this process."""
 
     @model_validator(mode="after")
     def _routes(self) -> RunConfig:

@@ -26,15 +26,21 @@ from tutelage.scheduler.contexts import ContextSettings
 
 
 class StudentConfig(Section):
-    """`model` (a folder or hub id), or `init` (architecture from scratch) with `tokenizer`."""
+    """Who learns: `model`, or `init` (an architecture with random weights) with `tokenizer`."""
 
     model: Place | None = None
+    """A folder, a hub id, or builtin:NAME of a tiny model that ships."""
     init: dict[str, Any] | None = None
+    """Instead of model: the keys of a config.json, for random weights."""
     tokenizer: Place | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bf16 weights lose AdamW's small updates
-    device: Device = "auto"  # cuda where there is one
-    threads: Positive | None = None  # of torch in this process; none: every core that it may use
-    # (OMP_NUM_THREADS, taskset). Forwards too small to gain from a second one take one
+    """With init, a folder or hub id; none: the model's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and arithmetic; bfloat16 weights lose AdamW's small updates."""
+    device: Device = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:N."""
+    threads: Positive | None = None
+    """Of torch in this process; none: every core that it may use (OMP_NUM_THREADS, taskset).
+    Forwards too small to gain from a second one take one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:
@@ -51,12 +57,13 @@ def _named_objective(name: str) -> str:
 
 
 class ObjectiveConfig(Section):
-    """`name` and its options: each further key goes to the objective, which knows its own."""
+    """By which loss a task is taught."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: Annotated[str, AfterValidator(_named_objective)] = "local_support"
-    # texts whose ids take no loss where they first occur in a turn
+    """Which one; each further key is an option of it."""
     mask_tokens: Annotated[tuple[Text, ...], LISTED] = ()
+    """Texts whose ids take no loss where they first occur in a turn."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,12 +76,20 @@ class ObjectiveConfig(Section):
 
 
 class ContextConfig(Section):
+    """What the student sees each turn."""
+
     kind: Literal["full", "window"] = "full"
+    """full: the whole history in one row. window: the last turns, a row a turn."""
     repeat_task: bool = False
+    """Say the task again with each observation."""
     turns: Count = 4
+    """window: how many earlier turns it shows."""
     admissible: bool = False
-    format: str | None = None  # of prompts and replies, where the teacher has its own: gigpo
+    """List the admissible actions with each observation."""
+    format: str | None = None
+    """Of prompts and replies, where the teacher was trained on one of its own: gigpo."""
     system: str | None = None
+    """The system message; none: the chat template's own, if it has one."""
 
     @model_validator(mode="after")
     def _possible(self) -> ContextConfig:
@@ -83,55 +98,79 @@ class ContextConfig(Section):
 
 
 class RolloutConfig(Section):
-    # vllm: faster; a run repeats up to the last bits of log-probabilities, not byte for byte
+    """How the student plays."""
+
     engine: Literal["transformers", "vllm"] = "transformers"
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # the policy itself
+    """vllm is faster; such a run repeats up to the last bits of log-probabilities."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of sampling; 1: the policy itself; 0: greedy."""
     top_p: Part = 1.0
+    """Sample from the most probable tokens that together have this much; 1: from all."""
     max_turns: Positive = 30
+    """Of an episode; then it is truncated."""
     max_new_tokens: Positive = 32
+    """Of a reply."""
     context: ContextConfig = ContextConfig()
+    """What the student sees each turn."""
     max_live: Positive = 128
-    # environment processes a task and worker; 0: in the worker itself, where none of its faults but
-    # an exception or sys.exit can be survived
+    """Episodes in flight in an engine."""
     processes: Count = 1
-    timeout: Above0 = 60.0  # seconds an environment may take for one batch of steps
-    attempts: Positive = 3  # of an episode whose environment died or hung
-    # characters of one observation: a million fill the longest contexts there are. A longer one is
-    # a fault of the environment: its episode is dropped and counted
+    """Environment processes for each task and worker; 0: in the worker itself, where none of its
+    faults but an exception or sys.exit can be survived."""
+    timeout: Above0 = 60.0
+    """Seconds that an environment may take for one batch of steps."""
+    attempts: Positive = 3
+    """At an episode whose environment died or hung."""
     max_observation: Positive = 1_000_000
-    lost: Share = 0.5  # a step that loses a greater share of its episodes stops the run, saved
+    """Characters of one observation: a million fill the longest contexts there are. A longer one is
+    a fault of the environment: its episode is dropped and counted."""
+    lost: Share = 0.5
+    """A step that loses a greater share of its episodes stops the run, saved."""
 
 
 class GuidanceConfig(Section):
     """TrOPD's prefixes (objective trust_region): part of the episodes begin with somebody else's
     turns and tokens, at first all of them, by a cosine ever fewer, and the student goes on."""
 
-    by: Literal["expert", "teacher"] = "expert"  # the environment's, or the task's own teacher
-    share: Share = 0.2  # of the episodes (the official code: 128 beside 512)
-    until: Part = 1.0  # share of the task's steps; then none is left
+    by: Literal["expert", "teacher"] = "expert"
+    """The environment's expert, or the task's own teacher."""
+    share: Share = 0.2
+    """Of the episodes (the official code: 128 beside 512)."""
+    until: Part = 1.0
+    """The share of the task's steps after which no episode is begun so."""
 
 
 class TaskConfig(Section):
+    """What the student learns to do, and from whom."""
+
     env: Text
+    """The environment's id, such as tutelage/Math-v0, or my_package:MyEnv-v0."""
     env_args: dict[str, Any] = Field(default_factory=dict)
-    eval_args: dict[str, Any] = Field(
-        default_factory=dict
-    )  # replace env_args' keys in evaluation, such as the split
-    # its name, or {name: weight}: each episode has one of them, as often as the weights say
+    """What gymnasium.make is given; `tutelage envs` lists each environment's."""
+    eval_args: dict[str, Any] = Field(default_factory=dict)
+    """What replaces keys of env_args in evaluation, such as the split."""
     teacher: str | dict[str, Above0] | None = None
+    """Its name, or {name: weight}: each episode has one of them, as often as the weights say."""
     episodes: Positive = 16
-    group: Positive = 1  # episodes of one game or problem
-    # imitation: the share of episodes that the expert plays itself, or [at first, at last]
+    """Of a step."""
+    group: Positive = 1
+    """Episodes of one game or problem."""
     expert_share: Share | Annotated[tuple[Share, Share], LISTED] = 1.0
+    """imitation: the share of episodes that the expert plays itself, or [at first, at last]."""
     guidance: GuidanceConfig | None = None
-    start: Count = 0  # the first of the run's steps that the task may have
-    end: Positive | None = None  # the first that it may have no more
-    steps: Positive | None = None  # how many it gets at most
-    weight: Above0 = 1.0  # of this task's loss
-    # replaces the run's objective
+    """Episodes that somebody else begins; none: the student plays all from their first token."""
+    start: Count = 0
+    """The first of the run's steps that the task may have."""
+    end: Positive | None = None
+    """The first step that it may have no more; none: it has them to the end."""
+    steps: Positive | None = None
+    """How many it gets at most; none: no bound of its own."""
+    weight: Above0 = 1.0
+    """Of this task's loss."""
     objective: Annotated[dict[str, Any] | None, Like(ObjectiveConfig)] = None
-    # replaces keys of the run's rollout section
+    """Replaces the run's objective."""
     rollout: Annotated[dict[str, Any], Like(RolloutConfig)] = Field(default_factory=dict)
+    """Replaces keys of the run's rollout."""
 
     @property
     def teachers(self) -> dict[str, float]:
@@ -142,44 +181,55 @@ class TaskConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """Which tasks a step trains."""
+
+    policy: Literal["alternate", "weighted", "mixed", "token_budget", "gap"] = "alternate"
     """alternate: in turn, a task a step. weighted: a task a step, as often as its weight says.
     mixed: every task in every step. token_budget: a task a step, so that trained tokens stand in
     proportion to the weights. gap: a task a step, more often the one that closes on its teacher
     fastest."""
-
-    policy: Literal["alternate", "weighted", "mixed", "token_budget", "gap"] = "alternate"
-    weights: dict[str, Above0] = Field(
-        default_factory=dict
-    )  # by task, of weighted and token_budget; 1 where none is given
-    least: Part = 0.4  # gap: the part that all share equally
-    # how many updates old the weights may be that play an episode; 0: strictly on-policy. With 1, a
-    # Ray run plays the next step's episodes while the student learns
+    weights: dict[str, Above0] = Field(default_factory=dict)
+    """By task, of weighted and token_budget; 1 where none is given."""
+    least: Part = 0.4
+    """gap: the part that all tasks share equally."""
     max_staleness: Count = 0
+    """How many updates old the weights may be that play an episode; 0: strictly on-policy. With 1,
+    a Ray run plays the next step's episodes while the student learns."""
 
 
 class OptimizerConfig(Section):
-    """name: `adamw`, or `muon` for the hidden matrices with AdamW for the rest: half the steps for
-    the tiny models from scratch. lr means the same for both."""
+    """How the student's weights move."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the hidden matrices, with AdamW for the rest: half the steps for the tiny models
+    from scratch."""
     lr: Above0 = 1e-4
+    """The learning rate; it means the same for both."""
     betas: Annotated[tuple[Beta, Beta], LISTED] = (0.9, 0.95)
+    """AdamW's decay of its two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Above0 = 1.0  # of the gradient's norm
-    warmup: Count = 0  # steps
+    """Decoupled, as AdamW has it."""
+    clip: Above0 = 1.0
+    """Bound of the gradient's norm."""
+    warmup: Count = 0
+    """Steps in which lr rises to its value."""
     decay: Literal["constant", "cosine"] = "constant"
-    floor: Share = 0.1  # cosine: share of lr left at the end
-    micro_tokens: Positive | None = None  # tokens, padding included, of one forward and backward;
-    # none: 2,048 on the CPU, where what does not fit the cache costs twice, else 16,384
-    # keep the inputs of layers alone and compute the rest again in the backward: a third more work,
-    # for memory that long rows would not fit without
+    """What lr does after that."""
+    floor: Share = 0.1
+    """cosine: the share of lr that is left at the end."""
+    micro_tokens: Positive | None = None
+    """Tokens, padding included, of one forward and backward; none: 2,048 on the CPU, where what
+    does not fit the cache costs twice, else 16,384."""
     recompute: bool = False
-    minibatch: Positive | None = None  # rows of one optimizer step (the paper: 64); none: all
-    # a task's mean loss: over all its tokens (the papers' formula), or over rows of their means
+    """Keep the inputs of layers alone and compute the rest again in the backward: a third more
+    work, for memory that long rows would not fit without."""
+    minibatch: Positive | None = None
+    """Rows of one optimizer step (the paper: 64); none: all of a step's."""
     aggregate: Literal["token", "sequence"] = "token"
-    # several tasks in one update: `task` gives each its own mean, so that short answers are not
-    # drowned by long chains; `all` is one mean over everything
+    """A task's mean loss: over its tokens (the papers' formula), or over its rows' means."""
     normalize: Literal["task", "all"] = "task"
+    """Several tasks in one update: task gives each its own mean, so that short answers are not
+    drowned by long chains; all is one mean over everything."""
 
 
 class LearnerConfig(Section):
@@ -187,8 +237,9 @@ class LearnerConfig(Section):
     (FSDP2), each with its share of every update: one a GPU, or on the CPU."""
 
     processes: Positive = 1
-    # seconds that one exchange of these may take, by the slowest of them; then the run stops
+    """One a GPU, or on the CPU."""
     timeout: Above0 = 1800.0
+    """Seconds that one exchange of these may take, by the slowest of them; then the run stops."""
 
 
 def _each_once(modes: tuple[str, ...]) -> tuple[str, ...]:
@@ -206,44 +257,67 @@ Modes = Annotated[
 
 
 class EvaluationConfig(Section):
-    every: Count = 0  # steps; 0: only when asked
+    """When the student is examined, and on how much."""
+
+    every: Count = 0
+    """Steps between evaluations; 0: only when asked."""
     episodes: Positive | Literal["all"] = 100
-    final: bool = False  # also after the last step
+    """Of each task and mode; all: every game once."""
+    final: bool = False
+    """Also after the last step; writes eval.json."""
     modes: Modes = ("greedy", "sampled")
-    live_modes: Modes = ("greedy",)  # while training: half the time
+    """Greedy decoding, and sampling as rollout says."""
+    live_modes: Modes = ("greedy",)
+    """While training: one mode takes half the time."""
 
 
 class CheckpointConfig(Section):
+    """What is kept of the student."""
+
     every: Positive = 50
-    keep: Positive = 2  # the newest so many
-    best: bool = True  # and the one with the best evaluation: the mean of the tasks' scores
+    """Steps between checkpoints."""
+    keep: Positive = 2
+    """The newest so many."""
+    best: bool = True
+    """And the one with the best evaluation: the mean of the tasks' scores."""
 
 
 class JournalConfig(Section):
-    # seconds after which a step that does not end leaves its stack in RUN/stalled/learner.txt
+    """What is told of a run."""
+
     stall: Above0 = 1800.0
+    """Seconds after which a step that does not end leaves its stack in RUN/stalled/learner.txt."""
     tensorboard: bool = True
-    episodes_every: Positive = 1  # steps between episode files
-    # a task's steps between diagnostics that need the student's distribution over all ids
+    """Write RUN/tensorboard."""
+    episodes_every: Positive = 1
+    """Steps between episode files."""
     diagnostics_every: Positive = 10
+    """A task's steps between diagnostics that need the student's distribution over all ids."""
 
 
 class ClusterConfig(Section):
-    """address: `local` starts Ray here; `auto` or `ray://...` joins a running cluster, whose nodes
-    see models and the files of environments under the same paths, or models by hub id."""
+    """Rollout workers and teachers as Ray actors; none: all in this process."""
 
     address: Annotated[str, AfterValidator(_address)] = "local"
+    """local starts Ray here; auto or ray://... joins a running cluster, whose nodes see models and
+    the files of environments under the same paths, or models by hub id."""
     workers: Positive = 1
-    threads: Positive = 1  # of torch in each actor
-    # what Ray keeps for each of them, such as {GPU: 1} or a name that nodes were started with
+    """Rollout workers."""
+    threads: Positive = 1
+    """Of torch in each actor."""
     worker_resources: dict[Text, Above0] = Field(default_factory=dict)
+    """What Ray keeps for each worker, such as {GPU: 1} or a name that nodes were started with."""
     teacher_resources: dict[Text, Above0] = Field(default_factory=dict)
-    # of one placement group for all of these; none: each goes where there is room
+    """What Ray keeps for each teacher."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
-    wheel: Place | None = None  # a file: this package, for nodes that do not have it
-    # seconds that an actor may take for one step's rollouts or one scoring; then it is replaced
+    """Of one placement group for all of these; none: each goes where there is room."""
+    wheel: Place | None = None
+    """A file: this package, for nodes that do not have it."""
     timeout: Above0 = 1800.0
-    attempts: Positive = 3  # of a piece of work, each on a fresh actor
+    """Seconds that an actor may take for one step's rollouts or one scoring; then it is
+    replaced."""
+    attempts: Positive = 3
+    """At a piece of work, each on a fresh actor."""
 
     @model_validator(mode="after")
     def _bundles(self) -> ClusterConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -10,9 +10,6 @@ from pydantic import Field, model_validator
 from tutelage.distill.config.credentials import check_url, check_variable
 from tutelage.distill.config.values import Above0, Device, Part, Place, Positive, Section
 from tutelage.distill.objectives import Objective
-
-if TYPE_CHECKING:
-    pass  # MOVED
 
 ENGINES_WITH = {
     "device": ("transformers",),  # vLLM takes CUDA_VISIBLE_DEVICES
@@ -83,39 +80,56 @@ def lacking(teacher: TeacherConfig, objective: Objective, *, here: bool) -> str 
 class VllmConfig(Section):
     """How a vLLM engine is started; its own names for what it has names for."""
 
-    dtype: Literal["float32", "bfloat16"] | None = None  # none: the model's own in this run
-    gpu_memory_utilization: Part = 0.45  # of the GPU, weights and
-    # cache together: the learner, or a teacher, has the other half
-    # of each process that computes; none: what the line above leaves, and on the CPU 1, which
-    # holds 260,000 tokens of the tiny models
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """None: the model's own in this run."""
+    gpu_memory_utilization: Part = 0.45
+    """Of the GPU, weights and cache together: the learner, or a teacher, has the other half."""
     kv_cache_gib: Above0 | None = None
-    max_model_len: Positive | None = None  # none: the model's context
-    max_num_batched_tokens: Positive | None = None  # of one forward; none: as vLLM finds best
-    tensor_parallel_size: Positive = 1  # GPUs, each with its process, that share the model
-    # none: CUDA graphs on a GPU; none on the CPU, where compiling takes longer than it gains
+    """Of each process that computes; none: what the key above leaves, and on the CPU 1, which holds
+    260,000 tokens of the tiny models."""
+    max_model_len: Positive | None = None
+    """Tokens of a row; none: the model's context."""
+    max_num_batched_tokens: Positive | None = None
+    """Of one forward; none: as vLLM finds best."""
+    tensor_parallel_size: Positive = 1
+    """GPUs, each with its process, that share the model."""
     enforce_eager: bool | None = None
+    """True: no CUDA graphs; none: graphs on a GPU, and none on the CPU, where compiling takes
+    longer than it gains."""
 
 
 class TeacherConfig(Section):
-    """Every engine has some of the keys below; what belongs to another one is refused."""
+    """Who scores. Every engine has some of the keys below; what belongs to another is refused."""
 
-    model: Place  # a folder or hub id; of a server: the name under which it serves
+    model: Place
+    """A folder, a hub id or builtin:NAME; of a server: the name under which it serves."""
     engine: Literal["transformers", "vllm", "server"] = "transformers"
-    # of a server, which has its own: how far the exam may be off (bfloat16 unless said)
+    """server: an OpenAI-compatible one, such as `vllm serve`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and arithmetic. A server has its own: how far the self-test may be off (bfloat16
+    unless said)."""
     device: Device = "auto"
-    cache: Place | None = None  # a folder for scores; none: a student's own rows hardly ever repeat
-    sleeps: bool = False  # between answers it leaves the device to others: slower, less memory
-    vllm: VllmConfig | None = None  # engine: vllm; none: its defaults
-    # engine: server, such as `vllm serve`
+    """transformers: auto (cuda where there is one), cpu, cuda or cuda:N."""
+    cache: Place | None = None
+    """transformers, vllm: a folder for scores; none: a student's own rows hardly ever repeat."""
+    sleeps: bool = False
+    """transformers, vllm: between answers it leaves the device to others: slower, less memory."""
+    vllm: VllmConfig | None = None
+    """vllm: how its engine is started; none: the defaults."""
     url: str | None = None
-    weights: Place | None = None  # a folder or hub id of the same model here, to compare it with
-    api_key_env: str | None = None  # the environment variable that holds the key
-    timeout: Above0 = 300.0  # seconds of one answer
-    attempts: Positive = 8  # at one answer; the pauses between 8 of them last 91 s: a restart
-    concurrency: Positive = 8  # rows in flight
-    # of one answer; a longer one is refused. 32,000 tokens with K = 64 take some 180
+    """server: such as http://host:8000."""
+    weights: Place | None = None
+    """server: a folder or hub id of the same model here, to compare it with."""
+    api_key_env: str | None = None
+    """server: the environment variable that holds the key."""
+    timeout: Above0 = 300.0
+    """server: seconds of one answer."""
+    attempts: Positive = 8
+    """server: at one answer; the pauses between 8 of them last 91 s: a restart."""
+    concurrency: Positive = 8
+    """server: rows in flight."""
     max_answer_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256.0
+    """server: of one answer; a longer one is refused. 32,000 tokens with K = 64 take some 180."""
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,15 @@ from tutelage.envs.names import nearest
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    """A mapping of keys; the text under a key is its description, shown by `tutelage config`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 def whole_number(value: Any) -> Any:

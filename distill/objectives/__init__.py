@@ -76,6 +76,9 @@ _RULES: dict[str, type] = {
 }
 
 
+NAMES = tuple(_RULES)
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """A loss per token, and what it needs of a teacher."""
