@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
@@ -13,9 +15,13 @@ import numpy as np
 
 from tutelage.evaluation.metrics import wilson
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.rollouts import TaskRollout
 from tutelage.scheduler.timetable import ENDLESS
 
 Collect = Callable[[Sequence[Order], SamplingLaw], list[Episode | Dropped]]
+
+EVALUATION = "evaluation:"
+"""Prefix of a task's name when it is played for evaluation, with its eval_args."""
 
 EVALUATION_SEED = 20_251_107
 """Fixed: the same games with the same draws, whoever is evaluated, whatever seed trained it.
@@ -56,6 +62,37 @@ def orders(
 def _seed(game: int, sample: int) -> int:
     entropy = np.random.SeedSequence([EVALUATION_SEED, game, sample])
     return int(entropy.generate_state(1)[0])
+
+
+def evaluate_tasks(
+    tasks: Mapping[str, TaskRollout],
+    collect: Collect,
+    *,
+    modes: Sequence[str],
+    episodes: int | str,
+    num_games: Callable[[str], int | None],
+    progress: Callable[[str, str, int, int], None],
+    scored: Callable[[str, str, Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Scores by task and mode. num_games: of a task, by the name under which it is played.
+    `progress(task, mode, done, total)` is called as episodes are played, `scored(task, mode,
+    score)` as a score is there."""
+    scores: dict[str, Any] = {}
+    for task, how in tasks.items():
+        played = EVALUATION + task
+        scores[task] = {"metric": "pass@1" if how.max_turns == 1 else "success rate"}
+        for mode in modes:
+            found = evaluate(
+                played,
+                collect,
+                law=GREEDY if mode == "greedy" else how.law,
+                episodes=episodes,
+                num_games=num_games(played),
+                progress=partial(progress, task, mode),
+            )
+            scores[task][mode] = found
+            scored(task, mode, found)
+    return scores
 
 
 def evaluate(
@@ -132,11 +169,6 @@ def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
     }
 
 
-def law_of(mode: str, sampled: SamplingLaw) -> SamplingLaw:
-    """`greedy`, or the rollouts' own law."""
-    return GREEDY if mode == "greedy" else sampled
-
-
 def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
     """`eval/TASK/MODE` for a step's line of metrics."""
     return {
@@ -147,6 +179,18 @@ def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def versions() -> dict[str, str]:
+def record(
+    model: str, weights: str | None, scores: Mapping[str, Any], date: datetime.date | None
+) -> dict[str, Any]:
+    """What eval.json holds of a model. weights: their hash. date: which its prompts showed."""
     names = ("tutelage", "torch", "transformers", "gymnasium", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {
+        "model": model,
+        "weights": weights,
+        "scores": scores,
+        **({} if date is None else {"date": date.isoformat()}),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+        },
+    }

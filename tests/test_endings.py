@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.run import training
 from tutelage.distill.run.journal import Journal
 from tutelage.distill.run.routing import Routing
 from tutelage.distill.run.training import Run, evaluate_model
 from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student.learner import Learner
-from tutelage.evaluation import files, run_folder
+from tutelage.evaluation import evaluate, files, run_folder
 from tutelage.scheduler.placement import InProcess
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
@@ -218,13 +217,14 @@ def test_who_asks_to_stop_need_not_wait_for_an_evaluation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is played in parts, and made anew when the run goes on."""
-    evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda *a, **k: evaluate(*a, **k, part=1))
+    plain = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: plain(*a, **k, part=1))
     config, watch = _config(tmp_path / "run", models), Asking(**asking)
     with Run(config, watch=watch) as run:
         watch.run = run
         run.train()
-        assert run.stopped and f"saved as {run.folder}/checkpoints/{learned:06d}" in run.standing()
+        assert run.stopped
+        assert f"saved as {run.folder}/checkpoints/{learned:06d}" in run.record.standing()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == lines
     again = Run(config)
     with again:

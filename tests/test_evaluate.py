@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from tutelage.evaluation.evaluate import evaluate, law_of, orders, summarise
+from tutelage.evaluation.evaluate import EVALUATION, evaluate, evaluate_tasks, orders, summarise
 from tutelage.evaluation.metrics import wilson
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw, Turn
+from tutelage.scheduler.rollouts import TaskRollout
 
 LAW = SamplingLaw(temperature=0.4, top_p=0.9)
 
@@ -124,9 +126,39 @@ def test_evaluate_plays_all_in_parts_and_reports_progress() -> None:
     assert (found["temperature"], found["top_p"]) == (0.4, 0.9)
 
 
-def test_modes_name_their_laws() -> None:
-    assert law_of("greedy", LAW) == GREEDY
-    assert law_of("sampled", LAW) == LAW
+def test_each_task_is_played_in_each_mode_and_told_as_its_score_is_there() -> None:
+    told: list[tuple[Any, ...]] = []
+    games = {"evaluation:one": 3, "evaluation:two": 2}
+
+    def collect(wanted: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
+        told.append((wanted[0].task, len(wanted), law))
+        return [_episode(order, success=True) for order in wanted]
+
+    scores = evaluate_tasks(
+        {
+            "one": TaskRollout(env="One-v0", law=LAW, max_turns=1),
+            "two": TaskRollout(env="Two-v0", law=LAW, max_turns=2),
+        },
+        collect,
+        modes=("greedy", "sampled"),
+        episodes=3,
+        num_games=games.__getitem__,
+        progress=lambda *at: told.append(at),
+        scored=lambda task, mode, found: told.append((task, mode, found["n"])),
+    )
+    assert told == [
+        event
+        for task, n in (("one", 3), ("two", 2))
+        for mode, law in (("greedy", GREEDY), ("sampled", LAW))
+        for event in (
+            (task, mode, 0, n),
+            (EVALUATION + task, n, law),
+            (task, mode, n, n),
+            (task, mode, n),
+        )
+    ]
+    assert [scores[task]["metric"] for task in scores] == ["pass@1", "success rate"]
+    assert scores["two"]["sampled"]["top_p"] == LAW.top_p
 
 
 def test_prompts_none_of_which_can_be_asked_are_no_score() -> None:

@@ -35,7 +35,7 @@ def run_demo(path: Path, overrides: list[str]) -> int:
                 columns["after"] = _after(run)
             signals.stop = None
         if run.stopped:
-            say(f"stopped; {run.standing()}")
+            say(f"stopped; {run.record.standing()}")
             return signals.code
         write_json(folder / "demo.json", columns)
     shown = {name: columns[name] for name in ("before", "after", "teacher")}

@@ -176,7 +176,7 @@ def _run_training(config: Any) -> int:
             run.train()
             signals.stop = None
         if run.stopped:
-            watcher.say(f"stopped; {run.standing()}")
+            watcher.say(f"stopped; {run.record.standing()}")
             return signals.code
         watcher.say(f"done: {run.folder}/metrics.jsonl, checkpoints, episodes")
     return 0

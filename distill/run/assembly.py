@@ -25,14 +25,12 @@ from tutelage.distill.student.lessons import Course
 from tutelage.distill.teachers.build import make_teacher
 from tutelage.distill.teachers.service import TeacherService
 from tutelage.envs.plugins import beside, look_beside
+from tutelage.evaluation.evaluate import EVALUATION
 from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.placement import InProcess, Placement
 from tutelage.scheduler.rollouts import EnvironmentPools, RolloutWorker, TaskRollout
 from tutelage.scheduler.timetable import TaskPlan, Timetable
-
-EVALUATION = "evaluation:"
-"""Prefix of a task's name when it is played for evaluation, with its eval_args."""
 
 
 def make_timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetable:

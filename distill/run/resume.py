@@ -15,6 +15,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import dump
 from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.teachers.identity import Identity, student_digest
 from tutelage.evaluation import run_folder
 from tutelage.evaluation.files import first_line, write_text
 
@@ -114,6 +115,44 @@ def _changes(path: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
     if not path.exists():
         return []
     return [one for one in differences(_read(path), config) if one[0] != "accept_changes"]
+
+
+def refuse_other_student(
+    config: RunConfig, tokenizer: Any, checkpoint: Path, saved: str | None
+) -> None:
+    """Its weights are in the checkpoint; what they are computed with lies where it began. saved:
+    the digest of that, from the checkpoint."""
+    if config.accept_changes or saved in (None, student_digest(config.student.model, tokenizer)):
+        return
+    where = config.student.model or config.student.tokenizer
+    raise ConfigError(
+        f"student: {where!r} has another config.json, vocabulary or template than when"
+        f" {checkpoint} was saved: put the old ones back (the checkpoint has copies), choose"
+        " another run folder, or go on with accept_changes=true"
+    )
+
+
+def refuse_other_teachers(
+    config: RunConfig,
+    references: dict[str, Identity],
+    checkpoint: Path,
+    saved: Mapping[str, str],
+) -> None:
+    """From here on a teacher is compared with the run's first exam, not with this session's:
+    `references` then hold that one. saved: the teachers' digests, from the checkpoint."""
+    if config.accept_changes:
+        return
+    for name, identity in references.items():
+        if identity.digest != saved.get(name):
+            raise ConfigError(
+                f"teachers.{name}: {config.teachers[name].model!r} holds other weights than when"
+                f" {checkpoint} was saved: put the old ones back, choose another run folder, or go"
+                " on with accept_changes=true"
+            )
+        first = Identity.read(Path(config.run) / "teachers" / f"{name}.json")
+        if first is not None:
+            identity.check_same(first)
+            references[name] = first
 
 
 def hanging_on_steps(config: RunConfig) -> str:
