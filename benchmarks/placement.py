@@ -172,7 +172,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     timers.wrap(Identity, "check_same", "routing")
     timers.wrap(routing, "unpack_answer", "transport")
     timers.wrap(CompactScores, "pack", "transport")
-    for method in ("sync", "start", "finish", "score"):
+    for method in ("sync", "start", "_played", "score"):
         timers.wrap(RayCluster, method, method)
     wrap = in_actor()
 
@@ -233,8 +233,8 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
         found["transport"] = math.nan
     elif cluster is not None:
         played = max(w.get("play", 0.0) - w.get("load", 0.0) for w in work["workers"])
-        scored = sum(one.get("score", 0.0) - one.get("pack", 0.0) for one in work["teachers"])
-        called = sum(timers.seconds[name] for name in ("sync", "start", "finish", "score"))
+        scored = sum(one.get("answer", 0.0) - one.get("pack", 0.0) for one in work["teachers"])
+        called = sum(timers.seconds[name] for name in ("sync", "start", "_played", "score"))
         found["transport"] += (called - played - scored) / steps
     return found
 

@@ -12,43 +12,31 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from tutelage.scheduler.episodes import Dropped, Episode, revived
-from tutelage.scheduler.placement import Placement
+from tutelage.scheduler.episodes import Dropped, Episode, Order, revived
+from tutelage.scheduler.placement import Started
 from tutelage.scheduler.timetable import Planned, Timetable
-
-
-class _Started:
-    """A task's episodes, in the making or there."""
-
-    def __init__(self, finish: Callable[[], list[Episode | Dropped]]) -> None:
-        self._finish = finish
-        self._found: list[Episode | Dropped] | None = None
-
-    def outcomes(self) -> list[Episode | Dropped]:
-        if self._found is None:
-            self._found = self._finish()
-        return self._found
 
 
 class Ahead:
     """The run's episodes, step by step.
 
     Args:
-        num_games: how many distinct games a task's environment has, or None. staleness: how many
-            updates old the weights may be that play an episode.
+        start: begins to play a task's orders.
+        num_games: how many distinct games a task's environment has, or None.
+        staleness: how many updates old the weights may be that play an episode.
     """
 
     def __init__(
         self,
         timetable: Timetable,
-        placement: Placement,
+        start: Callable[[Sequence[Order]], Started],
         num_games: Callable[[str], int | None],
         *,
         staleness: int = 0,
     ) -> None:
-        self._timetable, self._placement = timetable, placement
+        self._timetable, self._play = timetable, start
         self._num_games, self._staleness = num_games, staleness
-        self._started: dict[int, dict[str, _Started]] = {}  # by step
+        self._started: dict[int, dict[str, Started]] = {}  # by step
 
     def next(self) -> dict[str, list[Episode | Dropped]]:
         """The episodes of the step that is due, by task; first those further on are asked for, to
@@ -62,13 +50,11 @@ class Ahead:
                 self._started[step] = self._start(planned)
         return {task: started.outcomes() for task, started in self._started[due].items()}
 
-    def _start(self, planned: Planned) -> dict[str, _Started]:
-        started = {}
-        for task, turn in planned.turns.items():
-            orders = self._timetable.orders(task, self._num_games(task), turn)
-            playing = self._placement.start(orders)
-            started[task] = _Started(partial(self._placement.finish, playing))
-        return started
+    def _start(self, planned: Planned) -> dict[str, Started]:
+        return {
+            task: self._play(self._timetable.orders(task, self._num_games(task), turn))
+            for task, turn in planned.turns.items()
+        }
 
     def state(self) -> list[dict[str, Any]]:
         """The steps that are planned and their episodes, once all are there, as plain data: they
@@ -94,6 +80,6 @@ class Ahead:
             outcomes = {task: [revived(o) for o in own] for task, own in one["outcomes"].items()}
             if outcomes and all(sound(task, own) for task, own in outcomes.items()):
                 self._started[step] = {
-                    task: _Started(partial(list, own)) for task, own in outcomes.items()
+                    task: Started(partial(list, own)) for task, own in outcomes.items()
                 }
         return [Planned(**one["planned"]) for one in state]

@@ -16,11 +16,13 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
+from tutelage.scheduler.engine import Weights
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
-from tutelage.scheduler.placement import Ask
+from tutelage.scheduler.placement import AnswerT, AskT, Service, Started
 from tutelage.scheduler.ray_start import connected
 from tutelage.scheduler.rollouts import RolloutWorker
 from tutelage.scheduler.watchdog import Watchdog, sweep
@@ -35,7 +37,7 @@ SLOW = 60.0
 """Seconds of waiting for a start after which it is said."""
 
 
-class RayCluster:
+class RayCluster(Generic[AskT, AnswerT]):
     """Rollout workers and teachers as Ray actors; the learner stays here.
 
     An actor that dies or overruns its deadline is killed and replaced, and its work is done again:
@@ -49,7 +51,7 @@ class RayCluster:
         threads: of torch in each actor.
         make_worker: called in the actor, returns its RolloutWorker. make_teachers: by name, called
             in the actor.
-        weights: the student's current weights by name, as arrays.
+        weights: the student's, as they are now.
         worker_resources, teacher_resources: what Ray keeps for each of them: CPU, GPU, or a name
             that nodes were started with.
         strategy: of the placement group that holds all of these: PACK, SPREAD, STRICT_PACK or
@@ -67,8 +69,8 @@ class RayCluster:
         workers: int,
         threads: int,
         make_worker: Callable[[], RolloutWorker],
-        make_teachers: Mapping[str, Callable[[], Any]],
-        weights: Callable[[], Mapping[str, Any]],
+        make_teachers: Mapping[str, Callable[[], Service[AskT, AnswerT]]],
+        weights: Callable[[], Weights],
         worker_resources: Mapping[str, float] | None = None,
         teacher_resources: Mapping[str, float] | None = None,
         strategy: str | None = None,
@@ -95,10 +97,12 @@ class RayCluster:
                 )
         needs = [dict(worker_resources or {})] * workers
         needs += [dict(teacher_resources or {})] * len(make_teachers)
-        makers = {f"worker-{i}": make_worker for i in range(workers)}
+        makers: dict[str, Callable[[], object]] = {
+            f"worker-{i}": make_worker for i in range(workers)
+        }
         makers |= {f"teacher-{name}": make for name, make in make_teachers.items()}
 
-        def member(name: str, make: Callable[[], Any], options: dict[str, Any]) -> _Member:
+        def member(name: str, make: Callable[[], object], options: dict[str, Any]) -> _Member:
             actor = ray.remote(_Actor).options(**options)
             dump = None if stalled is None else (str(stalled / f"{name}.txt"), 0.9 * timeout)
             return _Member(name, lambda: actor.remote(name, make, threads, dump))
@@ -122,7 +126,7 @@ class RayCluster:
             return  # an evaluation after a step: it is there
         self._loaded = self._ray.put(dict(self._weights())), version
 
-    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Any:
+    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Started:
         weights, version = self._loaded
         how = {"law": law, "version": version}
         shares = [orders[i :: len(self._workers)] for i in range(len(self._workers))]
@@ -131,10 +135,11 @@ class RayCluster:
             for worker, share in zip(self._workers, shares, strict=True)
             if share
         ]
-        return orders, [job.start() for job in jobs]
+        return Started(partial(self._played, orders, [job.start() for job in jobs]))
 
-    def finish(self, started: Any) -> list[Episode | Dropped]:
-        orders, running = started
+    def _played(
+        self, orders: Sequence[Order], running: Sequence[_Running]
+    ) -> list[Episode | Dropped]:
         parts = self._finish(running)
         by_number = {outcome.order.number: outcome for part in parts for outcome in part}
         return [by_number[order.number] for order in orders]
@@ -143,14 +148,8 @@ class RayCluster:
         (count,) = self._run([_Job(self._workers[0], "num_episodes", (task,))])
         return None if count is None else int(count)
 
-    def score(self, asks: Sequence[Ask]) -> list[Any]:
-        return self._run(
-            [_Job(self._teachers[ask.teacher], "score", (ask.rows,), ask.wanted) for ask in asks]
-        )
-
-    def identity(self, teacher: str) -> Any:
-        (found,) = self._run([_Job(self._teachers[teacher], "identity")])
-        return found
+    def score(self, asks: Sequence[AskT]) -> Sequence[AnswerT]:
+        return self._run([_Job(self._teachers[ask.teacher], "answer", (ask,)) for ask in asks])
 
     def close(self) -> None:
         for worker in self._workers:
@@ -379,12 +378,13 @@ class _Actor:
     """
 
     def __init__(
-        self, name: str, make: Callable[[], Any], threads: int, dump: tuple[str, float] | None
+        self, name: str, make: Callable[[], object], threads: int, dump: tuple[str, float] | None
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._name, self._make, self._held = name, make, None
+        self._name, self._make = name, make
+        self._held: object = None
         self._watchdog = None
         with contextlib.suppress(OSError):  # the run folder may be on the learner's node alone
             self._watchdog = None if dump is None else Watchdog(Path(dump[0]), dump[1])

@@ -7,7 +7,7 @@ finished), so that vLLM and the transformers engine stand behind the same three 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.scheduler.episodes import SamplingLaw
+
+Weights = Mapping[str, npt.NDArray[np.generic]]
+"""The student's, by name, as they travel to where it plays."""
 
 SLACK = 1e-3
 """Nats by which rounding may lift a log-probability above 0."""
@@ -80,7 +83,7 @@ class Engine(Protocol):
     """True: results depend (in the last bits) on what shares a batch, so the caller should answer
     all sessions before it steps again; then a run repeats exactly."""
 
-    def load(self, weights: dict[str, npt.NDArray[np.generic]] | None, version: int) -> None:
+    def load(self, weights: Weights | None, version: int) -> None:
         """Take the learner's weights (None: they are shared in memory already)."""
 
     def submit(self, request: Request) -> None:

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Generic, Protocol, TypeVar
 
-from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingLaw
+from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """Rows for a teacher; `wanted` is what its `score` takes."""
+class Addressed(Protocol):
+    """What teachers are asked is theirs to define; here it counts who is asked."""
 
-    teacher: str
-    rows: Sequence[Row]
-    wanted: Mapping[str, Any]
+    @property
+    def teacher(self) -> str: ...
 
 
-class Placement(Protocol):
+AskT = TypeVar("AskT", bound=Addressed, contravariant=True)
+AnswerT = TypeVar("AnswerT", covariant=True)
+
+
+class Service(Protocol[AskT, AnswerT]):
+    """A teacher at work, in this process or in an actor."""
+
+    def answer(self, ask: AskT, /) -> AnswerT:
+        """What it says to that."""
+
+    def close(self) -> None:
+        """Its work is done."""
+
+
+class Started:
+    """Episodes that are being played, or were."""
+
+    def __init__(self, finish: Callable[[], list[Episode | Dropped]]) -> None:
+        self._finish = cache(finish)
+
+    def outcomes(self) -> list[Episode | Dropped]:
+        """What came of them, in the orders' order; waits until all are there."""
+        return self._finish()
+
+
+class Placement(Protocol[AskT, AnswerT]):
     """The learner's view of everything that is not the learner. restarts: actors replaced."""
 
     restarts: int
@@ -27,50 +50,41 @@ class Placement(Protocol):
     def sync(self, version: int) -> None:
         """From here on, rollouts use this version of the student."""
 
-    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Any:
+    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Started:
         """Begin to play the orders with the version that was synced last."""
-
-    def finish(self, started: Any) -> list[Episode | Dropped]:
-        """What came of what was started; outcomes in the orders' order."""
 
     def num_episodes(self, task: str) -> int | None:
         """How many distinct games the task has; None: its environment does not say."""
 
-    def score(self, asks: Sequence[Ask]) -> list[Any]:
-        """The teachers' answers."""
-
-    def identity(self, teacher: str) -> Any:
-        """Which teacher this is."""
+    def score(self, asks: Sequence[AskT]) -> Sequence[AnswerT]:
+        """The teachers' answers, in the asks' order."""
 
     def close(self) -> None:
         """Stop every process that was started."""
 
 
-class InProcess:
+class InProcess(Generic[AskT, AnswerT]):
     """Everything here: rollouts share the learner's weights, teachers answer by call."""
 
     restarts = 0
 
-    def __init__(self, worker: RolloutWorker, teachers: Mapping[str, Any]) -> None:
+    def __init__(
+        self, worker: RolloutWorker, teachers: Mapping[str, Service[AskT, AnswerT]]
+    ) -> None:
         self._worker, self._teachers = worker, dict(teachers)
 
     def sync(self, version: int) -> None:
         self._worker.load(None, version)
 
-    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Any:
-        return self._worker.collect(orders, law=law)
-
-    def finish(self, started: Any) -> list[Episode | Dropped]:
-        return list(started)
+    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Started:
+        played = self._worker.collect(orders, law=law)
+        return Started(lambda: played)
 
     def num_episodes(self, task: str) -> int | None:
         return self._worker.num_episodes(task)
 
-    def score(self, asks: Sequence[Ask]) -> list[Any]:
-        return [self._teachers[ask.teacher].score(ask.rows, **ask.wanted) for ask in asks]
-
-    def identity(self, teacher: str) -> Any:
-        return self._teachers[teacher].identity()
+    def score(self, asks: Sequence[AskT]) -> Sequence[AnswerT]:
+        return [self._teachers[ask.teacher].answer(ask) for ask in asks]
 
     def close(self) -> None:
         self._worker.close()

@@ -17,7 +17,7 @@ from tutelage.envs.replay import ReplayingPool
 from tutelage.envs.worker import MAX_OBSERVATION
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
-from tutelage.scheduler.engine import Completion, Engine, Request
+from tutelage.scheduler.engine import Completion, Engine, Request, Weights
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw, Turn
 
 GRACE, POLL = 0.1, 0.0005
@@ -152,7 +152,7 @@ class RolloutWorker:
         orders: Sequence[Order],
         *,
         law: SamplingLaw | None,
-        weights: Any,
+        weights: Weights | None,
         version: int | None,
     ) -> list[Episode | Dropped]:
         """`collect` with this version of the student; None: the one that is there."""
@@ -174,8 +174,8 @@ class RolloutWorker:
         count = self._pools[task].probe["num_episodes"]
         return None if count is None else int(count)
 
-    def load(self, weights: Any, version: int) -> None:
-        """Give the engine the learner's weights."""
+    def load(self, weights: Weights | None, version: int) -> None:
+        """Give the engine the learner's weights (None: it shares them)."""
         self.engine.load(weights, version)
         self._loaded = version
 

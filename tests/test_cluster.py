@@ -6,13 +6,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
-from tutelage.scheduler.placement import Ask
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +34,9 @@ def _fragile(plan: Path) -> Any:
             told = repr((weights, version))
             return [Dropped(order=o, reason="died", detail=told, attempts=1) for o in orders]
 
-        def score(self, rows: Any, *, k: int) -> list[int]:
-            _meet_fate("score")
-            return [k * row for row in rows]
+        def answer(self, ask: Any) -> list[int]:
+            _meet_fate("answer")
+            return [ask.k * row for row in ask.rows]
 
         def close(self) -> None:
             return
@@ -102,11 +102,15 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def _collect(cluster: RayCluster, orders: list[Order]) -> list[Any]:
-    return cluster.finish(cluster.start(orders))
+    return cluster.start(orders).outcomes()
 
 
-def _score(cluster: RayCluster, rows: list[Any], **wanted: Any) -> Any:
-    (answer,) = cluster.score([Ask(teacher="t", rows=rows, wanted=wanted)])
+def _ask(*rows: int, k: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(teacher="t", rows=rows, k=k)
+
+
+def _score(cluster: RayCluster, *rows: int, k: int = 1) -> Any:
+    (answer,) = cluster.score([_ask(*rows, k=k)])
     return answer
 
 
@@ -130,8 +134,8 @@ def test_a_lost_workers_share_is_played_again_with_the_same_weights(
 @pytest.mark.parametrize("fate", ["die", "hang"])
 def test_a_lost_teacher_scores_again(make: Make, tmp_path: Path, fate: str) -> None:
     cluster = make(workers=1, timeout=4.0)
-    (tmp_path / f"score.{fate}").touch()
-    assert _score(cluster, [3, 5], k=2) == [6, 10]
+    (tmp_path / f"answer.{fate}").touch()
+    assert _score(cluster, 3, 5, k=2) == [6, 10]
     assert cluster.restarts == 1
 
 
@@ -148,15 +152,13 @@ def test_what_was_started_before_a_sync_is_played_with_the_weights_of_then(
     first = cluster.start(ORDERS)
     cluster.sync(8)
     second = cluster.start(ORDERS[:2])
-    assert {o.detail for o in cluster.finish(first)} == {"({'w': 1.5}, 7)"}  # type: ignore[union-attr]
-    assert {o.detail for o in cluster.finish(second)} == {"({'w': 2.5}, 8)"}  # type: ignore[union-attr]
+    assert {o.detail for o in first.outcomes()} == {"({'w': 1.5}, 7)"}  # type: ignore[union-attr]
+    assert {o.detail for o in second.outcomes()} == {"({'w': 2.5}, 8)"}  # type: ignore[union-attr]
     assert cluster.restarts == 1
 
 
 def test_answers_come_in_the_order_of_the_asks(make: Make) -> None:
-    answers = make(workers=1).score(
-        [Ask(teacher="t", rows=[1], wanted={"k": 2}), Ask(teacher="t", rows=[3], wanted={"k": 3})]  # type: ignore[list-item]
-    )
+    answers = make(workers=1).score([_ask(1, k=2), _ask(3, k=3)])
     assert answers == [[2], [9]]
 
 
@@ -177,19 +179,19 @@ def test_actors_that_always_die_as_they_start_are_not_replaced_for_ever(
 
 def test_a_hung_actors_stack_is_kept(make: Make, tmp_path: Path) -> None:
     cluster = make(workers=1, timeout=3.0)
-    (tmp_path / "score.hang").touch()
-    _score(cluster, [1], k=1)
+    (tmp_path / "answer.hang").touch()
+    _score(cluster, 1)
     cluster.close()
     (dump,) = (tmp_path / "stalled").iterdir()  # those that never hung left none
     assert dump.name == "teacher-t.txt"
-    assert "in _meet_fate" in dump.read_text() and "in score" in dump.read_text()
+    assert "in _meet_fate" in dump.read_text() and "in answer" in dump.read_text()
 
 
 def test_actors_are_not_replaced_for_ever(make: Make, tmp_path: Path) -> None:
     cluster = make(workers=1, attempts=2)
-    (tmp_path / "score.die").write_text("always")
-    with pytest.raises(RuntimeError, match="teacher-t: 'score' failed on 2 actors"):
-        _score(cluster, [1], k=1)
+    (tmp_path / "answer.die").write_text("always")
+    with pytest.raises(RuntimeError, match="teacher-t: 'answer' failed on 2 actors"):
+        _score(cluster, 1)
 
 
 def test_nobody_waits_for_a_cluster_without_nodes(
@@ -201,10 +203,10 @@ def test_nobody_waits_for_a_cluster_without_nodes(
     monkeypatch.setattr("tutelage.scheduler.cluster.LOOK", 0.5)
     cluster = make(workers=1)
     nodes = ray.nodes()
-    (tmp_path / "score.hang").touch()
+    (tmp_path / "answer.hang").touch()
     monkeypatch.setattr(ray, "nodes", lambda: [node | {"Alive": False} for node in nodes])
     with pytest.raises(RuntimeError, match="Ray has no node left"):
-        _score(cluster, [1], k=1)
+        _score(cluster, 1)
     monkeypatch.undo()
 
 
@@ -212,9 +214,9 @@ def test_an_error_of_the_actors_own_code_rises_as_itself_and_is_not_tried_again(
     make: Make, tmp_path: Path
 ) -> None:
     cluster = make(workers=1)
-    (tmp_path / "score.raise").touch()
+    (tmp_path / "answer.raise").touch()
     with pytest.raises(ValueError, match="out of words"):
-        _score(cluster, [1], k=1)
+        _score(cluster, 1)
     assert cluster.restarts == 0
 
 

@@ -96,7 +96,7 @@ def test_a_running_cluster_is_joined_and_its_lost_actors_replaced(
         cluster.sync(7)
         told = []
         for _ in range(2):
-            outcomes = cluster.finish(cluster.start(ORDERS))
+            outcomes = cluster.start(ORDERS).outcomes()
             assert [outcome.order for outcome in outcomes] == ORDERS
             assert isinstance(outcomes[0], Dropped)
             told.append(outcomes[0].detail.split(maxsplit=2))

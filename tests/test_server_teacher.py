@@ -325,9 +325,9 @@ class TestExam:
         self, serve: Serve, make_model: Callable[..., Any]
     ) -> None:
         """But for the entropies, for which -log of the largest probability stands."""
-        found = self._service(serve()).identity()
+        found = self._service(serve()).identity
         own = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
-        exact = TeacherService("one", own, digest="d").identity()
+        exact = TeacherService("one", own, digest="d").identity
         assert np.allclose(found.logprobs, exact.logprobs, atol=1e-5)
         assert all(a <= b for a, b in zip(found.entropies, exact.entropies, strict=True))
 
@@ -346,7 +346,7 @@ class TestExam:
     ) -> None:
         server = serve()
         service = self._service(server)
-        first = service.identity()
+        first = service.identity
         service.score(rows, k=4).identity.check_same(first)
         server.model = make_model(seed=10)  # restarted by somebody, with another checkpoint
         with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):

@@ -133,31 +133,31 @@ class TestExam:
     ) -> None:
         """The usual initial scale and a hidden size of 32: as flat as a model that is there gets.
         It stands eight times further from uniform than what is refused."""
-        found = serve(make_model(scale=0.02)).identity()
+        found = serve(make_model(scale=0.02)).identity
         short = 1 - float(np.mean(found.entropies)) / math.log(VOCABULARY)
         assert 8e-4 < short < 1e-2
 
     def test_another_model_is_far_outside_the_tolerance_and_rounding_far_inside(
         self, serve: Service, make_model: Callable[..., Any]
     ) -> None:
-        here = serve(make_model(seed=9)).identity()
-        assert serve(make_model(seed=9)).identity() == here
-        assert serve(make_model(seed=10)).identity().distance(here) > 1000 * TOLERANCE["float32"]
-        narrow = serve(make_model(seed=9).bfloat16(), dtype="bfloat16").identity()
+        here = serve(make_model(seed=9)).identity
+        assert serve(make_model(seed=9)).identity == here
+        assert serve(make_model(seed=10)).identity.distance(here) > 1000 * TOLERANCE["float32"]
+        narrow = serve(make_model(seed=9).bfloat16(), dtype="bfloat16").identity
         assert 1e-4 < narrow.distance(here) < TOLERANCE["bfloat16"] / 3
         narrow.check_same(here)
         with pytest.raises(RuntimeError, match="lost or changed"):
             replace(narrow, dtype="float32").check_same(here)
 
     def test_what_cannot_be_compared_is_not_the_same(self, serve: Service) -> None:
-        here = serve().identity()
+        here = serve().identity
         other = replace(here, logprobs=here.logprobs[:-1])
         broken = replace(here, entropies=(math.nan, *here.entropies[1:]))
         assert here.distance(other) == here.distance(broken) == math.inf
 
     def test_it_comes_back_from_the_run_folder(self, serve: Service, tmp_path: Path) -> None:
         path = tmp_path / "teachers" / "one.json"
-        here = serve().identity()
+        here = serve().identity
         assert Identity.read(path) is None
         here.write(path)
         assert Identity.read(path) == here

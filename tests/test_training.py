@@ -34,7 +34,7 @@ from tutelage.distill.teachers import build as teacher_building
 from tutelage.envs.pool import EnvironmentPool
 from tutelage.evaluation import files, run_folder
 from tutelage.scheduler.episodes import Dropped, Row
-from tutelage.scheduler.placement import InProcess
+from tutelage.scheduler.placement import InProcess, Started
 
 MAY_DIFFER = ("time/", "perf/", "memory/")
 Configure = Callable[..., RunConfig]
@@ -366,7 +366,7 @@ class TestResuming:
                 teacher = service._teachers["two"]
                 with torch.no_grad():
                     teacher.model.get_output_embeddings().weight.mul_(0.5)
-                teacher._identity = teacher._exam()
+                teacher.identity = teacher._exam()
 
         thief, config = Thief(), configure({"math": MATH})
         with (
@@ -664,13 +664,13 @@ class TestLosses:
         start = InProcess.start
         losses = iter([0, 3, 4])
 
-        def lossy(self: InProcess, orders: Any, **law: Any) -> list[Any]:
-            outcomes: list[Any] = start(self, orders, **law)
+        def lossy(self: Any, orders: Any, **law: Any) -> Started:
+            outcomes = start(self, orders, **law).outcomes()
             for i in range(next(losses)):
                 outcomes[i] = Dropped(
                     order=orders[i], reason="timeout", detail="60 s passed", attempts=3
                 )
-            return outcomes
+            return Started(lambda: outcomes)
 
         monkeypatch.setattr(InProcess, "start", lossy)
         config = configure({"math": MATH}, steps=5)
@@ -763,15 +763,16 @@ class TestCollectingAhead:
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Kept in the checkpoint it would stop the run again for ever."""
-        from tutelage.scheduler.placement import InProcess
-
         start, calls = InProcess.start, iter(range(99))
 
-        def lossy(self: InProcess, orders: Any, **law: Any) -> list[Any]:
+        def lossy(self: Any, orders: Any, **law: Any) -> Started:
             if next(calls) == 3:
-                return [Dropped(order=o, reason="died", detail="-", attempts=3) for o in orders]
-            played: list[Any] = start(self, orders, **law)
-            return played
+                return Started(
+                    lambda: [
+                        Dropped(order=o, reason="died", detail="-", attempts=3) for o in orders
+                    ]
+                )
+            return start(self, orders, **law)
 
         monkeypatch.setattr(InProcess, "start", lossy)
         config = self._config(configure, "lossy")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy.typing as npt
-
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.engines.vllm import sync
@@ -13,10 +11,10 @@ from tutelage.distill.engines.vllm.engine import WANTED
 from tutelage.distill.engines.vllm.engine import make_engine as make_vllm_engine
 from tutelage.distill.engines.vllm.start import require_vllm
 from tutelage.distill.models.weights import array_of
-from tutelage.scheduler.engine import Engine
+from tutelage.scheduler.engine import Engine, Weights
 
 
-def worker_weights(config: RunConfig, model: Any, vocabulary: int) -> dict[str, npt.NDArray[Any]]:
+def worker_weights(config: RunConfig, model: Any, vocabulary: int) -> Weights:
     """What workers in other processes load."""
     if config.rollout.engine == "vllm":
         dtype = config.vllm.dtype or config.student.dtype

@@ -22,7 +22,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.models.architecture import context_of, one_line, window_of
 from tutelage.distill.models.threads import fitting, matrix_size
 from tutelage.distill.models.weights import weight_of
-from tutelage.scheduler.engine import Completion, Request
+from tutelage.scheduler.engine import Completion, Request, Weights
 
 CHUNK = 256
 """A slot's room grows by at least this many positions."""
@@ -187,7 +187,7 @@ class TransformersEngine:
     def pending(self) -> int:
         return len(self._in_flight)
 
-    def load(self, weights: dict[str, np.ndarray] | None, version: int) -> None:
+    def load(self, weights: Weights | None, version: int) -> None:
         """Take weights by name (None: the learner's own model); drop caches of older ones."""
         if self.pending:
             raise RuntimeError(

@@ -23,7 +23,7 @@ from tutelage.distill.plan.footprint import student_footprint
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course
 from tutelage.distill.teachers.build import make_teacher
-from tutelage.distill.teachers.service import TeacherService
+from tutelage.distill.teachers.service import Answer, Ask, TeacherService
 from tutelage.envs.plugins import beside, look_beside
 from tutelage.evaluation.evaluate import EVALUATION
 from tutelage.scheduler.cluster import RayCluster
@@ -92,7 +92,7 @@ def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
 
 def make_placement(
     config: RunConfig, learner: Learner, tokenizer: Any, vocabulary: int, pools: EnvironmentPools
-) -> Placement:
+) -> Placement[Ask, Answer]:
     if config.cluster is None:
         engine = make_engine(config, learner.copy, vocabulary)
         teachers = {

@@ -21,11 +21,10 @@ from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.student.masks import loss_mask
 from tutelage.distill.teachers.answers import unpack_answer
-from tutelage.distill.teachers.identity import Identity
-from tutelage.distill.teachers.service import Answer
+from tutelage.distill.teachers.service import Answer, Ask
 from tutelage.distill.teachers.transport import CompactScores
 from tutelage.scheduler.episodes import Dropped, Episode, Row
-from tutelage.scheduler.placement import Ask, Placement
+from tutelage.scheduler.placement import Placement
 
 _Scored = tuple[CompactScores, TeacherScores]  # as they came, and unpacked
 Outcomes = Mapping[str, Sequence[Episode | Dropped]]
@@ -59,14 +58,14 @@ class Routing:
         courses: Mapping[str, Course],
         special: Mapping[str, Sequence[int]],
         learner: Learner,
-        placement: Placement,
+        placement: Placement[Ask, Answer],
     ) -> None:
         self._config, self._courses = config, courses
         self._learner, self._placement = learner, placement
         self._special = special
-        self.references: dict[str, Identity] = {
-            name: placement.identity(name) for name in config.teachers
-        }
+        asks = [Ask(teacher=name, rows=(), wanted={"k": 1}) for name in config.teachers]
+        answers = zip(asks, placement.score(asks), strict=True)
+        self.references = {ask.teacher: answer.identity for ask, answer in answers}
 
     def sound(self, task: str, outcomes: Sequence[Episode | Dropped]) -> bool:
         """Whether enough of the task's episodes were played to learn from."""
@@ -136,7 +135,7 @@ class Routing:
 
     def _scores(
         self, rows: Mapping[str, Sequence[tuple[Row, str | None]]]
-    ) -> tuple[dict[str, list[_Scored | None]], list[Answer]]:
+    ) -> tuple[dict[str, list[_Scored | None]], Sequence[Answer]]:
         """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
         asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
         for task, own in rows.items():
@@ -148,7 +147,7 @@ class Routing:
                 for teacher, places in by_teacher.items():
                     some = [own[place][0] for place in places]
                     asks.append((task, places, self._ask(task, teacher, some)))
-        answers: list[Answer] = self._placement.score([ask for _, _, ask in asks])
+        answers = self._placement.score([ask for _, _, ask in asks])
         scores: dict[str, list[_Scored | None]] = {}
         for (task, places, ask), answer in zip(asks, answers, strict=True):
             answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor

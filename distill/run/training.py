@@ -137,7 +137,7 @@ class Run:
         self.routing = Routing(config, self._courses, self._special, self.learner, self.placement)
         self.ahead = Ahead(
             self.timetable,
-            self.placement,
+            self.placement.start,
             self.num_games,
             staleness=config.schedule.max_staleness,
         )
@@ -220,7 +220,7 @@ class Run:
             self._stop_if_asked()
 
     def _play(self, orders: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
-        return self.placement.finish(self.placement.start(orders, law=law))
+        return self.placement.start(orders, law=law).outcomes()
 
     def _step(self, step: int, tasks: Sequence[str]) -> None:
         """One update on one or several tasks. What may fail comes before it, so that the step can

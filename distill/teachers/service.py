@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +53,15 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Rows for a teacher; `wanted` is what its `score` takes."""
+
+    teacher: str
+    rows: Sequence[Row]
+    wanted: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a teacher says of some rows, and what it took.
 
@@ -77,6 +86,8 @@ class TeacherService:
         cache: where scores are kept, or None.
         sleeps: between answers its weights lie in the CPU's memory, and its device is free.
 
+    `identity` is as it was last loaded or woken.
+
     Raises:
         ConfigError: it has no weights (see identity.UNIFORM), or they give no numbers.
     """
@@ -95,15 +106,15 @@ class TeacherService:
         self.model = teacher.model
         self._digest, self._dtype = digest, dtype
         self._cache = None if cache is None else ScoreCache(cache, teacher=digest)
-        self._identity = self._exam()
-        self._identity.check_weights(teacher.vocabulary)
+        self.identity = self._exam()
+        self.identity.check_weights(teacher.vocabulary)
         self._asleep = False
         if sleeps:
             self.sleep()
 
-    def identity(self) -> Identity:
-        """As it was last loaded or woken."""
-        return self._identity
+    def answer(self, ask: Ask) -> Answer:
+        """Its scores of the rows that it is asked about; where there are none, who it is."""
+        return self.score(ask.rows, **ask.wanted)
 
     def score(
         self,
@@ -137,7 +148,7 @@ class TeacherService:
             except FloatingPointError as error:
                 raise RuntimeError(f"teachers.{self.name}: {error}") from error
             if self.teacher.remote:
-                self._identity = self._exam()
+                self.identity = self._exam()
             if self._sleeps:
                 self.sleep()
             for i, scores in zip(new, fresh, strict=True):
@@ -146,7 +157,7 @@ class TeacherService:
                     self._cache.put(keys[i], packed)
         return Answer(
             scores=tuple(scores for scores in found if scores is not None),
-            identity=self._identity,
+            identity=self.identity,
             hits=len(rows) - len(new),
             seconds=time.perf_counter() - begun if new else 0.0,
             retries=self.teacher.retries - retries,
@@ -167,7 +178,7 @@ class TeacherService:
             return
         self.teacher.wake()
         woken = self._exam()
-        woken.check_same(self._identity)
+        woken.check_same(self.identity)
         self._asleep = False
 
     def close(self) -> None:

@@ -88,8 +88,8 @@ def _assert_same_sets(one: TeacherScores, other: TeacherScores) -> None:
 
 
 def test_the_exam_is_that_of_our_own_engine(teacher: VllmTeacher, own: TransformersTeacher) -> None:
-    found = TeacherService("one", teacher, digest="d").identity()
-    exact = TeacherService("one", own, digest="d").identity()
+    found = TeacherService("one", teacher, digest="d").identity
+    exact = TeacherService("one", own, digest="d").identity
     assert np.allclose(found.logprobs, exact.logprobs, atol=WITHIN)
 
 

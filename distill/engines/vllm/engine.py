@@ -23,7 +23,7 @@ from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.vllm import sync
 from tutelage.distill.engines.vllm.processes import end
 from tutelage.distill.engines.vllm.start import EngineFailure, broken, require_vllm, start, stop
-from tutelage.scheduler.engine import Completion, Request
+from tutelage.scheduler.engine import Completion, Request, Weights
 from tutelage.scheduler.episodes import SamplingLaw
 
 WANTED = "rollout.engine=vllm"
@@ -73,7 +73,7 @@ class VllmEngine:
     def pending(self) -> int:
         return len(self._requests)
 
-    def load(self, weights: dict[str, npt.NDArray[np.generic]] | None, version: int) -> None:
+    def load(self, weights: Weights | None, version: int) -> None:
         """Take weights (None: the learner's, from this process) and prove that they arrived.
 
         Raises:
