@@ -7,6 +7,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tutelage.envs.errors import one_line
+
 _beside: list[str] = []
 
 
@@ -43,7 +45,7 @@ def refusal(env_id: str, error: BaseException) -> tuple[str, bool]:
             return f"module {module!r} imports {missing!r}, which is not installed", True
         places = ", ".join(["the installed packages", *_own_folders()])
         return f"there is no module {module!r}: looked for in {places}", True
-    return " ".join(str(error).split()) or type(error).__name__, absent
+    return one_line(error), absent
 
 
 def _missing(error: BaseException | None) -> str | None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Container
 from pathlib import Path
 
-from tutelage.evaluation.files import first_line
+from tutelage.envs.errors import first_line
 
 RUNS_OWN = "metrics.jsonl"
 """Tells a run's folder from others."""

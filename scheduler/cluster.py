@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
+from tutelage.envs.errors import first_line
 from tutelage.scheduler.engine import Weights
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
 from tutelage.scheduler.placement import AnswerT, AskT, Service, Started
@@ -249,7 +250,7 @@ class RayCluster(Generic[AskT, AnswerT]):
                 if attempt == self._attempts:
                     raise RuntimeError(
                         f"{job.member.name}: {job.method!r} failed on {attempt} actors, the last"
-                        f" with {type(fault).__name__}: {str(fault).strip().splitlines()[0]};"
+                        f" with {type(fault).__name__}: {first_line(fault)};"
                         " see cluster.timeout and the folder `stalled` in the run's"
                     ) from fault
                 self._replace(waiting[i])
@@ -288,7 +289,7 @@ class RayCluster(Generic[AskT, AnswerT]):
                 if attempt == self._attempts:
                     raise RuntimeError(
                         f"{member.name}: {attempt} actors were lost as they started, the last with"
-                        f" {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                        f" {type(error).__name__}: {first_line(error)}"
                     ) from error
             self._refill(member)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tutelage.envs.errors import one_line
+
 SENTINELS = FIRST, REPLY, SECOND = "⟦first user⟧", "⟦first reply⟧", "⟦second user⟧"
 
 Messages = Sequence[Mapping[str, Any]]
@@ -106,7 +108,7 @@ def pieces(tokenizer: Any, *, system: str | None, date: datetime.date | None) ->
     except _Unshown as unshown:
         raise ValueError(f"{who} {unshown}") from None
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error)
         if line := getattr(error, "lineno", None):
             said += f", in its line {line}"
         if system is not None and _works(tokenizer, date):

@@ -14,7 +14,8 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.lock import Lock
 from tutelage.distill.run.progress import ConsoleWatcher
 from tutelage.distill.run.training import Run, Stopped, evaluate_model
-from tutelage.evaluation.files import first_line, write_json
+from tutelage.envs.errors import first_line
+from tutelage.evaluation.files import write_json
 from tutelage.evaluation.tables import score_table
 
 

@@ -18,6 +18,7 @@ from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.teachers.build import check_teachers, load_teacher
 from tutelage.distill.teachers.service import Teacher
+from tutelage.envs.errors import one_line
 from tutelage.scheduler.episodes import Row
 
 WITHIN = {"float32": 2e-3, "bfloat16": 0.1}
@@ -64,7 +65,7 @@ def examine_engine(
                 theirs = teacher.score(own_rows, k=1)
                 yield check_teacher_on_student(subject, task, theirs, own_rows)
     except (ValueError, RuntimeError, OSError) as error:
-        yield check.fault(" ".join(str(error).split()), "see the message")
+        yield check.fault(one_line(error), "see the message")
     finally:
         if teacher is not None:
             teacher.close()

@@ -37,6 +37,7 @@ from tutelage.distill.models.loading import (
 from tutelage.distill.run.preflight import check_devices
 from tutelage.distill.teachers.identity import exam_rows
 from tutelage.distill.teachers.transformers import TransformersTeacher
+from tutelage.envs.errors import one_line
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.rollouts import RolloutWorker
@@ -119,7 +120,7 @@ def _absent(subject: str, what: str, reference: str | None, error: Exception) ->
     """What does not load. reference: None: it is made here."""
     there = reference is None or reference.startswith(BUILTIN) or Path(reference).is_dir()
     cure = AS_TOLD if there else "name a folder that is there, or a hub id that can be reached"
-    return Check(subject, what).fault(" ".join(str(error).split()), cure)
+    return Check(subject, what).fault(one_line(error), cure)
 
 
 def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
@@ -177,7 +178,7 @@ def _vllm(config: RunConfig, model: Any, tokenizer: Any) -> Iterator[Finding]:
         engine.load(None, 0)
     except (ConfigError, RuntimeError) as error:
         cure = "see the vllm section; rollout.engine=transformers needs none of it"
-        yield check.fault(" ".join(str(error).split()), cure)
+        yield check.fault(one_line(error), cure)
         return
     within = numbers.tolerance(model, config.vllm.dtype)
     for name in config.tasks:
@@ -215,10 +216,10 @@ def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Playe
         ]
         outcomes = worker.collect(orders)
     except (ValueError, RuntimeError, OSError) as error:
-        return check.fault(" ".join(str(error).split()), "correct env, env_args and rollout")
+        return check.fault(one_line(error), "correct env, env_args and rollout")
     except ArithmeticError as error:
         cure = "fetch the student's weights again, or set student.dtype to float32"
-        return check.fault(" ".join(str(error).split()), cure)
+        return check.fault(one_line(error), cure)
     finally:
         worker.close()
     if lost := [outcome for outcome in outcomes if isinstance(outcome, Dropped)]:
@@ -314,11 +315,11 @@ def examine_teacher(
         rows = [probe.row for probe in probes]
         scores = teacher.score(rows, k=1)
     except ConfigError as error:  # such as a context that is too short
-        yield Check(subject, "scores").fault(" ".join(str(error).split()), AS_TOLD)
+        yield Check(subject, "scores").fault(one_line(error), AS_TOLD)
         return
     except (ValueError, ArithmeticError) as error:  # NaN among the weights
         yield Check(subject, "scores").fault(
-            " ".join(str(error).split()),
+            one_line(error),
             "its weights hold NaN or infinity: load them again, or another dtype",
         )
         return

@@ -9,6 +9,7 @@ from typing import Any
 
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.student.masks import special_ids
+from tutelage.envs.errors import one_line
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.templates import conversation, reads_clock, render, spoken_of
 
@@ -78,7 +79,7 @@ def check_end_of_turn(
         chat = Chat(tokenizer, stop_ids=told, date=date)
     except ValueError as error:
         return check.fault(
-            " ".join(str(error).split()), "correct the files of the tokenizer, as the message says"
+            one_line(error), "correct the files of the tokenizer, as the message says"
         )
     end = chat.end_id
     said = f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})"
@@ -136,7 +137,7 @@ def check_template(
         plain = _renderings(tokenizer, system, "{}", date)
         thinking = _renderings(tokenizer, system, "<think>thought of {}</think>{}", date)
     except Exception as error:  # a template is a program: it may raise anything
-        plain, thinking, said = [], [], " ".join(str(error).split())
+        plain, thinking, said = [], [], one_line(error)
     if plain and (gone := [text for text in (*USERS, *REPLIES) if text not in plain[-1]]):
         return check.fault(
             f"it drops earlier turns: of three, {', '.join(map(repr, gone))} no longer show",
@@ -146,7 +147,7 @@ def check_template(
     try:
         chat = Chat(tokenizer, system=system, date=date)
     except ValueError as error:
-        return check.fault(" ".join(str(error).split()), "see the message")
+        return check.fault(one_line(error), "see the message")
     if not plain:
         return check.fault(
             f"it fails on a conversation of three turns: {said}",

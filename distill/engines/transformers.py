@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.models.architecture import context_of, one_line, window_of
+from tutelage.distill.models.architecture import context_of, window_of
 from tutelage.distill.models.threads import fitting, matrix_size
 from tutelage.distill.models.weights import weight_of
+from tutelage.envs.errors import one_line
 from tutelage.scheduler.engine import Completion, Request, Weights
 
 CHUNK = 256
@@ -126,7 +127,7 @@ def check_cache(model: Any) -> None:
         whole_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state.float()
     except Exception as error:  # transformers' models raise what comes
         raise ConfigError(
-            f"{who} cannot be played token by token here ({one_line(error)}): {cure}"
+            f"{who} cannot be played token by token here ({one_line(error):.300}): {cure}"
         ) from None
     apart = float((torch.cat(parts, dim=1).float() - whole_1TD).abs().max())
     if apart > 0.1 * float(whole_1TD.abs().max()):  # (NaN is said where it matters)

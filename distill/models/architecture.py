@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.envs.errors import one_line
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Under which names transformers' configurations keep a soft cap of the logits. Those of attention
@@ -134,11 +135,6 @@ def check_weights(model: Any, who: str) -> None:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
 @torch.inference_mode()
 def check_forward(model: Any, who: str) -> None:
     """Refuse a model whose logits are more than its head's, or in which a token sees those after
@@ -166,8 +162,8 @@ def check_forward(model: Any, who: str) -> None:
         logits_BTV = model(input_ids=ids_BT).logits
     except Exception as error:  # transformers' models raise what comes
         raise ConfigError(
-            f"{kind} does not go through its first forward ({one_line(error)}): its config.json"
-            " does not fit together, or its type is none that can be used here"
+            f"{kind} does not go through its first forward ({one_line(error):.300}): its"
+            " config.json does not fit together, or its type is none that can be used here"
         ) from None
     finally:
         handle.remove()

@@ -18,10 +18,10 @@ from tutelage.distill.models.architecture import (
     check_architecture,
     check_forward,
     check_weights,
-    one_line,
 )
 from tutelage.distill.models.scratch import scratch_settings
 from tutelage.distill.models.threads import cores
+from tutelage.envs.errors import one_line
 from tutelage.evaluation.run_folder import STATE, SUMS, WEIGHTS, Damaged, check
 
 BUILTIN = "builtin:"
@@ -122,7 +122,7 @@ def _loading(reference: str, what: str, load: Any, **given: Any) -> Any:
                 " run here: choose a model whose type transformers knows"
             ) from None
         raise ConfigError(
-            f"model {reference!r}: its {what} does not load: {one_line(error)}"
+            f"model {reference!r}: its {what} does not load: {one_line(error):.300}"
         ) from None
 
 
@@ -188,7 +188,7 @@ def load_student(config: StudentConfig, *, seed: int) -> Any:
         except Exception as error:  # of sizes that do not fit each other
             raise ConfigError(
                 f"student.init: a {settings.model_type!r} of this kind cannot be made:"
-                f" {one_line(error)}"
+                f" {one_line(error):.300}"
             ) from None
     model = model.to(getattr(torch, config.dtype))
     return _checked(model.to(device_of(config.device)).eval(), "student.init")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.envs.errors import one_line
 from tutelage.envs.names import nearest
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -109,9 +110,9 @@ def _check_builds(settings: Any) -> None:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(settings)
     except Exception as error:  # whatever a model's own code does with values it does not expect
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"student.init: no {settings.model_type} of these values can be made: {reason:.300}"
+            f"student.init: no {settings.model_type} of these values can be made:"
+            f" {one_line(error):.300}"
         ) from None
 
 

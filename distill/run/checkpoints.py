@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.evaluation.files import WriteError, first_line, write_text
+from tutelage.envs.errors import first_line
+from tutelage.evaluation.files import WriteError, write_text
 from tutelage.evaluation.run_folder import (
     STATE,
     SUMS,

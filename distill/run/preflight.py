@@ -19,6 +19,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import at_key, resolve
 from tutelage.distill.run.assembly import task_rollouts
+from tutelage.envs.errors import one_line
 from tutelage.envs.plugins import Absent
 from tutelage.evaluation.run_folder import FILES, FOLDERS, RUNS_OWN
 from tutelage.scheduler.rollouts import EnvironmentPools
@@ -116,8 +117,9 @@ def _check_weights(key: str, reference: str) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{key}: {file} is damaged ({reason}): copy it anew") from None
+            raise ConfigError(
+                f"{key}: {file} is damaged ({one_line(error)}): copy it anew"
+            ) from None
 
 
 def open_once(config: RunConfig) -> list[str]:

@@ -16,8 +16,9 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import dump
 from tutelage.distill.config.run import RunConfig, build_objective
 from tutelage.distill.teachers.identity import Identity, student_digest
+from tutelage.envs.errors import first_line
 from tutelage.evaluation import run_folder
-from tutelage.evaluation.files import first_line, write_text
+from tutelage.evaluation.files import write_text
 
 FREE_TO_CHANGE = (
     "run",

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.models.loading import resolve
-from tutelage.evaluation.files import first_line, write_json
+from tutelage.envs.errors import first_line
+from tutelage.evaluation.files import write_json
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")

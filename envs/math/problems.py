@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutelage.envs.errors import first_line, one_line
 from tutelage.envs.grading import MAX_ANSWER, extract
 from tutelage.envs.math import dapo
 from tutelage.envs.names import nearest, unknown
@@ -261,7 +262,7 @@ def _parsed(where: str, text: bytes) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{where}: not JSON: {first_line(error)}") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -294,8 +295,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
         except Exception as error:  # pyarrow raises kinds of its own for what is not parquet
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path}: not readable as parquet: {reason}") from None
+            raise ValueError(f"{path}: not readable as parquet: {first_line(error)}") from None
 
     yield from _table(str(path), rows())
 
@@ -310,7 +310,7 @@ def _folder(path: Path, split: str) -> Iterator[Row]:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise ValueError(f"{path}: not a data set folder: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: not a data set folder: {first_line(error)}") from None
     yield from _table(str(path), _pick(str(path), found, split))
 
 
@@ -320,9 +320,8 @@ def _hub(name: str, split: str) -> Iterator[Row]:
     try:
         found = datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # network, missing name, gated: each with its own class
-        reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
-            f"no file and no data set on the hub named {name!r}: {reason}"
+            f"no file and no data set on the hub named {name!r}: {one_line(error):.300}"
         ) from None
     yield from _table(name, _pick(name, found, split))
 
