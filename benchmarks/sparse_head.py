@@ -102,7 +102,7 @@ def _measure(arguments: argparse.Namespace, case: str, way: str, path: str) -> N
     head = head.to(device, dtype)
     hidden_ND = torch.randn(count, size, generator=generator).to(device, dtype).requires_grad_()
     ids_N = torch.randint(vocabulary, (count,), generator=generator).to(device)
-    top = torch.randn(count, max(1, objective.k), generator=generator).sort(descending=True)
+    top = torch.randn(count, max(1, objective.needs.k), generator=generator).sort(descending=True)
     scores = TeacherScores(
         ids_NK=torch.randint(vocabulary, top.values.shape, generator=generator),
         logprobs_NK=top.values.log_softmax(-1),

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tutelage.distill.config.teachers import TeacherConfig, VllmConfig
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.vllm import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
 
@@ -110,7 +111,7 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         times = (
             seconds(lambda: prefill(engine, rows), engine),
-            seconds(lambda: teacher.score(rows, k=options.k), engine),
+            seconds(lambda: teacher.score(rows, Needs(k=options.k)), engine),
         )
         if turn:  # the first warms up
             plain.append(times[0])

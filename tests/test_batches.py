@@ -11,6 +11,7 @@ import torch
 
 from tests.rounding import FORWARD_SUMS, rounding
 from tutelage.distill.models.batches import Batch, pack
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
@@ -200,7 +201,7 @@ class TestTeacher:
         rows = [
             make_row([("prompt", [50] * n), ("said", [3 * n, 7, 11])]) for n in (9, 2, 25, 4)
         ] + [branched]
-        found = TransformersTeacher(model, vocabulary=90, max_tokens=60).score(rows, k=6)
+        found = TransformersTeacher(model, vocabulary=90, max_tokens=60).score(rows, Needs(k=6))
         for row, scores in zip(rows[:4], found[:4], strict=True):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([row.ids_T.tolist()])).logits[0]
@@ -222,8 +223,8 @@ class TestTeacher:
 
         rows = [make_row([("prompt", [50] * n), ("said", [n, 7, 11])]) for n in (9, 2, 5)]
         teacher = TransformersTeacher(model, vocabulary=101)
-        whole = teacher.score(rows, k=3)
+        whole = teacher.score(rows, Needs(k=3))
         monkeypatch.setattr(teachers, "CHUNK", 2 * 101)  # two positions at a time
-        for one, other in zip(teacher.score(rows, k=3), whole, strict=True):
+        for one, other in zip(teacher.score(rows, Needs(k=3)), whole, strict=True):
             torch.testing.assert_close(one.sampled_N, other.sampled_N)
             assert torch.equal(one.ids_NK, other.ids_NK)

@@ -24,7 +24,7 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
 from tutelage.distill.models.loading import load_student
-from tutelage.distill.objectives import build
+from tutelage.distill.objectives import Objective, build
 from tutelage.distill.run.training import Run
 from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student.build import rank_model
@@ -99,14 +99,16 @@ class Pairs:
 TRAP = """
 import os, signal, time
 
+from tutelage.distill.objectives import Needs
+
 class Trap:
-    needs_teacher, student_k = False, 0
+    name, needs = "trap", Needs()
 
     def __init__(self, how, spared):
         self.how, self.spared = how, spared
 
-    def __call__(self, student, scores, ids_N, behaviour_N, *, tokens):
-        loss_N = -student.logprobs_at(ids_N[:, None])[:, 0]
+    def __call__(self, case):
+        loss_N = -case.student_logprobs()
         if os.getpid() != self.spared:
             if self.how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -160,10 +162,11 @@ def _lessons(
     objective: Any,
     task: str = "t",
 ) -> list[Lesson]:
-    asked = learner.own_support(rows, 8) if objective.student_k else None
+    needs = objective.needs
+    asked = learner.own_support(rows, needs.student_k) if needs.student_k else None
     scores: Sequence[Any] = [None] * len(rows)
-    if objective.needs_teacher:
-        scores = teacher.score(rows, k=8, full=objective.needs_full, asked=asked)
+    if needs.teacher:
+        scores = teacher.score(rows, needs, asked)
     return [
         Lesson(task=task, row=row, scores=one, mask_T=row.chosen_T.copy())
         for row, one in zip(rows, scores, strict=True)
@@ -296,7 +299,7 @@ def trap(pair: Pairs) -> Callable[[str], Any]:
     """An objective that the other processes stumble on."""
     import trapped  # type: ignore[import-not-found]
 
-    return lambda how: trapped.Trap(how, os.getpid())
+    return lambda how: Objective(trapped.Trap(how, os.getpid()))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tutelage.distill.doctor import texts as tokenizers
 from tutelage.distill.doctor.examination import examine_teacher
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models.loading import load_model
-from tutelage.distill.objectives import TeacherScores, build
+from tutelage.distill.objectives import Needs, TeacherScores, build
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.envs.grading import Verdict
 from tutelage.envs.grading import pool as grading_pool
@@ -81,9 +81,9 @@ def _level(finding: Finding, level: str, text: str) -> None:
 
 
 def _rolled(score: models.Score, by: int) -> models.Score:
-    def shifted(rows: Sequence[Row], **wanted: Any) -> list[TeacherScores]:
+    def shifted(rows: Sequence[Row], needs: Needs) -> list[TeacherScores]:
         return [
-            found.take(torch.roll(torch.arange(len(found)), by)) for found in score(rows, **wanted)
+            found.take(torch.roll(torch.arange(len(found)), by)) for found in score(rows, needs)
         ]
 
     return shifted
@@ -119,8 +119,8 @@ def test_hidden_states_read_one_too_late_are_named(
 def _swapped(score: models.Score, field: str) -> models.Score:
     """One field wrong, the others right."""
 
-    def sick(rows: Sequence[Row], **wanted: Any) -> list[TeacherScores]:
-        scores = score(rows, **{**wanted, "k": 2})
+    def sick(rows: Sequence[Row], needs: Needs) -> list[TeacherScores]:
+        scores = score(rows, replace(needs, k=2))
         if field == "ids":  # the second best id, with its own log-probability
             return [
                 replace(f, ids_NK=f.ids_NK[:, 1:], logprobs_NK=f.logprobs_NK[:, 1:]) for f in scores
@@ -178,9 +178,9 @@ def test_scores_at_another_temperature_do_not_fit(model: Any, probes: list[model
 
 def test_a_padded_vocabulary_is_named(model: Any, probes: list[models.Probe]) -> None:
     rows = [probe.row for probe in probes]
-    padded = TransformersTeacher(model, vocabulary=SIZE + 3).score(rows, k=1)
+    padded = TransformersTeacher(model, vocabulary=SIZE + 3).score(rows, Needs(k=1))
     _level(models.check_support("t", padded, SIZE), "fault", "vocabulary padded")
-    cut = TransformersTeacher(model, vocabulary=SIZE).score(rows, k=1)
+    cut = TransformersTeacher(model, vocabulary=SIZE).score(rows, Needs(k=1))
     _level(models.check_support("t", cut, SIZE), "ok", "101")
     _level(tokenizers.check_padding("t", SIZE + 3, SIZE), "note", "3 are padding")
     _level(tokenizers.check_padding("t", SIZE - 1, SIZE), "fault", "last 1 tokens have no row")
@@ -215,21 +215,21 @@ def test_scores_that_change_are_named(
     rows = [probe.row for probe in probes]
     noise = iter([0.0, 1e-3, 0.0, 0.0])
 
-    def noisy(rows: Sequence[Row], **wanted: Any) -> list[TeacherScores]:
+    def noisy(rows: Sequence[Row], needs: Needs) -> list[TeacherScores]:
         extra = next(noise)
         return [
             replace(found, sampled_N=found.sampled_N - extra)
-            for found in teacher.score(rows, **wanted)
+            for found in teacher.score(rows, needs)
         ]
 
     found = models.check_determinism("t", noisy, rows, within=1e-3)
     _level(found, "fault", "scored twice differ by up to 0.001")
 
-    def crowded(rows: Sequence[Row], **wanted: Any) -> list[TeacherScores]:
+    def crowded(rows: Sequence[Row], needs: Needs) -> list[TeacherScores]:
         extra = 0.5 * (len(rows) > 1)
         return [
             replace(found, sampled_N=found.sampled_N - extra)
-            for found in teacher.score(rows, **wanted)
+            for found in teacher.score(rows, needs)
         ]
 
     found = models.check_determinism("t", crowded, rows, within=1e-3)
@@ -273,7 +273,7 @@ def test_a_student_has_nothing_to_learn_from_itself(
 
 
 def test_a_teacher_of_another_task_is_noted(teacher: TransformersTeacher, rows: list[Row]) -> None:
-    scores = teacher.score(rows, k=1)
+    scores = teacher.score(rows, Needs(k=1))
     _level(models.check_teacher_on_student("t", "x", scores, rows), "ok", "on 36 tokens")
     far = [replace(found, sampled_N=found.sampled_N - 9) for found in scores]
     _level(models.check_teacher_on_student("t", "x", far, rows), "note", "all but impossible")

@@ -26,6 +26,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers import http_client
 from tutelage.distill.teachers.http_client import ClientError, ServerError
 from tutelage.distill.teachers.identity import scored_row
@@ -87,7 +88,7 @@ def _teacher(url: str, **options: Any) -> ServerTeacher:
 def _said(url: str, **options: Any) -> str:
     """What is raised of a server, after it has been checked for what every message must be."""
     with pytest.raises((ServerError, ConfigError)) as raised:
-        _teacher(url, **options).score([_row()], k=K)
+        _teacher(url, **options).score([_row()], Needs(k=K))
     text = str(raised.value)
     assert text.startswith("teachers.one") and url in text, text
     assert KEY not in text and "secretword" not in text
@@ -120,8 +121,8 @@ def test_an_answer_that_is_none_is_refused_by_name(serve: Serve, kind: str) -> N
 
 @pytest.mark.parametrize("kind", SOUND)
 def test_unusual_answers_that_are_right_are_taken(serve: Serve, kind: str) -> None:
-    exact = _teacher(serve(SOUND["plain"]).url, timeout=5.0).score([_row()], k=K)[0]
-    (found,) = _teacher(serve(SOUND[kind]).url, timeout=5.0, attempts=1).score([_row()], k=K)
+    exact = _teacher(serve(SOUND["plain"]).url, timeout=5.0).score([_row()], Needs(k=K))[0]
+    (found,) = _teacher(serve(SOUND[kind]).url, timeout=5.0, attempts=1).score([_row()], Needs(k=K))
     assert (found.ids_NK == exact.ids_NK).all() and (found.sampled_N == exact.sampled_N).all()
 
 
@@ -134,7 +135,7 @@ def test_what_passes_is_asked_again(serve: Serve, kind: str) -> None:
         next(acts, SOUND["plain"])(caller)
 
     teacher = _teacher(serve(at_first).url, attempts=3)
-    assert len(teacher.score([_row()], k=K)) == 1 and teacher.retries == 1
+    assert len(teacher.score([_row()], Needs(k=K))) == 1 and teacher.retries == 1
 
 
 @pytest.mark.parametrize("kind", ["status 301", "status 400", "endless body", "status 501"])
@@ -158,7 +159,7 @@ def test_a_key_in_what_is_no_http_is_hidden(
 def test_no_log_holds_what_a_server_says(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     server = serve(lambda caller: caller.reply(caller.sound, X_Key=caller.key))
-    assert _teacher(server.url, timeout=20.0).score([_row()], k=K)
+    assert _teacher(server.url, timeout=20.0).score([_row()], Needs(k=K))
     assert KEY not in caplog.text
 
 
@@ -179,7 +180,7 @@ def test_a_server_that_asks_for_time_gets_it_up_to_a_bound(
         teacher = _teacher(server.url)
         monkeypatch.setattr(teacher._client._connections.cancelled, "wait", waits.append)
         with pytest.raises(ServerError, match="HTTP 429"):
-            teacher.score([_row()], k=K)
+            teacher.score([_row()], Needs(k=K))
     assert waits == [7.0, 30.0, 0.01, 0.01]
 
 
@@ -291,8 +292,10 @@ class TestUnderTls:
 
     @pytest.mark.usefixtures("trusted")
     def test_an_answer_is_taken(self, serve: Serve, encrypted: Serve) -> None:
-        exact = _teacher(serve(SOUND["plain"]).url, timeout=5.0).score([_row()], k=K)[0]
-        found = _teacher(encrypted(SOUND["in chunks"]).url, timeout=5.0).score([_row()], k=K)[0]
+        exact = _teacher(serve(SOUND["plain"]).url, timeout=5.0).score([_row()], Needs(k=K))[0]
+        found = _teacher(encrypted(SOUND["in chunks"]).url, timeout=5.0).score(
+            [_row()], Needs(k=K)
+        )[0]
         assert (found.ids_NK == exact.ids_NK).all() and (found.sampled_N == exact.sampled_N).all()
 
     @pytest.mark.usefixtures("trusted")

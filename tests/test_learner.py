@@ -13,7 +13,8 @@ import torch
 
 from tests.rounding import UPDATE_SUMS, rounding
 from tutelage.distill.config.sections import OptimizerConfig
-from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
+from tutelage.distill.objectives import DenseStudent, Needs, Objective, TeacherScores, Tokens, build
+from tutelage.distill.objectives.tokens import Case, Loss
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -40,10 +41,22 @@ def teacher(make_model: Make) -> TransformersTeacher:
     return TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
 
 
+def _own(loss: Callable[[Case], torch.Tensor]) -> Objective:
+    """A loss of a test's own; it asks no teacher."""
+
+    class Rule:
+        name, needs = "own", Needs()
+
+        def __call__(self, case: Case) -> Loss:
+            return loss(case), {}
+
+    return Objective(Rule())
+
+
 def _lessons(rows: Sequence[Row], teacher: TransformersTeacher | None, k: int = 8) -> list[Lesson]:
     scores: Sequence[TeacherScores | None] = [None] * len(rows)
     if teacher is not None:
-        scores = teacher.score(rows, k=k)
+        scores = teacher.score(rows, Needs(k=k))
     return [
         Lesson(task="t", row=row, scores=found, mask_T=row.chosen_T.copy())
         for row, found in zip(rows, scores, strict=True)
@@ -150,7 +163,7 @@ def test_loss_and_gradient_are_the_mean_that_the_config_names(
     beyond the vocabulary take no probability, hence no gradient."""
     objective = build(name)
     model = make_model(seed=1, padding=11)
-    lessons = _lessons(rows, teacher if objective.needs_teacher else None, k=32)
+    lessons = _lessons(rows, teacher if objective.needs.teacher else None, k=32)
     loss, expected = _direct(model, lessons, objective, reduce)
     learner = _learner(model, aggregate=aggregate, micro_tokens=40)
     metrics = _update(learner, lessons, objective, weight=1.0, seed=0)
@@ -239,16 +252,12 @@ def test_an_infinite_loss_under_the_mask_does_not_count(
 ) -> None:
     """0 * inf would make the step's loss NaN."""
 
-    def objective(student: Any, scores: Any, ids_N: Any, behaviour_N: Any, **_: Any) -> Any:
-        loss_N = -student.logprobs_at(ids_N[:, None])[:, 0]
-        return torch.where(ids_N == 3, torch.inf, loss_N), {}
-
-    objective.needs_teacher = False  # type: ignore[attr-defined]
+    objective = _own(lambda case: torch.where(case.ids_N == 3, torch.inf, -case.student_logprobs()))
     row = make_row([("prompt", [1, 2]), ("said", [3, 4])])
     mask_T = row.chosen_T & (row.ids_T != 3)
     model = make_model()
     lesson = Lesson(task="t", row=row, scores=None, mask_T=mask_T)
-    metrics = _update(_learner(model), [lesson], objective, weight=1.0, seed=0)  # type: ignore[arg-type]
+    metrics = _update(_learner(model), [lesson], objective, weight=1.0, seed=0)
     assert math.isfinite(metrics["loss/mean"])
     assert all(gradient.isfinite().all() for gradient in _gradients(model).values())
 
@@ -346,16 +355,12 @@ def test_a_broken_loss_stops_before_the_weights_change(
 ) -> None:
     """The optimizer's state stays too: the next update is as if the broken one had not been."""
 
-    def broken(student: Any, scores: Any, ids_N: Any, behaviour_N: Any, **_: Any) -> Any:
-        loss_N = -student.logprobs_at(ids_N[:, None])[:, 0]
-        return loss_N * value, {}
-
-    broken.needs_teacher = False  # type: ignore[attr-defined]
+    broken = _own(lambda case: -case.student_logprobs() * value)
     model, twin = make_model(seed=1), make_model(seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learner, untouched = _learner(model, lr=1e-2), _learner(twin, lr=1e-2)
     with pytest.raises(FloatingPointError, match="weights are as they were"):
-        _update(learner, _lessons(rows, None), broken, weight=1.0, seed=0)  # type: ignore[arg-type]
+        _update(learner, _lessons(rows, None), broken, weight=1.0, seed=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for one in (learner, untouched):
         _update(one, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
@@ -419,7 +424,7 @@ class TestLesson:
     def test_scores_of_another_length_are_refused(
         self, rows: list[Row], teacher: TransformersTeacher
     ) -> None:
-        (scores,) = teacher.score(rows[:1], k=2)
+        (scores,) = teacher.score(rows[:1], Needs(k=2))
         with pytest.raises(ValueError, match="2 teacher scores for 17"):
             Lesson(task="t", row=rows[1], scores=scores, mask_T=rows[1].chosen_T)
 
@@ -452,7 +457,7 @@ class TestSparse:
         rows = _near_policy(rows, make_model(seed=1))
         return [
             Lesson(task="t", row=row, scores=scores, mask_T=row.chosen_T.copy())
-            for row, scores in zip(rows, teacher.score(rows, k=8, full=True), strict=True)
+            for row, scores in zip(rows, teacher.score(rows, Needs(k=8, full=True)), strict=True)
         ]
 
     def test_every_objective_updates_as_the_dense_learner_does(
@@ -506,7 +511,7 @@ class TestSparse:
     ) -> None:
         """Row by row, though they are packed by length, with and without its whole distribution."""
         own = _learner(make_model(seed=1)).own_support(rows, 5)
-        answers = teacher.score(rows, k=2, asked=own, full=True)
+        answers = teacher.score(rows, Needs(k=2, student_k=5, full=True), own)
         for row, asked_NJ, scores in zip(rows, own, answers, strict=True):
             ids_1T, chosen = _ids(row)
             with torch.no_grad():
@@ -604,7 +609,7 @@ class TestMicroBatches:
     def full(self, make_model: Make, rows: list[Row], teacher: TransformersTeacher) -> list[Lesson]:
         """Ragged lessons near the policy, a third of their tokens masked."""
         rows = _near_policy(rows, make_model(seed=1))
-        scores = teacher.score(rows, k=8, full=True)
+        scores = teacher.score(rows, Needs(k=8, full=True))
         masks = [row.chosen_T & (np.arange(len(row.ids_T)) % 3 > 0) for row in rows]
         return [
             Lesson(task="t", row=row, scores=own, mask_T=mask_T)
@@ -698,14 +703,13 @@ class TestTokens:
         def draws(seed: int, micro_tokens: int) -> dict[int, float]:
             seen: dict[int, float] = {}
 
-            def objective(student: Any, scores: Any, ids_N: Any, _: Any, *, tokens: Tokens) -> Any:
-                assert tokens.uniforms_N is not None
-                seen.update(zip(ids_N.tolist(), tokens.uniforms_N.tolist(), strict=True))
-                return -student.logprobs_at(ids_N[:, None])[:, 0], {}
+            def look(case: Case) -> torch.Tensor:
+                assert case.tokens.uniforms_N is not None
+                seen.update(zip(case.ids_N.tolist(), case.tokens.uniforms_N.tolist(), strict=True))
+                return -case.student_logprobs()
 
-            objective.needs_teacher = False  # type: ignore[attr-defined]
             learner = _learner(make_model(seed=1), micro_tokens=micro_tokens)
-            _update(learner, _lessons(rows, None), objective, seed=seed)
+            _update(learner, _lessons(rows, None), _own(look), seed=seed)
             return seen
 
         one = draws(0, 1)
@@ -731,7 +735,7 @@ class TestTokens:
         rows = _near_policy(rows, make_model(seed=1))
         lesson, masked = (
             Lesson(task="t", row=row, scores=scores, mask_T=row.chosen_T.copy())
-            for row, scores in zip(rows, teacher.score(rows, k=8, full=True), strict=True)
+            for row, scores in zip(rows, teacher.score(rows, Needs(k=8, full=True)), strict=True)
         )
         assert masked.scores is not None
         ruled_out = torch.full_like(masked.scores.sampled_N, -torch.inf)
@@ -757,7 +761,7 @@ class TestTokens:
         reply stay in it, and the masked one's nowhere, as computed from the tokens by hand."""
         parts = [("prompt", [1, 2]), ("said", [5, 9]), ("prompt", [3]), ("said", [7, 4, 8])]
         (row,) = _near_policy([make_row(parts)], make_model(seed=1))
-        (scores,) = teacher.score([row], k=1)
+        (scores,) = teacher.score([row], Needs(k=1))
         mask_T = row.chosen_T.copy()
         mask_T[6] = False  # the 4
         lesson = Lesson(task="t", row=row, scores=scores, mask_T=mask_T)

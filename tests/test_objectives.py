@@ -61,7 +61,7 @@ def test_gradients_equal_float64_finite_differences(
     if "importance_clip" in options or options.get("outlier") == "forward_kl_pg":
         pytest.skip("its weight moves with the value and not with the gradient: see by hand")
     objective, (student_NV, scores, old_N) = build(name, **options), lesson
-    if objective.takes_given:
+    if objective.needs.given:
         old_N = old_N.clone()
         old_N[[1, 4]] = torch.nan
 
@@ -125,7 +125,7 @@ def test_what_the_teacher_rules_out_stays_finite(
     ids_N = torch.tensor([0, 2, 10, 5, 7, 1, 7])
     student_NV = draw(N, V).to(kind).requires_grad_()
     old_N = student_NV.detach().log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
-    scores = TeacherScores.from_logits(teacher_NV, ids_N, k=max(1, objective.k))
+    scores = TeacherScores.from_logits(teacher_NV, ids_N, k=max(1, objective.needs.k))
     loss_N, metrics = objective(DenseStudent(student_NV), scores, ids_N, old_N, tokens=TOKENS)
     (gradient_NV,) = torch.autograd.grad(loss_N.sum(), student_NV)
     assert loss_N.isfinite().all() and gradient_NV.isfinite().all()
@@ -136,7 +136,7 @@ def test_no_tokens_are_no_loss(variant: Variant) -> None:
     """A micro-batch can hold rows in which nothing was said."""
     name, options = variant
     objective, none = build(name, **options), torch.zeros(0, dtype=torch.long)
-    scores = TeacherScores.from_logits(torch.zeros(0, V), none, k=max(1, objective.k))
+    scores = TeacherScores.from_logits(torch.zeros(0, V), none, k=max(1, objective.needs.k))
     nobody = Tokens(law_N=torch.zeros(0))
     student = DenseStudent(torch.zeros(0, V))
     loss_N, _ = objective(student, scores, none, torch.zeros(0), tokens=nobody)

@@ -366,16 +366,16 @@ def test_score_bytes_are_those_that_travel(name: str) -> None:
     objective = build(name)
     ids_N = torch.arange(5)
     scores = TeacherScores.from_logits(
-        torch.randn(5, 100), ids_N, k=objective.k, keep_full=objective.needs_full
+        torch.randn(5, 100), ids_N, k=objective.needs.k, keep_full=objective.needs.full
     )
     assert transport.CompactScores.pack(scores, teacher="").nbytes == 5 * (
-        score_bytes(objective, 100) or 0
+        score_bytes(objective.needs, 100) or 0
     )
 
 
 def test_a_student_support_is_asked_for_and_answered() -> None:
     objective = build("local_support", k=8, support="student")
-    assert score_bytes(objective, 825) == 8 * 6 + 6 + 8 * (4 + 2)
+    assert score_bytes(objective.needs, 825) == 8 * 6 + 6 + 8 * (4 + 2)
 
 
 def test_ray_workers_have_weights_and_caches_of_their_own() -> None:

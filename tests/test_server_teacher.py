@@ -23,7 +23,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.run.training import Run
 from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.teachers import http_client
@@ -87,7 +87,7 @@ class TestScores:
         own = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
         teacher = _teacher(serve())
         for k in (1, 4, 20):
-            _assert_same(teacher.score(rows, k=k), own.score(rows, k=k))
+            _assert_same(teacher.score(rows, Needs(k=k)), own.score(rows, Needs(k=k)))
         assert teacher.retries == 0
 
     def test_a_token_counts_among_the_top_k_only_where_it_is_one_of_them(self) -> None:
@@ -107,23 +107,23 @@ class TestScores:
         """A random model's padding is as probable as any other id."""
         teacher = _teacher(serve(make_model(seed=9, padding=40)))
         with pytest.raises(ConfigError, match=r"one: http.*outside the vocabulary of 101"):
-            teacher.score(rows, k=10)
+            teacher.score(rows, Needs(k=10))
 
     def test_what_a_top_k_does_not_tell_is_refused(
         self, serve: Serve, rows: list[Row], make_row: Callable[..., Row]
     ) -> None:
         teacher = _teacher(serve())
         with pytest.raises(ValueError, match="engine to transformers"):
-            teacher.score(rows, k=4, full=True)
+            teacher.score(rows, Needs(k=4, full=True))
         with pytest.raises(ValueError, match="engine to transformers"):
-            teacher.score(rows, k=4, asked=[torch.zeros(1, 1)])
+            teacher.score(rows, Needs(k=4, student_k=1), [torch.zeros(1, 1)])
         branched = make_row([("prompt", [5, 6]), ("branch", [7]), ("said", [9])])
         with pytest.raises(ValueError, match=r"teachers\.one: a row with an expert's branches"):
-            teacher.score([*rows, branched], k=4)
+            teacher.score([*rows, branched], Needs(k=4))
 
     def test_so_many_rows_are_in_flight_as_may_be(self, serve: Serve, rows: list[Row]) -> None:
         server = serve()
-        _teacher(server, concurrency=3).score(rows * 4, k=4)
+        _teacher(server, concurrency=3).score(rows * 4, Needs(k=4))
         assert 2 <= server.most <= 3
 
     def test_long_answers_are_packed_as_they_are_read(self) -> None:
@@ -185,8 +185,10 @@ class TestFaults:
         server = serve()
         server.faults = [fault, fault]
         teacher = _teacher(server, timeout=0.4)
-        exact = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY).score(rows, k=4)
-        _assert_same(teacher.score(rows, k=4), exact)
+        exact = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY).score(
+            rows, Needs(k=4)
+        )
+        _assert_same(teacher.score(rows, Needs(k=4)), exact)
         assert teacher.retries == 2
 
     @pytest.mark.parametrize(("fault", "said"), FAULTS.items())
@@ -196,7 +198,7 @@ class TestFaults:
         server = serve()
         server.faults = [fault] * 99
         with pytest.raises(ServerError) as raised:
-            _teacher(server, timeout=0.4).score(rows[:1], k=4)
+            _teacher(server, timeout=0.4).score(rows[:1], Needs(k=4))
         text = str(raised.value)
         begins = f"teachers.one: {server.url}/v1/completions gave no answer in 3 attempts"
         assert text.startswith(begins) and "same command goes on" in text
@@ -211,7 +213,7 @@ class TestFaults:
         server.close()
         begun = time.monotonic()
         with pytest.raises(ServerError, match=rf"{server.url}.*refused: is it running there\?"):
-            teacher.score(rows, k=4)
+            teacher.score(rows, Needs(k=4))
         assert time.monotonic() - begun < 5
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(
@@ -226,10 +228,10 @@ class TestFaults:
         teacher = _teacher(server, timeout=30.0)
         begun = time.monotonic()
         with pytest.raises(ConfigError, match="cannot read a row of 33 tokens"):
-            teacher.score(rows, k=4)
+            teacher.score(rows, Needs(k=4))
         assert time.monotonic() - begun < 5
         server.released.set()
-        assert len(teacher.score(rows[:1], k=4)) == 1  # and it can be asked again
+        assert len(teacher.score(rows[:1], Needs(k=4))) == 1  # and it can be asked again
 
     def test_a_request_that_connects_too_late_is_not_waited_for(
         self, serve: Serve, monkeypatch: pytest.MonkeyPatch
@@ -272,7 +274,7 @@ class TestFaults:
         monkeypatch.setattr(http_client, "wait", interrupted)
         before, begun = threading.active_count(), time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            _teacher(server, timeout=30.0, concurrency=4).score(rows, k=4)
+            _teacher(server, timeout=30.0, concurrency=4).score(rows, Needs(k=4))
         assert time.monotonic() - begun < 5
         server.released.set()
         deadline = time.monotonic() + 5
@@ -298,7 +300,7 @@ class TestRefusals:
     ) -> None:
         server = serve(**options)
         with pytest.raises(ConfigError, match=said) as raised:
-            _teacher(server).score(rows[:1], k=4)
+            _teacher(server).score(rows[:1], Needs(k=4))
         assert server.url in str(raised.value)
         assert server.asked == 1
 
@@ -309,12 +311,12 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"teachers\.one\.api_key_env: .* no TEST_KEY"):
             _teacher(server, api_key_env="TEST_KEY")
         monkeypatch.setenv("TEST_KEY", "secret")
-        assert len(_teacher(server, api_key_env="TEST_KEY").score(rows[:1], k=4)) == 1
+        assert len(_teacher(server, api_key_env="TEST_KEY").score(rows[:1], Needs(k=4))) == 1
 
     def test_a_url_that_ends_in_v1_is_the_same(self, serve: Serve, rows: list[Row]) -> None:
         server = serve()
         server.url += "/v1/"
-        assert len(_teacher(server).score(rows[:1], k=4)) == 1
+        assert len(_teacher(server).score(rows[:1], Needs(k=4))) == 1
 
 
 class TestExam:
@@ -347,10 +349,10 @@ class TestExam:
         server = serve()
         service = self._service(server)
         first = service.identity
-        service.score(rows, k=4).identity.check_same(first)
+        service.score(rows, Needs(k=4)).identity.check_same(first)
         server.model = make_model(seed=10)  # restarted by somebody, with another checkpoint
         with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
-            service.score(rows, k=4).identity.check_same(first)
+            service.score(rows, Needs(k=4)).identity.check_same(first)
 
 
 # --- runs ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.identity import TOLERANCE, Identity, digest_of
 from tutelage.distill.teachers.service import Answer, TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -97,7 +98,7 @@ class TestExam:
             teacher.model.get_input_embeddings().weight[7] = math.nan
         said = r"teachers\.one: its logits .* at token 3 \(id 4\) of row 1 of 2: .*dtype to float32"
         with pytest.raises(RuntimeError, match=said):
-            teacher.score(rows[:2], k=4)
+            teacher.score(rows[:2], Needs(k=4))
 
     def test_an_id_that_is_ruled_out_is_no_broken_weight(
         self, serve: Service, make_model: Callable[..., Any], rows: list[Row]
@@ -108,7 +109,7 @@ class TestExam:
         head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
         with torch.no_grad():
             head.bias[50] = -math.inf
-        (scores,) = serve(model).teacher.score(rows[:1], k=4, full=True)
+        (scores,) = serve(model).teacher.score(rows[:1], Needs(k=4, full=True))
         assert (scores.full()[:, 50] == -math.inf).all()
 
     def test_a_head_alone_that_was_lost_is_refused_too(
@@ -169,7 +170,7 @@ class TestSleeping:
     def test_it_answers_as_one_that_never_slept(self, serve: Service, rows: list[Row]) -> None:
         sleeper, waking = serve(sleeps=True), serve()
         for _ in range(2):
-            assert _same(sleeper.score(rows, k=4), waking.score(rows, k=4))
+            assert _same(sleeper.score(rows, Needs(k=4)), waking.score(rows, Needs(k=4)))
 
     @pytest.mark.parametrize("part", ["everything", "one layer"])
     def test_weights_lost_in_sleep_are_seen_before_they_teach(
@@ -177,10 +178,10 @@ class TestSleeping:
     ) -> None:
         """One layer of two: far from uniform, and still another teacher."""
         teacher = serve(sleeps=True)
-        teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
         _zero(teacher.model if part == "everything" else teacher.model.base_model.layers[1])
         with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
-            teacher.score(rows, k=4)
+            teacher.score(rows, Needs(k=4))
 
     def test_it_is_on_its_device_only_while_it_works(self, serve: Service, rows: list[Row]) -> None:
         """The moves, as told to the model; this machine has one device."""
@@ -189,23 +190,24 @@ class TestSleeping:
         move = teacher.model.to
         teacher.model.to = lambda device: moves.append(str(device)) or move(device)
         teacher.teacher._device = torch.device("cpu", 0)
-        teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
         assert moves == ["cpu:0", "cpu"]
 
 
 class TestCache:
-    WANTED: Sequence[dict[str, Any]] = ({"k": 4}, {"k": 5}, {"k": 4, "full": True})
+    NEEDED: Sequence[Needs] = (Needs(k=4), Needs(k=5), Needs(k=4, full=True))
 
     def test_what_was_scored_before_takes_no_teachers_work(
         self, serve: Service, rows: list[Row], tmp_path: Path
     ) -> None:
         """Another process of the same teacher: its network raises when it is called."""
         asked = [np.arange(3 * n, dtype=np.int32).reshape(n, 3) for n in (2, 9, 4)]
-        wanted = [*self.WANTED, {"k": 4, "asked": asked}]
+        wanted: list[tuple[Any, ...]] = [(needs,) for needs in self.NEEDED]
+        wanted.append((Needs(k=4, student_k=3), asked))
         first = serve(cache=tmp_path)
-        answers = [first.score(rows, **one) for one in wanted]
+        answers = [first.score(rows, *one) for one in wanted]
         assert [answer.hits for answer in answers] == [0, 0, 0, 0]
-        plain = [serve().score(rows, **one) for one in wanted]
+        plain = [serve().score(rows, *one) for one in wanted]
         assert all(_same(a, b) for a, b in zip(answers, plain, strict=True))
         second = serve(cache=tmp_path)
 
@@ -214,21 +216,21 @@ class TestCache:
 
         second.teacher.score = fail  # type: ignore[method-assign, assignment]
         for answer, one in zip(answers, wanted, strict=True):
-            again = second.score(rows, **one)
+            again = second.score(rows, *one)
             assert (again.hits, again.seconds) == (3, 0.0)
             assert _same(again, answer)
             assert {scores.teacher for scores in again.scores} == {"one"}
         with pytest.raises(AssertionError, match="the teacher worked"):
-            second.score(rows, k=6)
+            second.score(rows, Needs(k=6))
 
     def test_known_rows_and_new_ones_come_back_in_order(
         self, serve: Service, rows: list[Row], tmp_path: Path
     ) -> None:
         teacher = serve(cache=tmp_path)
-        teacher.score(rows[1:2], k=4)
-        mixed = teacher.score(rows, k=4)
+        teacher.score(rows[1:2], Needs(k=4))
+        mixed = teacher.score(rows, Needs(k=4))
         assert mixed.hits == 1
-        for found, exact in zip(mixed.scores, serve().score(rows, k=4).scores, strict=True):
+        for found, exact in zip(mixed.scores, serve().score(rows, Needs(k=4)).scores, strict=True):
             assert np.array_equal(found.ids_NK, exact.ids_NK)
             assert np.allclose(found.sampled_N, exact.sampled_N, atol=1e-5)
 
@@ -236,25 +238,25 @@ class TestCache:
         self, serve: Service, rows: list[Row], tmp_path: Path
     ) -> None:
         """A hit on any of these would be the answer to another question."""
-        serve(cache=tmp_path).score(rows, k=4)
+        serve(cache=tmp_path).score(rows, Needs(k=4))
         row = rows[1]
         other_ids, fewer = row.ids_T.copy(), row.turns_T.copy()
         other_ids[0] += 1
         fewer[4] = -1
         flat = replace(rows[2], branches_T=np.zeros_like(rows[2].branches_T))
         asked = [np.zeros((9, 2), dtype=np.int32)]
-        changed: list[tuple[list[Row], dict[str, Any]]] = [
-            ([replace(row, ids_T=other_ids)], {"k": 4}),
-            ([replace(row, turns_T=fewer)], {"k": 4}),
-            ([flat], {"k": 4}),
-            ([row], {"k": 3}),
-            ([row], {"k": 4, "full": True}),
-            ([row], {"k": 4, "asked": asked}),
-            ([row], {"k": 4, "asked": [asked[0] + 1]}),
+        changed: list[tuple[list[Row], tuple[Any, ...]]] = [
+            ([replace(row, ids_T=other_ids)], (Needs(k=4),)),
+            ([replace(row, turns_T=fewer)], (Needs(k=4),)),
+            ([flat], (Needs(k=4),)),
+            ([row], (Needs(k=3),)),
+            ([row], (Needs(k=4, full=True),)),
+            ([row], (Needs(k=4, student_k=2), asked)),
+            ([row], (Needs(k=4, student_k=2), [asked[0] + 1])),
         ]
         for given, wanted in changed:
-            assert serve(cache=tmp_path).score(given, **wanted).hits == 0
-        assert serve(cache=tmp_path, digest="another").score([row], k=4).hits == 0
+            assert serve(cache=tmp_path).score(given, *wanted).hits == 0
+        assert serve(cache=tmp_path, digest="another").score([row], Needs(k=4)).hits == 0
         longer = replace(
             row,
             **{
@@ -266,14 +268,16 @@ class TestCache:
                 )
             },
         )
-        assert serve(cache=tmp_path).score([longer], k=4).hits == 1  # nothing sees what follows
+        assert (
+            serve(cache=tmp_path).score([longer], Needs(k=4)).hits == 1
+        )  # nothing sees what follows
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "swapped", "numbers"])
     def test_a_damaged_file_is_recomputed_and_written_anew(
         self, serve: Service, rows: list[Row], tmp_path: Path, damage: str
     ) -> None:
         teacher = serve(cache=tmp_path)
-        answer = teacher.score(rows[:2], k=4)
+        answer = teacher.score(rows[:2], Needs(k=4))
         paths = sorted(tmp_path.rglob("*.npz"))
         whole = [path.read_bytes() for path in paths]
         for path, own, next_one in zip(paths, whole, reversed(whole), strict=True):
@@ -285,10 +289,10 @@ class TestCache:
             np.savez(arrays, ids_NK=np.int32(1), logprobs_NK=np.float16(1), sampled_N=np.float32(1))
             changed["numbers"] = arrays.getvalue()
             path.write_bytes(changed[damage])
-        again = teacher.score(rows[:2], k=4)
+        again = teacher.score(rows[:2], Needs(k=4))
         assert _same(again, answer)
         assert again.hits == 0
-        assert teacher.score(rows[:2], k=4).hits == 2
+        assert teacher.score(rows[:2], Needs(k=4)).hits == 2
         assert not list(tmp_path.rglob(".*"))  # nothing half-written
 
     def test_a_folder_that_cannot_be_written_is_named(
@@ -296,7 +300,7 @@ class TestCache:
     ) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(OSError, match=r"teachers\.one\.cache: .*set cache: null"):
-            serve(cache=tmp_path / "file").score(rows, k=4)
+            serve(cache=tmp_path / "file").score(rows, Needs(k=4))
 
 
 class TestDigest:

@@ -25,6 +25,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.engines.transformers import TransformersEngine
+from tutelage.distill.objectives import Needs
 from tutelage.distill.run import assembly, checkpoints
 from tutelage.distill.run.training import Run, evaluate_model
 from tutelage.distill.run.watcher import Watcher
@@ -808,7 +809,7 @@ class TestSeveralTeachers:
                         logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
                         branches_T=np.zeros(len(ids), dtype=np.int32),
                     )
-                    (exact,) = services[episode["teacher"]].score([one], k=8).scores
+                    (exact,) = services[episode["teacher"]].score([one], Needs(k=8)).scores
                     told = [x for x in row["teacher_logprob"] if x is not None]
                     assert np.allclose(told, exact.sampled_N, atol=1e-4)
         assert rows == 24 and by_teacher == {"one": 16, "two": 8}

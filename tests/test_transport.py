@@ -139,7 +139,7 @@ def test_rounding_moves_a_gradient_by_a_fifth_of_a_percent_at_most(
     noise_NV = torch.randn(N, VOCABULARY, generator=torch.Generator().manual_seed(7))
     student_NV = (logits_NV * 0.9 + noise_NV).double()
     behaviour_N = student_NV.log_softmax(-1).gather(1, sampled_N[:, None])[:, 0]
-    scores = _scores(logits_NV, sampled_N, k=8) if objective.needs_teacher else None
+    scores = _scores(logits_NV, sampled_N, k=8) if objective.needs.teacher else None
 
     def slope(given: TeacherScores | None) -> torch.Tensor:
         def loss(at_NV: torch.Tensor) -> torch.Tensor:

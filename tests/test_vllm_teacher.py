@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.service import TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.distill.teachers.vllm import VllmTeacher, batched_tokens, cut_padding
@@ -99,8 +100,8 @@ def test_the_students_ids_are_scored_at_the_tokens_that_they_are_asked_at(
     asked = [torch.from_numpy(rng.integers(101, size=(n, 6))) for n in (9, 4)]
     own = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
     teacher = VllmTeacher("one", StandIn(make_model(seed=9)), vocabulary=VOCABULARY)
-    exact = own.score(rows, k=4, asked=asked)
-    for one, other in zip(teacher.score(rows, k=4, asked=asked), exact, strict=True):
+    exact = own.score(rows, Needs(k=4, student_k=6), asked)
+    for one, other in zip(teacher.score(rows, Needs(k=4, student_k=6), asked), exact, strict=True):
         for name in ("ids_NK", "logprobs_NK", "sampled_N", "asked_ids_NJ", "asked_logprobs_NJ"):
             assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-5), name
 
@@ -111,14 +112,14 @@ def test_what_the_engine_does_not_say_is_refused_with_the_cure(
     teacher = VllmTeacher("one", StandIn(make_model(), v2=False, room=12), vocabulary=VOCABULARY)
     asked = [torch.zeros(9, 1), torch.zeros(4, 1)]
     with pytest.raises(ValueError, match=r"V2 model runner alone, on a CUDA .*\.one\.engine to tr"):
-        teacher.score(rows, k=4, asked=asked)
+        teacher.score(rows, Needs(k=4, student_k=6), asked)
     with pytest.raises(ValueError, match=r"whole distribution .*teachers\.one\.engine to transf"):
-        teacher.score(rows, k=4, full=True)
+        teacher.score(rows, Needs(k=4, full=True))
     branched = make_row([("prompt", [5, 6]), ("branch", [7]), ("said", [9])])
     with pytest.raises(ValueError, match=r"teachers\.one: a row with an expert's branches"):
-        teacher.score([branched], k=4)
+        teacher.score([branched], Needs(k=4))
     with pytest.raises(ConfigError, match=r"has 12 tokens, .* 11: .*vllm\.max_model_len to 13 or"):
-        teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
 
 
 def test_a_vllm_that_has_changed_is_refused(
@@ -130,7 +131,7 @@ def test_a_vllm_that_has_changed_is_refused(
     monkeypatch.setattr("tutelage.distill.teachers.vllm.installed", lambda: "0.99")
     teacher = VllmTeacher("one", engine, vocabulary=VOCABULARY)
     with pytest.raises(ConfigError, match=r"vllm 0\.99 keeps log-prob.* elsewhere"):
-        teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
 
 
 def test_numbers_that_are_none_are_refused(rows: list[Row], make_model: Callable[..., Any]) -> None:
@@ -139,7 +140,7 @@ def test_numbers_that_are_none_are_refused(rows: list[Row], make_model: Callable
         model.get_output_embeddings().weight[5] = torch.nan
     teacher = VllmTeacher("one", StandIn(model), vocabulary=VOCABULARY)
     with pytest.raises(ValueError, match=r"teachers\.one: vLLM's answer is no score: token .* nan"):
-        teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
 
 
 def test_a_failure_leaves_no_request_behind(
@@ -150,7 +151,7 @@ def test_a_failure_leaves_no_request_behind(
     teacher = VllmTeacher("one", engine, vocabulary=VOCABULARY)
     monkeypatch.setattr(engine, "step", lambda: 1 / 0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
     assert engine.aborted == ["1", "2"]
 
 
@@ -160,11 +161,11 @@ def test_it_sleeps_between_answers_and_passes_its_exam_awake(
     engine = StandIn(make_model(seed=9))
     teacher = VllmTeacher("one", engine, vocabulary=VOCABULARY)
     service = TeacherService("one", teacher, digest="d", sleeps=True)
-    service.score(rows, k=4)
+    service.score(rows, Needs(k=4))
     assert engine.moves == ["sleep 1", "wake", "sleep 1"]
     engine.model = make_model(seed=10)  # what a wake that lost its weights would leave
     with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
-        service.score(rows, k=4)
+        service.score(rows, Needs(k=4))
 
 
 def test_padding_takes_no_probability() -> None:

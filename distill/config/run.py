@@ -108,7 +108,7 @@ class RunConfig(Section):
                     f"tasks.{name}.rollout.engine: all tasks are played by one engine: set the"
                     " run's rollout.engine"
                 )
-            taught = objective.needs_teacher and objective.takes_given
+            taught = objective.needs.teacher and objective.needs.given
             if task.guidance is not None and not taught:
                 raise ValueError(
                     f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
@@ -123,14 +123,14 @@ class RunConfig(Section):
                         else f"tasks.{name}.teacher is {teacher!r}, but teachers is empty"
                     )
                 self._check_engine(name, teacher, objective)
-            if objective.needs_teacher and not task.teachers:
+            if objective.needs.teacher and not task.teachers:
                 raise ValueError(
                     f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
                     f" tasks.{name}.teacher"
                 )
             if task.guidance is not None and task.guidance.by == "teacher":
                 self._check_guide(name, task)
-            if objective.needs_law:
+            if objective.needs.law:
                 self._check_law(name)
         if self.learner.processes > 1 and ":" in self.student.device:
             raise ValueError(
@@ -162,7 +162,7 @@ class RunConfig(Section):
         teacher, key = self.teachers[name], f"teachers.{name}.engine"
         if teacher.sleeps and teacher.engine == "vllm" and self.cluster is None:
             check_sleep(f"teachers.{name}.sleeps")
-        if lack := lacking(teacher, objective, here=self.cluster is None):
+        if lack := lacking(teacher, objective.needs, here=self.cluster is None):
             raise ValueError(
                 f"tasks.{task}: objective {objective.name!r} needs {lack}: set {key} to"
                 " transformers, or choose local_support on the teacher's support"
@@ -218,7 +218,7 @@ class RunConfig(Section):
     def support_of(self, teacher: str) -> int:
         """How many of its own ids a token a teacher's tasks want at most; at least 1."""
         tasks = [name for name, section in self.tasks.items() if teacher in section.teachers]
-        return max([1, *(build_objective(self.objective_of(task)).k for task in tasks)])
+        return max([1, *(build_objective(self.objective_of(task)).needs.k for task in tasks)])
 
     def rollout_of(self, task: str) -> RolloutConfig:
         """The run's rollout section with the task's keys in place."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tutelage.distill.config.credentials import check_url, check_variable
 from tutelage.distill.config.values import Above0, Device, Part, Place, Positive, Section
-from tutelage.distill.objectives import Objective
+from tutelage.distill.objectives import Needs
 
 ENGINES_WITH = {
     "device": ("transformers",),  # vLLM takes CUDA_VISIBLE_DEVICES
@@ -57,19 +57,19 @@ def check_sleep(key: str) -> None:
         )
 
 
-def lacking(teacher: TeacherConfig, objective: Objective, *, here: bool) -> str | None:
-    """What the objective needs and the teacher's engine does not say; None: it says all. here: it
+def lacking(teacher: TeacherConfig, needs: Needs, *, here: bool) -> str | None:
+    """What an objective needs and the teacher's engine does not say; None: it says all. here: it
     runs on this machine, whose devices count."""
     if teacher.engine == "transformers":
         return None
     top = f"engine: {teacher.engine} answers with its top K alone"
-    if objective.needs_full:
+    if needs.full:
         return f"the teacher's whole distribution, and {top}"
-    if objective.needs_entropy:
+    if needs.entropy:
         return f"the teacher's entropy over the whole vocabulary, and {top}"
-    if objective.student_k and teacher.engine == "server":
+    if needs.student_k and teacher.engine == "server":
         return f"the teacher at the student's own ids, and {top}"
-    if objective.student_k and here and not torch.cuda.is_available():
+    if needs.student_k and here and not torch.cuda.is_available():
         return (
             "the teacher at the student's own ids, which vLLM scores on CUDA alone, and this"
             " machine has no such device"

@@ -14,7 +14,7 @@ import torch
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.doctor.numbers import Score, check_teacher_on_student
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.teachers.build import check_teachers, load_teacher
 from tutelage.distill.teachers.service import Teacher
@@ -62,7 +62,7 @@ def examine_engine(
             yield check_steadiness(subject, teacher.score, rows, within=within)
         if known is None:
             for task, own_rows in played.items():
-                theirs = teacher.score(own_rows, k=1)
+                theirs = teacher.score(own_rows, Needs(k=1))
                 yield check_teacher_on_student(subject, task, theirs, own_rows)
     except (ValueError, RuntimeError, OSError) as error:
         yield check.fault(one_line(error), "see the message")
@@ -74,7 +74,7 @@ def examine_engine(
 def check_parity(subject: str, score: Score, known: Known, *, within: float) -> Finding:
     """Whether the engine's log-probabilities are those of the same weights in a plain forward."""
     check, k = Check(subject, "parity"), known.scores[0].ids_NK.shape[1]
-    theirs = score(known.rows, k=k)
+    theirs = score(known.rows, Needs(k=k))
     pairs = list(zip(theirs, known.scores, strict=True))
     gap_N = torch.cat([_gap(one.sampled_N, other.sampled_N) for one, other in pairs])
     top_NK = torch.cat([_gap(one.logprobs_NK, other.logprobs_NK) for one, other in pairs])
@@ -99,7 +99,7 @@ def check_parity(subject: str, score: Score, known: Known, *, within: float) -> 
 def check_steadiness(subject: str, score: Score, rows: Sequence[Row], *, within: float) -> Finding:
     """Whether the same rows get the same scores twice, but for the rounding of other batches."""
     check = Check(subject, "the same twice")
-    pairs = zip(score(rows, k=1), score(rows, k=1), strict=True)
+    pairs = zip(score(rows, Needs(k=1)), score(rows, Needs(k=1)), strict=True)
     off = float(torch.cat([_gap(a.sampled_N, b.sampled_N) for a, b in pairs]).mean())
     if not off <= within:
         return check.fault(

@@ -34,6 +34,7 @@ from tutelage.distill.models.loading import (
     prepare_process,
     student_tokenizer,
 )
+from tutelage.distill.objectives import Needs
 from tutelage.distill.run.preflight import check_devices
 from tutelage.distill.teachers.identity import exam_rows
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -88,7 +89,7 @@ def _environments(config: RunConfig) -> Iterator[Finding]:
         subject, task = f"tasks.{name}", config.tasks[name]
         training = config.task_rollout(name)
         guided = task.guidance is not None and task.guidance.by == "expert"
-        labels = not build_objective(config.objective_of(name)).needs_teacher
+        labels = build_objective(config.objective_of(name)).needs.generated_by == "expert"
         yield from check_environment(
             subject,
             training.env,
@@ -131,7 +132,7 @@ def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
         masked = config.objective_of(name).mask_tokens
         yield texts.check_mask(f"tasks.{name}", tokenizer, masked)
         objective, law = build_objective(config.objective_of(name)), config.task_rollout(name).law
-        if objective.draws:
+        if objective.needs.draws:
             yield numbers.check_law(f"tasks.{name}", objective, law)
 
 
@@ -276,7 +277,7 @@ def _teacher(
         if settings.engine != "transformers":
             own_rows = [row for found in tasks.values() for row in found.rows]
             own_rows = own_rows or exam_rows(len(tokenizer))
-            scores = teacher.score(own_rows, k=config.support_of(name))
+            scores = teacher.score(own_rows, Needs(k=config.support_of(name)))
             known = Known(reference=settings.files, rows=tuple(own_rows), scores=tuple(scores))
         del model, teacher
         _free()
@@ -313,7 +314,7 @@ def examine_teacher(
     try:
         probes = numbers.greedy_probes(model, prompt, vocabulary=size)
         rows = [probe.row for probe in probes]
-        scores = teacher.score(rows, k=1)
+        scores = teacher.score(rows, Needs(k=1))
     except ConfigError as error:  # such as a context that is too short
         yield Check(subject, "scores").fault(one_line(error), AS_TOLD)
         return
@@ -328,7 +329,7 @@ def examine_teacher(
     yield numbers.check_alignment(subject, teacher.score, probes, within=within)
     yield numbers.check_determinism(subject, teacher.score, rows, within=within)
     for task, found in tasks.items():
-        theirs = teacher.score(found.rows, k=1)
+        theirs = teacher.score(found.rows, Needs(k=1))
         yield numbers.check_teacher_on_student(subject, task, theirs, found.rows)
 
 

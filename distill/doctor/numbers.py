@@ -21,7 +21,7 @@ from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models.batches import pack
-from tutelage.distill.objectives import Objective, TeacherScores, Tokens
+from tutelage.distill.objectives import Needs, Objective, TeacherScores, Tokens
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.student.laws import bias
 from tutelage.distill.student.learner import Learner
@@ -115,7 +115,7 @@ def check_alignment(
     within: nats, in the mean; a single token may be five times as far off.
     """
     check = Check(subject, "one-token shift")
-    scores = score([probe.row for probe in probes], k=1)
+    scores = score([probe.row for probe in probes], Needs(k=1))
     pairs = list(zip(scores, probes, strict=True))
     here = [_errors(*pair, offset=0) for pair in pairs]
     top_N, sampled_N = (torch.cat(parts) for parts in zip(*here, strict=True))
@@ -210,14 +210,14 @@ def check_weights(subject: str, scores: Sequence[TeacherScores]) -> Finding:
 def check_determinism(subject: str, score: Score, rows: Sequence[Row], *, within: float) -> Finding:
     """Whether the same rows get the same scores, and a row alone those that it gets in a batch."""
     check = Check(subject, "determinism")
-    first, again = (score(rows, k=1) for _ in range(2))
+    first, again = (score(rows, Needs(k=1)) for _ in range(2))
     if (off := _furthest(first, again)) > 0:
         return check.fault(
             f"the same rows scored twice differ by up to {off:.2g} nats",
             "turn dropout off (model.eval()), and use deterministic kernels; replicas of a server"
             " must hold the same weights",
         )
-    alone = [found for row in rows for found in score([row], k=1)]
+    alone = [found for row in rows for found in score([row], Needs(k=1))]
     off = _furthest(first, alone)
     if off > 10 * within:
         return check.fault(
@@ -323,16 +323,12 @@ def self_distilled(
 ) -> Finding:
     """See `check_self_distillation`; `score` is the student's own, however computed."""
     check = Check(subject, "self-distillation")
-    if not objective.needs_teacher:
+    if not objective.needs.teacher:
         return check.ok(f"{objective.name} has no teacher")
     learner = _learner(model, vocabulary)
-    wanted: dict[str, Any] = {
-        "k": max(objective.k, objective.student_k),
-        "full": objective.needs_full,
-    }
-    if objective.student_k:
-        wanted["asked"] = learner.own_support(rows, objective.student_k)
-    scores = score(rows, **wanted)
+    needs = objective.needs
+    asked = learner.own_support(rows, needs.student_k) if needs.student_k else None
+    scores = score(rows, needs, asked)
     losses, rewards = [], []
     for batch in pack(rows, max_tokens=2048, device=model.device):
         student = learner.student(batch.hidden(model))

@@ -9,7 +9,7 @@ loss_N is unreduced and minimised; masks and averages are applied outside, in on
 (student/learner.py). Every log-probability is a natural log over the full vocabulary at temperature
 1. `metrics` holds per-token diagnostics [N], detached.
 
-Some losses are means over the draw of the token (`Objective.draws`) and take it for one of the
+Some losses are means over the draw of the token (`Needs.draws`) and take it for one of the
 whole policy, whatever temperature and top-p drew it. `behavior="sampling"` weighs it
 (`Case.drawn`); full, the default, is what the papers' codes do, and what runs were made with until
 there was a choice.
@@ -31,7 +31,8 @@ from tutelage.distill.objectives.entropy_aware import EntropyAware
 from tutelage.distill.objectives.full_vocabulary import FullVocabulary
 from tutelage.distill.objectives.imitation import Imitation
 from tutelage.distill.objectives.local_support import LocalSupport
-from tutelage.distill.objectives.reward_clipped import RewardClipped
+from tutelage.distill.objectives.needs import Needs
+from tutelage.distill.objectives.reward_clipped import RewardClipped, entropy_floor
 from tutelage.distill.objectives.sampled_token import SampledToken
 from tutelage.distill.objectives.scores import TeacherScores
 from tutelage.distill.objectives.sparse import SparseStudent
@@ -42,7 +43,9 @@ from tutelage.envs.names import unknown
 
 __all__ = [
     "DenseStudent",
+    "Needs",
     "Objective",
+    "Rule",
     "SparseStudent",
     "StudentView",
     "TeacherScores",
@@ -51,12 +54,14 @@ __all__ = [
 ]
 
 
-class _Rule(Protocol):
-    """A loss. `needs_teacher`: any scores at all; `k`: how many of the teacher's own ids."""
+class Rule(Protocol):
+    """A loss: what it needs, and from a case a loss per token."""
 
-    name: str
-    needs_teacher: bool
-    k: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
 
     def __call__(self, case: Case) -> Loss: ...
 
@@ -81,70 +86,27 @@ NAMES = tuple(_RULES)
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A loss per token, and what it needs of a teacher."""
+    """A loss per token, and what it needs."""
 
-    rule: Any  # a _Rule
+    rule: Rule
 
     @property
     def name(self) -> str:
-        return str(self.rule.name)
+        return self.rule.name
 
     @property
-    def needs_teacher(self) -> bool:
-        return bool(self.rule.needs_teacher)
-
-    @property
-    def k(self) -> int:
-        """How many of the teacher's most probable ids a token's scores must hold."""
-        return int(self.rule.k)
-
-    @property
-    def student_k(self) -> int:
-        """At how many of the student's own most probable ids the teacher must be known."""
-        return int(getattr(self.rule, "student_k", 0))
-
-    @property
-    def needs_full(self) -> bool:
-        """Whether it needs the teacher's whole distribution."""
-        return bool(getattr(self.rule, "needs_full", False))
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether it needs the teacher's entropy, which a top K does not tell."""
-        return bool(getattr(self.rule, "needs_entropy", False))
-
-    @property
-    def draws(self) -> bool:
-        """Whether its loss is a mean over the draw of the token, so that the sampling law counts:
-        policy gradients, the sampled tail, supports that the sampled token joins."""
-        rule = self.rule
-        return hasattr(rule, "behavior") and (
-            not isinstance(rule, LocalSupport) or rule.tail or rule.with_sampled
-        )
-
-    @property
-    def needs_law(self) -> bool:
-        """Whether it needs log-probabilities under the law that drew the tokens."""
-        return bool(getattr(self.rule, "behavior", "full") == "sampling")
+    def needs(self) -> Needs:
+        return self.rule.needs
 
     def compares_entropies(self, progress: float) -> bool:
         """Whether it needs `Tokens.entropy_floor` when that share of the run is done."""
-        return isinstance(self.rule, RewardClipped) and self.rule.compares_entropies(progress)
+        return self.needs.undecided is not None and progress >= self.needs.undecided_from
 
     def entropy_floor(self, entropy_N: torch.Tensor) -> float:
         """`Tokens.entropy_floor`, from the entropies of all of a task's tokens that take loss in an
         optimizer step."""
-        return float(self.rule.entropy_floor(entropy_N))
-
-    @property
-    def takes_given(self) -> bool:
-        """Whether tokens that the student did not sample may be among the others."""
-        return bool(getattr(self.rule, "takes_given", False))
-
-    @property
-    def uses_progress(self) -> bool:
-        """Whether it changes with the share of the run that is done."""
-        return bool(getattr(self.rule, "uses_progress", False))
+        assert self.needs.undecided is not None
+        return entropy_floor(entropy_N, self.needs.undecided)
 
     def __call__(
         self,
@@ -174,11 +136,10 @@ class Objective:
             generator=generator,
         )
         self._check(case)
-        loss: Loss = self.rule(case)
-        return loss
+        return self.rule(case)
 
     def _check(self, case: Case) -> None:
-        count, vocabulary = len(case.student), case.student.vocabulary
+        needs, count, vocabulary = self.needs, len(case.student), case.student.vocabulary
         given = {
             "sampled ids": case.ids_N,
             "behaviour log-probabilities": case.behaviour_N,
@@ -200,12 +161,12 @@ class Objective:
                 f"{self.name}: sampled id {int(case.ids_N[where])} of token {where} lies outside"
                 f" the student's vocabulary of {vocabulary}: the rollouts' tokenizer is another"
             )
-        if max(self.k, self.student_k) > vocabulary:
+        if needs.width > vocabulary:
             raise ValueError(
-                f"{self.name}: k={max(self.k, self.student_k)} is larger than the student's"
+                f"{self.name}: k={needs.width} is larger than the student's"
                 f" vocabulary of {vocabulary}: lower objective.k"
             )
-        if not self.needs_teacher:
+        if not needs.teacher:
             return
         if case.scores is None:
             raise ValueError(f"{self.name}: it needs a teacher's scores, and got none")
@@ -214,12 +175,12 @@ class Objective:
                 f"{self.name}: the teacher's vocabulary has {case.scores.vocabulary} ids, the"
                 f" student's {vocabulary}: cut both to the tokenizer's ids"
             )
-        if self.k > case.scores.ids_NK.shape[1]:
+        if needs.k > case.scores.ids_NK.shape[1]:
             raise ValueError(
-                f"{self.name}: k={self.k}, but the teacher's scores hold"
+                f"{self.name}: k={needs.k}, but the teacher's scores hold"
                 f" {case.scores.ids_NK.shape[1]} ids a token"
             )
-        if not self.takes_given and case.behaviour_N.isnan().any():
+        if not needs.given and case.behaviour_N.isnan().any():
             where = int(case.behaviour_N.isnan().nonzero()[0])
             raise ValueError(
                 f"{self.name}: token {where} was not sampled by the student (its behaviour"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_k, forward_kl
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.policy_gradient import check_clips, surrogate, weighted
 from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
@@ -27,7 +28,6 @@ class AdvantageGated:
     """
 
     name = "advantage_gated"
-    needs_teacher = True
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class AdvantageGated:
             raise ValueError(f"advantage_gated: tau={tau}: it must be between -1 and 1")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip
         self.behavior = behavior
+        self.needs = Needs(k=k, draws=True, law=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
         gap_N = case.teacher_logprobs().exp() - case.behaviour_N.exp()

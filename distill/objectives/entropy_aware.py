@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_k, forward_kl
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.policy_gradient import check_clips, surrogate
 from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
@@ -33,8 +34,6 @@ class EntropyAware:
     """
 
     name = "entropy_aware"
-    needs_teacher = True
-    needs_entropy = True
 
     def __init__(
         self,
@@ -52,6 +51,7 @@ class EntropyAware:
             raise ValueError(f"entropy_aware: tau={tau}: an entropy in nats is never negative")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip
         self.renormalize, self.behavior = renormalize, behavior
+        self.needs = Needs(k=k, entropy=True, draws=True, law=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
         loss_N, metrics = surrogate(

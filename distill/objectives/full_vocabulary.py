@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tutelage.distill.objectives.divergences import check_direction, divergence
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss
 
 
@@ -23,9 +24,7 @@ class FullVocabulary:
     """
 
     name = "full_vocabulary"
-    needs_teacher = True
-    needs_full = True
-    k = 1
+    needs = Needs(k=1, full=True)
 
     def __init__(self, direction: str = "reverse", beta: float = 0.5) -> None:
         check_direction(self.name, direction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.tokens import Case, Loss
 
 
@@ -10,9 +11,7 @@ class Imitation:
     the states that the student itself reaches it is DAgger (Ross et al. 2011, arXiv:1011.0686)."""
 
     name = "imitation"
-    needs_teacher = False
-    takes_given = True
-    k = 0
+    needs = Needs(generated_by="expert", given=True)
 
     def __init__(self, beta: float = 1.0) -> None:
         if beta <= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_direction, check_k, divergence
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.tokens import IMPOSSIBLE, Case, Loss, check_behavior
 from tutelage.envs.names import unknown
 
@@ -52,7 +53,6 @@ class LocalSupport:
     """
 
     name = "local_support"
-    needs_teacher = True
 
     def __init__(
         self,
@@ -89,11 +89,17 @@ class LocalSupport:
             raise ValueError(
                 f"local_support: importance_clip={importance_clip}: it must be positive, or null"
             )
-        self.k = k if self.by == "teacher" else 1
-        self.student_k = k if self.by == "student" else 0
+        self.k = k
         self.renormalize, self.direction, self.tail = renormalize, direction, bool(tail)
         self.mass, self.importance_clip = mass, importance_clip
-        self.behavior = behavior if self.tail or self.with_sampled else "full"
+        draws = self.tail or self.with_sampled
+        self.behavior = behavior if draws else "full"
+        self.needs = Needs(
+            k=k if self.by == "teacher" else 1,
+            student_k=k if self.by == "student" else 0,
+            draws=draws,
+            law=self.behavior == "sampling",
+        )
 
     def __call__(self, case: Case) -> Loss:
         ids_NK, teacher_NK, kept_NK = self._support(case)
@@ -137,7 +143,7 @@ class LocalSupport:
         """(ids, the teacher's log-probabilities there, which of them count) [N, K] each."""
         scores = case.teacher
         if self.by == "student":
-            ids_NK, teacher_NK = scores.at_student(case.student, self.student_k)
+            ids_NK, teacher_NK = scores.at_student(case.student, self.k)
         else:
             ids_NK, teacher_NK = scores.ids_NK[:, : self.k], scores.logprobs_NK[:, : self.k]
         kept_NK = torch.ones_like(ids_NK, dtype=torch.bool)

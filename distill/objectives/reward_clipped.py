@@ -8,11 +8,18 @@ import math
 import numpy as np
 import torch
 
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.policy_gradient import weighted
 from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 ALIKE = 1e-4
 """Nats by which the entropies of one state may differ: rounding, by what shares a batch."""
+
+
+def entropy_floor(entropy_N: torch.Tensor, share: float) -> float:
+    """Of the tokens that take loss: the entropy from which on they are among the highest `share`.
+    Tokens in one and the same state stay together, though their entropies differ by rounding."""
+    return float(np.quantile(entropy_N.double().cpu().numpy(), 1 - share)) - ALIKE
 
 
 class RewardClipped:
@@ -36,8 +43,6 @@ class RewardClipped:
     """
 
     name = "reward_clipped"
-    needs_teacher = True
-    k = 1
 
     def __init__(
         self,
@@ -56,21 +61,18 @@ class RewardClipped:
             raise ValueError(f"reward_clipped: switch={switch}: it must be between 0 and 1")
         self.floor = math.log(lam) / (1 - lam) if floor is None else floor
         self.share, self.switch, self.behavior = share, switch, behavior
-        self.uses_progress = switch > 0
-
-    def compares_entropies(self, progress: float) -> bool:
-        """Whether it needs `Tokens.entropy_floor` at this point of the run."""
-        return progress >= self.switch
-
-    def entropy_floor(self, entropy_N: torch.Tensor) -> float:
-        """Of the tokens that take loss: the entropy from which on they are among the highest
-        `share`. Tokens in one and the same state stay together, though their entropies differ by
-        rounding."""
-        return float(np.quantile(entropy_N.double().cpu().numpy(), 1 - self.share)) - ALIKE
+        self.needs = Needs(
+            k=1,
+            draws=True,
+            law=behavior == "sampling",
+            progress=switch > 0,
+            undecided=share,
+            undecided_from=switch,
+        )
 
     def __call__(self, case: Case) -> Loss:
         reward_N = case.reward()
-        if not self.compares_entropies(case.tokens.progress):
+        if case.tokens.progress < self.switch:
             kept_N = reward_N >= self.floor
         else:
             kept_N = self._undecided(case)
@@ -82,5 +84,5 @@ class RewardClipped:
         entropy_N, counted_N = case.student.entropy(), case.unmasked()
         floor = case.tokens.entropy_floor
         if floor is None:
-            floor = self.entropy_floor(entropy_N[counted_N]) if counted_N.any() else math.inf
+            floor = entropy_floor(entropy_N[counted_N], self.share) if counted_N.any() else math.inf
         return entropy_N >= floor

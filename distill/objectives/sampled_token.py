@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.policy_gradient import check_clips, returns_to_go, surrogate
 from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
@@ -29,8 +30,6 @@ class SampledToken:
     """
 
     name = "sampled_token"
-    needs_teacher = True
-    k = 1
 
     def __init__(
         self,
@@ -50,6 +49,7 @@ class SampledToken:
             )
         self.clip, self.dual_clip, self.reward_clip = clip, dual_clip, reward_clip
         self.gamma, self.behavior = gamma, behavior
+        self.needs = Needs(k=1, draws=True, law=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
         reward_N = case.reward()

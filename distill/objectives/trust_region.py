@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelage.distill.objectives.divergences import check_k, forward_kl
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.policy_gradient import weighted
 from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 from tutelage.envs.names import unknown
@@ -39,8 +40,6 @@ class TrustRegion:
     """
 
     name = "trust_region"
-    needs_teacher = True
-    takes_given = True
 
     def __init__(
         self,
@@ -66,6 +65,7 @@ class TrustRegion:
             raise ValueError(f"trust_region: beta={beta}: it must not be negative")
         self.k, self.outlier, self.trust, self.beta = k, outlier, trust, beta
         self.tau, self.behavior = tau, behavior
+        self.needs = Needs(k=k, given=True, draws=True, law=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
         given_N = case.behaviour_N.isnan()

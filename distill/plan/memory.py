@@ -122,7 +122,7 @@ def _head_needs(
                 knob="micro_tokens",
             )
         ]
-    if any(build_objective(config.objective_of(name)).needs_full for name in config.tasks):
+    if any(build_objective(config.objective_of(name)).needs.full for name in config.tasks):
         row = None if vocabulary is None else 4 * vocabulary
         found.append(
             Need(

@@ -9,6 +9,7 @@ from typing import Any
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.objectives import Needs
 from tutelage.scheduler.policies import Step
 from tutelage.scheduler.timetable import TaskPlan, Timetable
 
@@ -44,7 +45,7 @@ class TaskForecast:
 
 def forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) -> TaskForecast:
     task, objective = config.tasks[name], build_objective(config.objective_of(name))
-    k = max(objective.k, objective.student_k)
+    k = objective.needs.width
     if vocabulary is not None and k > vocabulary:
         raise ConfigError(
             f"tasks.{name}: objective {objective.name!r} has k={k}, the tokenizer {vocabulary} ids:"
@@ -53,14 +54,14 @@ def forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) -
     return TaskForecast(
         name=name,
         env=task.env,
-        teacher=_described_teachers(task.teachers) if objective.needs_teacher else None,
+        teacher=_described_teachers(task.teachers) if objective.needs.teacher else None,
         objective=_described(config, name, objective),
         steps=steps,
         episodes=task.episodes,
         group=task.group,
         tokens=reply_tokens(config, name),
         evaluated=evaluated(config),
-        score_bytes=score_bytes(objective, vocabulary),
+        score_bytes=score_bytes(objective.needs, vocabulary),
     )
 
 
@@ -81,8 +82,7 @@ def _described(config: RunConfig, name: str, objective: Any) -> str:
         for key, value in options.items()
         if key != "k" and value != defaults[key].default
     }
-    k = max(objective.k, objective.student_k)
-    text = [objective.name, *([f"k={k}"] if "k" in defaults else [])]
+    text = [objective.name, *([f"k={objective.needs.width}"] if "k" in defaults else [])]
     text += [f"{key}={value}" for key, value in shown.items()]
     task = config.tasks[name]
     if task.weight != 1:
@@ -124,14 +124,14 @@ def evaluated(config: RunConfig) -> int | None:
     return times * section.episodes
 
 
-def score_bytes(objective: Any, vocabulary: int | None) -> int | None:
+def score_bytes(needs: Needs, vocabulary: int | None) -> int | None:
     """Bytes of a teacher's scores of one token, as teachers/transport.py sends them: its K ids as
-    int32 and float16, 6 bytes for the sampled token and the entropy, and where the objective needs
-    them float16 at the J ids that the student asks for (which travel too, as int32) or at all V.
+    int32 and float16, 6 bytes for the sampled token and the entropy, and where they are
+    needed float16 at the J ids that the student asks for (which travel too, as int32) or at all V.
     None: it takes V, which is unknown."""
-    if not objective.needs_teacher:
+    if not needs.teacher:
         return 0
-    count = 6 * max(objective.k, objective.student_k) + 6 + 6 * int(objective.student_k)
-    if not objective.needs_full:
+    count = 6 * needs.width + 6 + 6 * needs.student_k
+    if not needs.full:
         return count
     return None if vocabulary is None else count + 2 * vocabulary

@@ -46,7 +46,7 @@ def make_timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetabl
             episodes=task.episodes,
             group=task.group,
             teachers=task.teachers,
-            labels=not courses[name].objective.needs_teacher,
+            labels=courses[name].objective.needs.generated_by == "expert",
             expert_share=share if isinstance(share, tuple) else (share, share),
             guided_share=guidance.share if guidance else 0.0,
             guided_until=guidance.until if guidance else 1.0,
@@ -63,7 +63,7 @@ def make_timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetabl
 def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
     """Raises ConfigError for a support larger than the vocabulary."""
     for task, course in courses.items():
-        if (k := max(course.objective.k, course.objective.student_k)) > vocabulary:
+        if (k := course.objective.needs.width) > vocabulary:
             raise ConfigError(
                 f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
                 f" {vocabulary} ids: lower objective.k"

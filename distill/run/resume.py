@@ -164,11 +164,12 @@ def hanging_on_steps(config: RunConfig) -> str:
     for name, task in config.tasks.items():
         share = task.expert_share
         objective = build_objective(config.objective_of(name))
-        if isinstance(share, tuple) and share[0] != share[1] and not objective.needs_teacher:
+        labels = objective.needs.generated_by == "expert"
+        if isinstance(share, tuple) and share[0] != share[1] and labels:
             found.append(f"tasks.{name}.expert_share")
         if task.guidance is not None:
             found.append(f"tasks.{name}.guidance")
-        if objective.uses_progress:
+        if objective.needs.progress:
             found.append(f"tasks.{name}.objective ({objective.name})")
     return f", on which {', '.join(found)} hangs" if found else ""
 

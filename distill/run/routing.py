@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.student.laws import told
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
@@ -63,7 +62,7 @@ class Routing:
         self._config, self._courses = config, courses
         self._learner, self._placement = learner, placement
         self._special = special
-        asks = [Ask(teacher=name, rows=(), wanted={"k": 1}) for name in config.teachers]
+        asks = [Ask(teacher=name, rows=(), needs=Needs(k=1)) for name in config.teachers]
         answers = zip(asks, placement.score(asks), strict=True)
         self.references = {ask.teacher: answer.identity for ask, answer in answers}
 
@@ -74,7 +73,7 @@ class Routing:
 
     def complete(self, outcomes: Outcomes) -> Outcomes:
         """The outcomes with all that their objectives need of the law that drew their tokens."""
-        needy = {task for task in outcomes if self._courses[task].objective.needs_law}
+        needy = {task for task in outcomes if self._courses[task].objective.needs.law}
         return {
             task: told(own, self._learner) if task in needy else own
             for task, own in outcomes.items()
@@ -139,7 +138,7 @@ class Routing:
         """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
         asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
         for task, own in rows.items():
-            if self._courses[task].objective.needs_teacher:
+            if self._courses[task].objective.needs.teacher:
                 by_teacher: dict[str, list[int]] = defaultdict(list)
                 for place, (_, teacher) in enumerate(own):
                     assert teacher is not None
@@ -153,8 +152,8 @@ class Routing:
             answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor
             own_scores = scores.setdefault(task, [None] * len(rows[task]))
             sent = list(answer.scores)
-            if asked := ask.wanted.get("asked"):  # a wrong number of rows is refused below
-                sent = [one.answering(ids) for one, ids in zip(sent, asked, strict=False)]
+            if ask.asked is not None:  # a wrong number of rows is refused below
+                sent = [one.answering(ids) for one, ids in zip(sent, ask.asked, strict=False)]
             unpacked = unpack_answer(
                 ask.teacher, ask.rows, sent, vocabulary=self._learner.vocabulary
             )
@@ -163,15 +162,11 @@ class Routing:
         return scores, answers
 
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
-        objective = self._courses[task].objective
-        wanted: dict[str, Any] = {
-            "k": max(objective.k, objective.student_k),
-            "full": objective.needs_full,
-        }
-        if objective.student_k:
-            own = self._learner.own_support(rows, objective.student_k)
-            wanted["asked"] = [ids_NK.numpy().astype(np.int32) for ids_NK in own]
-        return Ask(teacher=teacher, rows=rows, wanted=wanted)
+        needs, asked = self._courses[task].objective.needs, None
+        if needs.student_k:
+            own = self._learner.own_support(rows, needs.student_k)
+            asked = [ids_NK.numpy().astype(np.int32) for ids_NK in own]
+        return Ask(teacher=teacher, rows=rows, needs=needs, asked=asked)
 
 
 def _ledger(lessons: Sequence[Lesson], scores: Sequence[_Scored | None]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Which objective is biased by which sampling law, in a line; and what a law says of tokens whose
 engine did not tell.
 
-An objective whose loss is a mean over the draw of a token (`Objective.draws`) takes it for a draw
+An objective whose loss is a mean over the draw of a token (`Needs.draws`) takes it for a draw
 of the whole policy at temperature 1, unless it is told to weigh it (`behavior: sampling`).
 """
 
@@ -30,10 +30,10 @@ class Bias:
 
 def bias(objective: Objective, law: SamplingLaw) -> Bias | None:
     """None: the gradient's mean is the objective's own."""
-    if not objective.draws or law.whole:
+    if not objective.needs.draws or law.whole:
         return None
     cut = law.temperature == 0 or law.top_p < 1
-    if objective.needs_law:
+    if objective.needs.law:
         if not cut:
             return None
         return Bias(

@@ -208,7 +208,7 @@ class Learner:
         floors = {
             task: self._entropy_floor(courses[task].objective, [lesson for lesson, _ in pairs])
             for task, pairs in by_task.items()
-            if sizes[task] and _compares(courses[task].objective, progress[task])
+            if sizes[task] and courses[task].objective.compares_entropies(progress[task])
         }
         passes = [
             (task, batch, [pairs[i] for i in batch.members])
@@ -325,7 +325,7 @@ class Learner:
             progress=progress,
         )
         scores = None
-        if objective.needs_teacher:
+        if objective.needs.teacher:
             scores = joined_scores([x for x, _ in members]).to(device)
 
         def forward() -> tuple[torch.Tensor, StudentView, torch.Tensor, dict[str, torch.Tensor]]:
@@ -400,7 +400,3 @@ def _named(
         f" (first at the chosen token {before} of a row, id {int(batch.targets_N[n])}: the"
         f" student's log-probability is {float(own_N[n]):.4g}{teachers})"
     )
-
-
-def _compares(objective: Any, progress: float) -> bool:
-    return isinstance(objective, Objective) and objective.compares_entropies(progress)

@@ -186,7 +186,7 @@ def _token_gradients(
     student_NV = world.student_CV[prefixes_N].requires_grad_()
     loss_N, _ = objective(
         DenseStudent(student_NV),
-        _scores(world.teacher_CV[prefixes_N].log_softmax(-1), ids_N, objective.k),
+        _scores(world.teacher_CV[prefixes_N].log_softmax(-1), ids_N, objective.needs.k),
         ids_N,
         world.logprobs(world.student_CV).flatten(),
         tokens=Tokens(
@@ -336,7 +336,7 @@ def run_laws(worlds: int = WORLDS, vocabulary: int = LAW_VOCABULARY) -> list[Law
     own = [World.random(seed, vocabulary, 1) for seed in range(worlds)]
     found = []
     for each in estimators([0.0], vocabulary):
-        if not build(each.name, **each.options).draws:
+        if not build(each.name, **each.options).needs.draws:
             continue
         for law in LAWS:
             errors = {}

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transport import CompactScores
 from tutelage.scheduler.episodes import Row
 
@@ -37,13 +38,13 @@ class ScoreCache:
     def __init__(self, folder: Path, *, teacher: str) -> None:
         self._folder, self._teacher = folder, teacher
 
-    def key(self, row: Row, *, k: int, asked_NJ: np.ndarray | None, full: bool) -> str:
+    def key(self, row: Row, needs: Needs, *, asked_NJ: np.ndarray | None) -> str:
         """Of all that a row's scores depend on: the teacher, the ids up to the last chosen one,
-        which were chosen, the branches, and what is wanted."""
+        which were chosen, the branches, and what is needed."""
         chosen_T = row.chosen_T
         end = int(chosen_T.nonzero()[0].max(initial=-1)) + 1
         found = hashlib.sha256(FORMAT)
-        found.update(f"{self._teacher} k={k} full={full} {end}".encode())
+        found.update(f"{self._teacher} k={needs.width} full={needs.full} {end}".encode())
         for array in (row.ids_T[:end], row.branches_T[:end], chosen_T[:end]):
             found.update(array.astype(np.int32).tobytes())
         if asked_NJ is not None:

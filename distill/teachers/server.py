@@ -28,7 +28,7 @@ from tutelage.distill.config.credentials import api_key, hidden
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.teachers.candidates import (
     BadCandidates,
     Candidates,
@@ -87,10 +87,8 @@ class ServerTeacher:
     def score(
         self,
         rows: Sequence[Row],
-        *,
-        k: int,
+        needs: Needs,
         asked: Sequence[torch.Tensor] | None = None,
-        full: bool = False,
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score; without entropies.
 
@@ -99,13 +97,15 @@ class ServerTeacher:
             ConfigError: the server serves another model, or one that cannot score the rows.
             ServerError: no answer, after as many attempts as there may be.
         """
-        if asked is not None or full:
+        if needs.student_k or needs.full:
             raise ValueError(
                 f"teachers.{self.name}: a server answers with its own top K, and more was asked:"
                 f" set teachers.{self.name}.engine to transformers"
             )
         check_linear(f"teachers.{self.name}", rows)
-        return self._client.map_concurrently([partial(self._score, row, k) for row in rows])
+        return self._client.map_concurrently(
+            [partial(self._score, row, needs.width) for row in rows]
+        )
 
     def sleep(self) -> None:
         """Its device is the server's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.teachers.identity import Identity, exam_rows
 from tutelage.distill.teachers.score_cache import ScoreCache
 from tutelage.distill.teachers.transport import CompactScores
@@ -35,10 +35,8 @@ class Teacher(Protocol):
     def score(
         self,
         rows: Sequence[Row],
-        *,
-        k: int,
+        needs: Needs,
         asked: Sequence[torch.Tensor] | None = None,
-        full: bool = False,
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score."""
 
@@ -54,11 +52,15 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """Rows for a teacher; `wanted` is what its `score` takes."""
+    """Rows for a teacher, and what its scores must hold.
+
+    asked: of each row, the student's ids [N, J] at which they are needed.
+    """
 
     teacher: str
     rows: Sequence[Row]
-    wanted: Mapping[str, Any]
+    needs: Needs
+    asked: Sequence[npt.NDArray[np.int32]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,15 +116,13 @@ class TeacherService:
 
     def answer(self, ask: Ask) -> Answer:
         """Its scores of the rows that it is asked about; where there are none, who it is."""
-        return self.score(ask.rows, **ask.wanted)
+        return self.score(ask.rows, ask.needs, ask.asked)
 
     def score(
         self,
         rows: Sequence[Row],
-        *,
-        k: int,
+        needs: Needs,
         asked: Sequence[npt.NDArray[np.int32]] | None = None,
-        full: bool = False,
     ) -> Answer:
         """See TransformersTeacher.score; the ids asked for are left out of the answer."""
         keys: list[str] = []
@@ -130,7 +130,7 @@ class TeacherService:
         if self._cache is not None:
             for i, row in enumerate(rows):
                 own = None if asked is None else asked[i]
-                keys.append(self._cache.key(row, k=k, asked_NJ=own, full=full))
+                keys.append(self._cache.key(row, needs, asked_NJ=own))
                 found[i] = self._cache.get(
                     keys[i],
                     teacher=self.name,
@@ -144,7 +144,7 @@ class TeacherService:
             given = None if asked is None else [torch.from_numpy(asked[i].copy()) for i in new]
             self.wake()
             try:
-                fresh = self.teacher.score([rows[i] for i in new], k=k, asked=given, full=full)
+                fresh = self.teacher.score([rows[i] for i in new], needs, given)
             except FloatingPointError as error:
                 raise RuntimeError(f"teachers.{self.name}: {error}") from error
             if self.teacher.remote:
@@ -187,7 +187,7 @@ class TeacherService:
 
     def _exam(self) -> Identity:
         try:
-            answers = self.teacher.score(exam_rows(self.teacher.vocabulary), k=1)
+            answers = self.teacher.score(exam_rows(self.teacher.vocabulary), Needs(k=1))
         except FloatingPointError as error:
             raise ConfigError(f"teachers.{self.name}: in its exam {error}") from error
         scores = TeacherScores.join(answers)

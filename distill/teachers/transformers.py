@@ -11,7 +11,7 @@ import torch
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.models.architecture import context_of
 from tutelage.distill.models.batches import Batch, pack
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
 from tutelage.scheduler.episodes import Row
 
@@ -39,15 +39,13 @@ class TransformersTeacher:
     def score(
         self,
         rows: Sequence[Row],
-        *,
-        k: int,
+        needs: Needs,
         asked: Sequence[torch.Tensor] | None = None,
-        full: bool = False,
     ) -> list[TeacherScores]:
         """The scores of each row's chosen tokens, on the CPU, in the rows' order.
 
-        k: how many of its own ids a token. asked: for each row, ids [N, J] at which it is also
-        wanted. full: keep every log-probability, 4 V bytes a token.
+        needs: what they must hold; `full` takes 4 V bytes a token. asked: for each row, the
+        student's ids [N, J] at which they are needed.
 
         Raises:
             FloatingPointError: logits that are NaN or infinite; names the row and the token.
@@ -75,8 +73,8 @@ class TransformersTeacher:
                 part = TeacherScores.from_logits(
                     logits_NV,
                     batch.targets_N[at : at + size],
-                    k=k,
-                    keep_full=full,
+                    k=needs.width,
+                    keep_full=needs.full,
                     asked_ids_NJ=None if asked_NJ is None else asked_NJ[at : at + size],
                 )
                 parts.append(part.to("cpu"))  # lessons are data, not device memory

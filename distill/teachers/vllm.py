@@ -37,7 +37,7 @@ from tutelage.distill.engines.vllm.start import (
     stop,
 )
 from tutelage.distill.models.loading import load_settings, resolve
-from tutelage.distill.objectives import TeacherScores
+from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
 from tutelage.distill.teachers.candidates import (
     BadCandidates,
@@ -69,10 +69,8 @@ class VllmTeacher:
     def score(
         self,
         rows: Sequence[Row],
-        *,
-        k: int,
+        needs: Needs,
         asked: Sequence[torch.Tensor] | None = None,
-        full: bool = False,
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score; without entropies.
 
@@ -82,7 +80,7 @@ class VllmTeacher:
             ConfigError: a row is longer than the engine's context.
             EngineFailure: the engine broke.
         """
-        self._check(rows, asked=asked is not None, full=full)
+        self._check(rows, needs)
         scores: list[TeacherScores | None] = [None] * len(rows)
         waiting: dict[str, tuple[int, list[Any]]] = {}
         try:
@@ -93,7 +91,7 @@ class VllmTeacher:
                 }
                 self._asked += 1
                 name = str(self._asked)
-                wanted = _wanted(row, k, None if asked is None else asked[i].numpy())
+                wanted = _wanted(row, needs.width, None if asked is None else asked[i].numpy())
                 parts: list[Any] = []
                 waiting[name] = i, parts
                 keep_arrays(self._engine, self._engine.add_request(name, prompt, wanted), parts)
@@ -102,7 +100,7 @@ class VllmTeacher:
                     if output.finished:
                         i, parts = waiting.pop(output.request_id)
                         own = None if asked is None else asked[i]
-                        scores[i] = self._packed(output, parts, rows[i], k, own)
+                        scores[i] = self._packed(output, parts, rows[i], needs.width, own)
         except BaseException as error:
             with suppress(Exception):  # the first error tells more
                 self._engine.abort_request([*waiting])
@@ -127,14 +125,14 @@ class VllmTeacher:
             stop(self._engine)
         self._engine = None
 
-    def _check(self, rows: Sequence[Row], *, asked: bool, full: bool) -> None:
+    def _check(self, rows: Sequence[Row], needs: Needs) -> None:
         cure = f"set teachers.{self.name}.engine to transformers"
-        if full:
+        if needs.full:
             raise ValueError(
                 f"teachers.{self.name}: vLLM answers with its top K, and the whole distribution was"
                 f" asked for: {cure}"
             )
-        if asked and not self._engine.vllm_config.use_v2_model_runner:
+        if needs.student_k and not self._engine.vllm_config.use_v2_model_runner:
             raise ValueError(
                 f"teachers.{self.name}: vLLM scores the student's own ids with its V2 model runner"
                 f" alone, on a CUDA device: {cure}, or choose support='teacher'"

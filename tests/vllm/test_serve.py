@@ -25,6 +25,7 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.models.loading import load_model, load_tokenizer, resolve
+from tutelage.distill.objectives import Needs
 from tutelage.distill.run.training import Run
 from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.teachers import http_client
@@ -108,7 +109,9 @@ def test_it_says_what_its_weights_say(served: Served) -> None:
     own = TransformersTeacher(model, vocabulary=teacher.vocabulary)
     rows = [_row(n) for n in (2, 20, 90, 131, ROOM - 1)] * 3
     for k in (1, 8):
-        for one, other in zip(teacher.score(rows, k=k), own.score(rows, k=k), strict=True):
+        for one, other in zip(
+            teacher.score(rows, Needs(k=k)), own.score(rows, Needs(k=k)), strict=True
+        ):
             assert torch.allclose(one.sampled_N, other.sampled_N, atol=5e-5, rtol=0)
             assert torch.allclose(one.logprobs_NK, other.logprobs_NK, atol=5e-5, rtol=0)
             assert (one.ids_NK == other.ids_NK).float().mean() > 0.999  # but for ties
@@ -124,7 +127,7 @@ def test_it_says_what_its_weights_say(served: Served) -> None:
 )
 def test_what_it_refuses_is_understood(served: Served, length: int, k: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        _teacher(served).score([_row(length)], k=k)
+        _teacher(served).score([_row(length)], Needs(k=k))
 
 
 def test_it_is_checked_before_a_run(served: Served) -> None:

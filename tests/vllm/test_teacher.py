@@ -20,7 +20,7 @@ from tutelage.distill.config.teachers import TeacherConfig, VllmConfig
 from tutelage.distill.doctor.numbers import self_distilled
 from tutelage.distill.engines.vllm.start import EngineFailure
 from tutelage.distill.models.loading import load_model, load_tokenizer
-from tutelage.distill.objectives import TeacherScores, build
+from tutelage.distill.objectives import Needs, TeacherScores, build
 from tutelage.distill.run.training import Run
 from tutelage.distill.teachers.service import TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -73,7 +73,9 @@ def rows() -> list[Row]:
 def test_the_same_weights_say_the_same(
     teacher: VllmTeacher, own: TransformersTeacher, rows: list[Row], k: int
 ) -> None:
-    for one, other in zip(teacher.score(rows, k=k), own.score(rows, k=k), strict=True):
+    for one, other in zip(
+        teacher.score(rows, Needs(k=k)), own.score(rows, Needs(k=k)), strict=True
+    ):
         assert torch.allclose(one.sampled_N, other.sampled_N, atol=WITHIN, rtol=0)
         assert torch.allclose(one.logprobs_NK, other.logprobs_NK, atol=WITHIN, rtol=0)
         _assert_same_sets(one, other)
@@ -98,7 +100,7 @@ def test_student_supports_are_cuda_s(teacher: VllmTeacher, rows: list[Row]) -> N
     assert not torch.cuda.is_available()
     asked = [torch.zeros(int(row.chosen_T.sum()), 2, dtype=torch.long) for row in rows]
     with pytest.raises(ValueError, match="V2 model runner alone, on a CUDA device"):
-        teacher.score(rows, k=4, asked=asked)
+        teacher.score(rows, Needs(k=4, student_k=2), asked)
 
 
 def test_a_failure_is_named_and_leaves_the_engine_usable(
@@ -111,12 +113,12 @@ def test_a_failure_is_named_and_leaves_the_engine_usable(
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
         return step()
 
-    wanted = teacher.score(rows, k=4)
+    wanted = teacher.score(rows, Needs(k=4))
     monkeypatch.setattr(teacher._engine, "step", full)
     said = f"teachers.one: vllm broke in scoring {len(rows)} rows: OutOf.*gpu_memory_utilization"
     with pytest.raises(EngineFailure, match=said):
-        teacher.score(rows, k=4)
-    again = teacher.score(rows, k=4)
+        teacher.score(rows, Needs(k=4))
+    again = teacher.score(rows, Needs(k=4))
     assert all(torch.equal(a.ids_NK, b.ids_NK) for a, b in zip(again, wanted, strict=True))
     assert not teacher._engine.has_unfinished_requests()
 
@@ -200,6 +202,6 @@ def test_the_doctor_finds_it_sound_and_another_one_not(
     rows = (_row(40), _row(20, seed=1))
     for name, level in (("builtin:start", "ok"), ("builtin:household", "fault")):
         model = load_model(name, dtype="float32", device="cpu")
-        scores = TransformersTeacher(model, vocabulary=start.vocabulary).score(rows, k=8)
+        scores = TransformersTeacher(model, vocabulary=start.vocabulary).score(rows, Needs(k=8))
         known = Known(reference=name, rows=rows, scores=tuple(scores))
         assert check("teachers.one", start.score, known, within=2e-3).level == level

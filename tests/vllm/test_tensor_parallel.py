@@ -29,6 +29,7 @@ from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.engines.vllm import sync
 from tutelage.distill.engines.vllm.engine import VllmEngine
 from tutelage.distill.engines.vllm.start import EngineFailure
+from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.distill.teachers.vllm import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.engine import Request
@@ -145,7 +146,9 @@ def test_a_teacher_of_two_workers_says_what_its_weights_say(
     teacher = load_vllm_teacher("one", config, vocabulary=VOCABULARY)
     own = TransformersTeacher(model, vocabulary=VOCABULARY)
     rows = [_row(length, seed=length) for length in (2, 17, 61, 130)]
-    for one, other in zip(teacher.score(rows, k=8), own.score(rows, k=8), strict=True):
+    for one, other in zip(
+        teacher.score(rows, Needs(k=8)), own.score(rows, Needs(k=8)), strict=True
+    ):
         assert torch.allclose(one.sampled_N, other.sampled_N, atol=WITHIN, rtol=0)
         assert torch.allclose(one.logprobs_NK, other.logprobs_NK, atol=WITHIN, rtol=0)
     assert len(_workers()) == len(standing) + 2
@@ -185,7 +188,7 @@ def test_a_worker_that_is_killed_ends_the_engine(pair: Any) -> None:
     teacher = VllmTeacher("two", engine._engine, vocabulary=VOCABULARY)
     said = r"teachers\.two: vllm broke in scoring 1 rows: its worker .*by SIGKILL"
     with pytest.raises(EngineFailure, match=said):
-        teacher.score([_row(9)], k=1)
+        teacher.score([_row(9)], Needs(k=1))
     engine.close()
     assert _workers() == []
 

@@ -1,0 +1,51 @@
+"""What an objective needs of a teacher's scores, of the rows that it learns from, and of the run.
+
+Each objective says it once. Who routes rows, asks teachers, checks a config or plans a run reads
+it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What must be there for each token that takes loss.
+
+    k: how many of the teacher's most probable ids its scores hold; 0: it asks no teacher.
+    student_k: at how many of the student's own most probable ids the teacher must be known.
+    full: the teacher's whole distribution.
+    entropy: the teacher's entropy over the whole vocabulary, which a top K does not tell.
+    generated_by: whose tokens the rows hold: the student's, or an expert's.
+    given: whether tokens that the student did not sample may be among its own.
+    draws: whether the loss is a mean over the draw of the token, so that the sampling law counts:
+        policy gradients, the sampled tail, supports that the sampled token joins.
+    law: log-probabilities under the law that drew the tokens (`Tokens.law_N`).
+    progress: the share of the run that is done.
+    undecided: a share of the tokens, whose entropy is the highest of an update
+        (`Tokens.entropy_floor`), from `undecided_from` of the run on.
+    """
+
+    k: int = 0
+    student_k: int = 0
+    full: bool = False
+    entropy: bool = False
+    generated_by: Literal["student", "expert"] = "student"
+    given: bool = False
+    draws: bool = False
+    law: bool = False
+    progress: bool = False
+    undecided: float | None = None
+    undecided_from: float = 0.0
+
+    @property
+    def teacher(self) -> bool:
+        """Whether it needs any scores."""
+        return self.width > 0 or self.full or self.entropy
+
+    @property
+    def width(self) -> int:
+        """How many of its own ids a teacher names: beside the student's, as many."""
+        return max(self.k, self.student_k)
