@@ -53,6 +53,8 @@ class Row:
     law_logprobs_T: the same token's log-probability under the law that drew it, after temperature
     and top-p (greedy: 0); NaN where nothing was sampled, or the engine did not say. Of length 0 in
     a row of an older version: nobody said.
+    advantage_T: how much better a chosen token was than expected, by a reward; elsewhere it counts
+    for nothing. None: nobody said.
     branches_T: 0 on the trunk. A token of branch b > 0 (an expert's action in a state where the
     student acted otherwise) sees the trunk before it and its own branch; nothing else sees it.
     """
@@ -62,17 +64,22 @@ class Row:
     logprobs_T: npt.NDArray[np.float32]
     branches_T: npt.NDArray[np.int32]
     law_logprobs_T: npt.NDArray[np.float32] = field(default_factory=_unsaid)
+    advantage_T: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids_T), len(self.turns_T), len(self.logprobs_T), len(self.branches_T)}
         if len(self.law_logprobs_T):
             lengths.add(len(self.law_logprobs_T))
+        if self.advantage_T is not None:
+            lengths.add(len(self.advantage_T))
         if len(lengths) != 1:
             raise ValueError(f"a row's fields differ in length: {sorted(lengths)}")
         if len(self.ids_T) and self.turns_T[0] != NOT_CHOSEN:
             raise ValueError(
                 "a row must begin with a prompt: its first token was chosen from nothing"
             )
+        if self.advantage_T is not None and not np.isfinite(self.advantage_T[self.chosen_T]).all():
+            raise ValueError("a row's advantages must be finite where a token was chosen")
 
     @property
     def chosen_T(self) -> npt.NDArray[np.bool_]:
@@ -192,7 +199,8 @@ def revived(plain: Mapping[str, Any]) -> Episode | Dropped:
     if "reason" in plain:
         return Dropped(**{**plain, "order": order})
     rows = tuple(
-        Row(**{name: np.asarray(array) for name, array in row.items()}) for row in plain["rows"]
+        Row(**{name: np.asarray(array) for name, array in row.items() if array is not None})
+        for row in plain["rows"]
     )
     turns = tuple(Turn(**turn) for turn in plain["turns"])
     law = SamplingLaw(**plain["law"])

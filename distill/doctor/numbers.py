@@ -346,9 +346,10 @@ def self_distilled(
         losses.append(loss_N.abs())
     loss, reward = float(torch.cat(losses).mean()), float(torch.cat(rewards).mean())
     found = f"{objective.name}: |log q - log pi| = {reward:.0e}"
-    if objective.name in DIVERGENCES:
+    distance = all(rule.name in DIVERGENCES for rule in objective.rules)
+    if distance:
         found += f", loss = {loss:.0e}"
-    left = max(reward, loss) if objective.name in DIVERGENCES else reward
+    left = max(reward, loss) if distance else reward
     if not left <= tolerance(model):
         return check.fault(
             f"{found} nats of the student to itself, not 0",

@@ -28,6 +28,7 @@ class Batch:
     targets_N: torch.Tensor
     behaviour_N: torch.Tensor
     law_N: torch.Tensor  # log-probability under the law that drew the token; NaN: unknown
+    advantage_N: torch.Tensor | None  # None: no row has any
     segments_N: torch.Tensor  # tokens of one number are one turn's reply
     places_N: torch.Tensor  # how far into its reply a token stands, from 0
 
@@ -92,6 +93,7 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
             [row.logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
         ),
         law_N=_joined([row.law_T[at] for row, at in zip(chosen, where, strict=True)], device),
+        advantage_N=_advantages(chosen, device),
         segments_N=torch.from_numpy(segments_N).to(device),
         places_N=torch.from_numpy(np.arange(len(rows_N)) - np.flatnonzero(begins_N)[segments_N]).to(
             device
@@ -101,6 +103,14 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
 
 def _joined(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def _advantages(rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
+    """Of the chosen tokens."""
+    parts = [row.advantage_T[row.chosen_T] for row in rows if row.advantage_T is not None]
+    if parts and len(parts) < len(rows):
+        raise ValueError(f"{len(parts)} of {len(rows)} rows have advantages: all must, or none")
+    return _joined(parts, device) if parts else None
 
 
 def _positions(rows: Sequence[Row], width: int) -> torch.Tensor:

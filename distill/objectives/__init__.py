@@ -5,6 +5,8 @@
     student = DenseStudent(student_logits_NV)
     loss_N, metrics = objective(student, scores, sampled_ids_N, behaviour_logprobs_N)
 
+    both = weighted_sum([(1.0, objective), (0.1, build("sampled_token"))])
+
 loss_N is unreduced and minimised; masks and averages are applied outside, in one place
 (student/learner.py). Every log-probability is a natural log over the full vocabulary at temperature
 1. `metrics` holds per-token diagnostics [N], detached.
@@ -21,8 +23,9 @@ paper does. What is common to all, the call's arguments and their checks, is `Ob
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -37,7 +40,8 @@ from tutelage.distill.objectives.sampled_token import SampledToken
 from tutelage.distill.objectives.scores import TeacherScores
 from tutelage.distill.objectives.sparse import SparseStudent
 from tutelage.distill.objectives.students import DenseStudent, StudentView
-from tutelage.distill.objectives.tokens import Case, Loss, Tokens
+from tutelage.distill.objectives.sums import Sum
+from tutelage.distill.objectives.tokens import Case, Loss, Rule, Tokens
 from tutelage.distill.objectives.trust_region import TrustRegion
 from tutelage.envs.names import unknown
 
@@ -51,19 +55,8 @@ __all__ = [
     "TeacherScores",
     "Tokens",
     "build",
+    "weighted_sum",
 ]
-
-
-class Rule(Protocol):
-    """A loss: what it needs, and from a case a loss per token."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def needs(self) -> Needs: ...
-
-    def __call__(self, case: Case) -> Loss: ...
 
 
 _RULES: dict[str, type] = {
@@ -97,6 +90,13 @@ class Objective:
     @property
     def needs(self) -> Needs:
         return self.rule.needs
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Its own, or those of a sum."""
+        if isinstance(self.rule, Sum):
+            return tuple(rule for _, rule in self.rule.terms)
+        return (self.rule,)
 
     def compares_entropies(self, progress: float) -> bool:
         """Whether it needs `Tokens.entropy_floor` when that share of the run is done."""
@@ -148,6 +148,7 @@ class Objective:
             "a mask": case.tokens.mask_N,
             "uniform draws": case.tokens.uniforms_N,
             "log-probabilities under the sampling law": case.tokens.law_N,
+            "advantages": case.tokens.advantage_N,
         }
         for what, value in given.items():
             if value is not None and len(value) != count:
@@ -166,6 +167,8 @@ class Objective:
                 f"{self.name}: k={needs.width} is larger than the student's"
                 f" vocabulary of {vocabulary}: lower objective.k"
             )
+        if needs.advantage and case.tokens.advantage_N is None:
+            raise ValueError(f"{self.name}: it needs an advantage of each token, and got none")
         if not needs.teacher:
             return
         if case.scores is None:
@@ -209,6 +212,17 @@ def build(name: str, **options: Any) -> Objective:
         if value != value:  # NaN passes every bound
             raise ValueError(f"{name}: {option}={value!r}: it must be a number")
     return Objective(cls(**options))
+
+
+def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
+    """One objective of several, each with its weight. One alone, of weight 1, is itself.
+
+    Raises:
+        ValueError: none, one twice, a weight that is not positive, or one learns from an expert's
+        tokens and another from the student's.
+    """
+    added = Sum([(weight, one.rule) for weight, one in terms])
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else Objective(added)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -6,6 +6,7 @@ it here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ class Needs:
     entropy: the teacher's entropy over the whole vocabulary, which a top K does not tell.
     generated_by: whose tokens the rows hold: the student's, or an expert's.
     given: whether tokens that the student did not sample may be among its own.
+    advantage: how much better each token was than expected (`Tokens.advantage_N`).
     draws: whether the loss is a mean over the draw of the token, so that the sampling law counts:
         policy gradients, the sampled tail, supports that the sampled token joins.
     law: log-probabilities under the law that drew the tokens (`Tokens.law_N`).
@@ -34,6 +36,7 @@ class Needs:
     entropy: bool = False
     generated_by: Literal["student", "expert"] = "student"
     given: bool = False
+    advantage: bool = False
     draws: bool = False
     law: bool = False
     progress: bool = False
@@ -49,3 +52,30 @@ class Needs:
     def width(self) -> int:
         """How many of its own ids a teacher names: beside the student's, as many."""
         return max(self.k, self.student_k)
+
+
+def union(parts: Mapping[str, Needs]) -> Needs:
+    """What several objectives need together. parts: by name.
+
+    Raises:
+        ValueError: they learn from other rows.
+    """
+    if len({needs.generated_by for needs in parts.values()}) > 1:
+        said = [f"{name} learns from the {one.generated_by}'s" for name, one in parts.items()]
+        raise ValueError(f"{', '.join(said)} tokens: no row has both: make several tasks of them")
+    every = [*parts.values()]
+    sharp = next((needs for needs in every if needs.undecided is not None), every[0])
+    return Needs(
+        k=max(needs.k for needs in every),
+        student_k=max(needs.student_k for needs in every),
+        full=any(needs.full for needs in every),
+        entropy=any(needs.entropy for needs in every),
+        generated_by=every[0].generated_by,
+        given=all(needs.given for needs in every),
+        advantage=any(needs.advantage for needs in every),
+        draws=any(needs.draws for needs in every),
+        law=any(needs.law for needs in every),
+        progress=any(needs.progress for needs in every),
+        undecided=sharp.undecided,
+        undecided_from=sharp.undecided_from,
+    )

@@ -6,9 +6,11 @@ Letters: N tokens, K support size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from tutelage.distill.objectives.needs import Needs
 from tutelage.distill.objectives.scores import TeacherScores
 from tutelage.distill.objectives.students import StudentView
 from tutelage.envs.names import unknown
@@ -43,6 +45,7 @@ class Tokens:
     hang on its batch. None: drawn from the call's generator.
     law_N: log-probability of the token under the law that drew it, after temperature and top-p;
     NaN where none was drawn. None: nobody said, which `behavior: sampling` refuses.
+    advantage_N: how much better the token was than expected, by a reward. None: nobody said.
     entropy_floor: the student's entropy, in nats, from which on a token is among the most undecided
     of its update (REOPOLD). None: of this call's tokens.
     progress: how much of the run is done, 0 to 1.
@@ -52,6 +55,7 @@ class Tokens:
     mask_N: torch.Tensor | None = None
     uniforms_N: torch.Tensor | None = None
     law_N: torch.Tensor | None = None
+    advantage_N: torch.Tensor | None = None
     entropy_floor: float | None = None
     progress: float = 0.0
 
@@ -130,3 +134,15 @@ class Case:
         if self.tokens.uniforms_N is not None:
             return self.tokens.uniforms_N
         return torch.rand(len(self.ids_N), generator=self.generator, device=self.ids_N.device)
+
+
+class Rule(Protocol):
+    """A loss: what it needs, and from a case a loss per token."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def __call__(self, case: Case) -> Loss: ...

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.distill.config.run import RunConfig, build_objective
-from tutelage.distill.objectives import Objective
+from tutelage.distill.objectives import Objective, Rule
 from tutelage.distill.student.learner import Learner
 from tutelage.scheduler.episodes import Dropped, Episode, Row, SamplingLaw
 
@@ -29,21 +29,25 @@ class Bias:
 
 
 def bias(objective: Objective, law: SamplingLaw) -> Bias | None:
-    """None: the gradient's mean is the objective's own."""
-    if not objective.needs.draws or law.whole:
+    """Of the first of its losses that has one. None: the gradient's mean is the objective's own."""
+    return next((found for rule in objective.rules if (found := _bias(rule, law))), None)
+
+
+def _bias(rule: Rule, law: SamplingLaw) -> Bias | None:
+    if not rule.needs.draws or law.whole:
         return None
     cut = law.temperature == 0 or law.top_p < 1
-    if objective.needs.law:
+    if rule.needs.law:
         if not cut:
             return None
         return Bias(
-            text=f"{objective.name} weighs its tokens by the law that draws them, but what"
+            text=f"{rule.name} weighs its tokens by the law that draws them, but what"
             f" {_parts(law)} never draws has no part in its gradient",
             cure=f"{'temperature 1' if law.temperature == 0 else 'top_p 1'} leaves nothing out",
         )
     remains = "what is never drawn stays without its part" if cut else "exact"
     return Bias(
-        text=f"{objective.name} takes its tokens for draws of the whole policy at temperature 1;"
+        text=f"{rule.name} takes its tokens for draws of the whole policy at temperature 1;"
         f" {_parts(law)} draws {'from a part' if cut else 'by another law'}",
         cure=f"set behavior: sampling ({remains}), or {_whole(law)}",
     )

@@ -321,6 +321,7 @@ class Learner:
             mask_N=weights_N > 0,
             uniforms_N=torch.from_numpy(np.concatenate(uniforms)).to(device),
             law_N=batch.law_N,
+            advantage_N=batch.advantage_N,
             entropy_floor=entropy_floor,
             progress=progress,
         )
