@@ -13,7 +13,15 @@ import torch
 
 from tests.rounding import UPDATE_SUMS, rounding
 from tutelage.distill.config.sections import OptimizerConfig
-from tutelage.distill.objectives import DenseStudent, Needs, Objective, TeacherScores, Tokens, build
+from tutelage.distill.objectives import (
+    DenseStudent,
+    Needs,
+    Objective,
+    TeacherScores,
+    Tokens,
+    build,
+    weighted_sum,
+)
 from tutelage.distill.objectives.tokens import Case, Loss
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
@@ -888,3 +896,51 @@ class TestNumbersThatAreNone:
         lessons = _lessons([replace(near[0], logprobs_T=logprobs_T), *near[1:]], teacher)
         with pytest.raises(FloatingPointError, match=r"token 0 of a row.*log-probability is -\d"):
             _update(_learner(make_model(seed=1)), lessons, build("reward_clipped"), seed=0)
+
+
+class TestAdvantages:
+    def test_a_loss_gets_each_tokens_own(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> None:
+        """Through ragged batches, beside a teacher's scores: the row's number and the token's."""
+        given = [
+            replace(row, advantage_T=(100 * i + np.arange(len(row.ids_T))).astype(np.float32))
+            for i, row in enumerate(rows)
+        ]
+        seen: dict[float, int] = {}
+
+        def look(case: Case) -> torch.Tensor:
+            assert case.tokens.advantage_N is not None
+            said = case.tokens.advantage_N.tolist()
+            seen.update(zip(said, case.ids_N.tolist(), strict=True))
+            return -case.tokens.advantage_N * case.student_logprobs()
+
+        objective = weighted_sum([(1.0, build("local_support", k=8)), (0.1, _own(look))])
+        learner = _learner(make_model(), micro_tokens=44)  # two rows, and two alone
+        metrics = _update(learner, _lessons(given, teacher), objective, seed=0)
+        assert seen == {
+            float(100 * i + t): int(row.ids_T[t])
+            for i, row in enumerate(rows)
+            for t in np.flatnonzero(row.chosen_T)
+        }
+        assert metrics["loss/mean"] == pytest.approx(
+            metrics["loss/local_support"] + 0.1 * metrics["loss/own"]
+        )
+
+    def test_all_rows_of_a_batch_have_them_or_none(self, make_model: Make, rows: list[Row]) -> None:
+        some = [replace(rows[0], advantage_T=np.zeros_like(rows[0].logprobs_T)), *rows[1:]]
+        objective = _own(lambda case: -case.student_logprobs())
+        with pytest.raises(ValueError, match="1 of 4 rows have advantages"):
+            _update(_learner(make_model()), _lessons(some, None), objective, seed=0)
+
+    @pytest.mark.parametrize(
+        ("advantages", "message"),
+        [([0.0, 1.0], "differ in length"), ([0.0, 0.0, np.nan], "must be finite")],
+    )
+    def test_a_rows_are_checked_at_birth(
+        self, make_row: Callable[..., Row], advantages: list[float], message: str
+    ) -> None:
+        row = make_row([("prompt", [1, 2]), ("said", [3])])
+        with pytest.raises(ValueError, match=message):
+            replace(row, advantage_T=np.array(advantages, dtype=np.float32))
+        replace(row, advantage_T=np.array([np.nan, np.nan, 1.0], dtype=np.float32))
