@@ -1,8 +1,8 @@
-"""The process above an environment's: whatever ends the environment, what it started ends with it.
+"""The process above a child's: whatever ends the child, what it started ends with it.
 
 A child of a child whose parent has ended is handed to init, in a session of its own perhaps, where
 nobody finds it again. Under a keeper it is handed to the keeper (Linux's child subreaper), which
-ends all that it has once the worker below it has ended, its owner has hung up, or it is told to
+kills all that it has once the worker below it has ended, its owner has hung up, or it is told to
 (SIGTERM). Its own end is the worker's: the same exit code or signal.
 """
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-GRACE = 2.0  # seconds that environments get to close when the pool or its process is gone
+GRACE = 2.0  # seconds that a worker gets to put things in order once its owner has hung up
 PATIENCE = 5.0  # seconds in which everything killed should have ended
 _PDEATHSIG, _CHILD_SUBREAPER = 1, 36  # prctl's
 
@@ -126,6 +126,7 @@ def _end_as(status: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core dump is enough
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
         os.kill(os.getpid(), number)
     os._exit(os.WEXITSTATUS(status))
 

@@ -11,45 +11,31 @@ own episode only.
         (first,) = pool.receive()
         pool.send([Act(episode=0, action="\\boxed{7}")])
 
-Processes are started afresh (no fork: torch and Ray live in the parent), in their own session, and
-end with the pool or its process, and so does whatever they started (keeper.py). What comes from
-them is bounded and plain data; anything else on their connection ends them.
+Processes end with the pool or its process, and so does whatever they started (child.py). What comes
+from them is bounded and plain data; anything else on their connection ends them.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
-import pickle
 import select
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
-from tutelage.envs.keeper import GRACE, PATIENCE
+from tutelage.envs.child import Child, InvalidMessage
+from tutelage.envs.keeper import GRACE
 from tutelage.envs.plugins import Absent, refusal
-from tutelage.envs.worker import (
-    HEADER,
-    MARK,
-    MAX_MESSAGE,
-    MAX_OBSERVATION,
-    Host,
-    Reply,
-    Request,
-)
+from tutelage.envs.worker import MAX_OBSERVATION, Host, Reply, Request
 
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
 MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 Reason = Literal["died", "timeout", "raised", "garbage", "undecided", "differs", "too long"]
 
@@ -149,7 +135,7 @@ class EnvironmentPool:
         self.restarts = 0
         self._host: Host | None = None
         self._processes: list[_Process] = []
-        self._finalizer = weakref.finalize(self, _end_all, self._processes)
+        self._finalizer = weakref.finalize(self, _kill_all, self._processes)
         try:
             self.probe = self._start(processes)
         except BaseException:
@@ -175,7 +161,7 @@ class EnvironmentPool:
         while not (process := self._processes[at]).started:
             left = process.deadline(self._timeout) - time.monotonic()
             poll = select.poll()
-            poll.register(process.socket, process.interest())
+            poll.register(process.connection, process.connection.events)
             poll.poll(1000 * max(0.0, left))
             self._exchange(process)
             if process.refused:
@@ -258,7 +244,7 @@ class EnvironmentPool:
 
     def pids(self) -> list[int]:
         """Process ids, for people who look at the machine."""
-        return [process.pid for process in self._processes]
+        return [process.child.pid for process in self._processes]
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -281,7 +267,7 @@ class EnvironmentPool:
 
     def _deliver(self, process: _Process | None, lines: list[Request]) -> None:
         if process is not None:
-            process.write(lines)
+            process.connection.post(lines)
             return
         assert self._host is not None
         for line in lines:
@@ -333,9 +319,9 @@ class EnvironmentPool:
         if not self._processes:
             return
         poll = select.poll()
-        by_descriptor = {process.socket.fileno(): process for process in self._processes}
+        by_descriptor = {process.connection.fileno(): process for process in self._processes}
         for descriptor, process in by_descriptor.items():
-            poll.register(descriptor, process.interest())
+            poll.register(descriptor, process.connection.events)
         for descriptor, _ in poll.poll(1000 * seconds):
             self._exchange(by_descriptor[descriptor])
         now = time.monotonic()
@@ -349,16 +335,14 @@ class EnvironmentPool:
         return not process.live.isdisjoint(self._owed)
 
     def _exchange(self, process: _Process) -> None:
-        process.flush()
-        for kind, content in process.read():
+        for replies in process.messages():
             self._failed_starts = 0
-            if kind == "replies":
-                for reply in content:
-                    self._take(reply)
+            for reply in replies:
+                self._take(reply)
 
     def _replace(self, at: int, reason: Reason, detail: str) -> None:
         old = self._processes[at]
-        old.end(grace=0.0)
+        old.child.kill()
         for episode in sorted(old.live):
             idle = episode not in self._owed
             self._forget(episode)
@@ -374,19 +358,8 @@ class EnvironmentPool:
         self._processes[at] = _Process(self._setup)
 
 
-class _Foreign(Exception):
-    """On a process's connection came something that is no message of ours."""
-
-
 def _cannot(env_id: str, why: str, absent: bool) -> ValueError:
     return (Absent if absent else ValueError)(f"{env_id}: {why}")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Built-in data only: what an environment's process sends must not run code here."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,51 +375,23 @@ class _Seat:
 
 
 class _Process:
-    """One worker process and the bytes on their way to and from it."""
+    """One worker process, and what it has said of itself."""
 
     def __init__(self, setup: tuple[str, dict[str, Any], int, float]) -> None:
         self.live: set[int] = set()
         self.probe: dict[str, Any] = {}
         self.started = False
         self.refused, self.absent = "", False
-        self.gone = False
-        self._foreign = ""  # what came from it that was no message
-        self._outgoing = bytearray()
-        self._incoming = bytearray()
         self._active = time.monotonic()  # its last sign of life, or when it got work after a rest
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = self._spawn(theirs)
-        self.pid = self._process.pid  # the keeper's; the worker's, once it has told it
-        self.socket.setblocking(False)
-        self.write(setup)
-
-    @staticmethod
-    def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
-        # Linux ties the death signal to the starting thread, so a thread that may end before the
-        # process must not ask for it; the hang-up of the socket serves every case.
-        in_main = threading.current_thread() is threading.main_thread()
-        descriptor = theirs.fileno()
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "tutelage.envs.worker",
-                str(descriptor),
-                str(int(in_main)),
-            ],
-            pass_fds=(descriptor,),
-            stdin=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-                "OMP_NUM_THREADS": "1",
-                "MKL_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            },
-            start_new_session=True,
+        self.child = Child(
+            "tutelage.envs.worker:main", environment={**os.environ, **ONE_THREAD}, plain=True
         )
+        self.connection = self.child.connection
+        self.connection.post(setup)
+
+    @property
+    def gone(self) -> bool:
+        return self.connection.fault is not None
 
     def deadline(self, timeout: float) -> float:
         """When its silence becomes a fault (time.monotonic seconds)."""
@@ -457,113 +402,31 @@ class _Process:
         if self.started:
             self._active = time.monotonic()
 
-    def interest(self) -> int:
-        return select.POLLIN | (select.POLLOUT if self._outgoing else 0)
-
-    def write(self, message: Any) -> None:
-        """Queue a message and send what the socket takes: neither side ever waits for the other."""
-        payload = pickle.dumps(message, protocol=5)
-        self._outgoing += HEADER.pack(MARK, len(payload))
-        self._outgoing += payload
-        self.flush()
-
-    def flush(self) -> None:
-        try:
-            while self._outgoing:
-                sent = self.socket.send(self._outgoing)
-                del self._outgoing[:sent]
-        except BlockingIOError:
-            pass
-        except OSError:  # it hung up: reading will find out
-            self._outgoing.clear()
-
-    def read(self) -> list[tuple[str, Any]]:
-        """The messages that have arrived whole."""
-        messages: list[tuple[str, Any]] = []
-        try:
-            while chunk := self.socket.recv(1 << 18):
-                self._incoming += chunk
-                while (message := self._next()) is not None:
-                    messages.append(message)
-                    self._active = time.monotonic()
-                    self._note(*message)
-            self.gone = True
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.gone = True
-        except _Foreign as error:
-            self.gone, self._foreign = True, str(error)
-        return messages
-
-    def _next(self) -> tuple[str, Any] | None:
-        """Raises _Foreign as soon as what has arrived cannot be the beginning of a message."""
-        if not self._incoming.startswith(MARK[: len(self._incoming)]):
-            said = bytes(self._incoming[:20])
-            raise _Foreign(f"its environment wrote {said!r} into the connection of its process")
-        if len(self._incoming) < HEADER.size:
-            return None
-        length = HEADER.unpack_from(self._incoming)[1]
-        if length > MAX_MESSAGE:
-            raise _Foreign(f"a message of {length} bytes, more than {MAX_MESSAGE}")
-        end = HEADER.size + length
-        if len(self._incoming) < end:
-            return None
-        payload = bytes(self._incoming[HEADER.size : end])
-        del self._incoming[:end]
-        try:
-            kind, content = _PlainUnpickler(io.BytesIO(payload)).load()
-        except Exception as error:  # whatever such bytes lead to
-            raise _Foreign(f"a message that cannot be read: {error}") from None
-        return kind, content
-
-    def _note(self, kind: str, content: Any) -> None:
-        if kind == "ready":
-            self.started, self.probe, self.pid = True, content["probe"], content["pid"]
-        elif kind == "refused":
-            self.refused, self.absent = content
+    def messages(self) -> Iterator[list[Reply]]:
+        """The replies in each message that is here."""
+        for message in self.connection.arrived():
+            self._active = time.monotonic()
+            replies: list[Reply] = []
+            match message:
+                case ("ready", probe):
+                    self.started, self.probe = True, probe
+                case ("refused", (why, absent)):
+                    self.refused, self.absent = why, absent
+                case ("replies", list(content)):
+                    replies = content
+            yield replies
 
     def death(self) -> str:
-        """How it ended, once its socket is closed."""
-        if self._foreign:
-            return self._foreign
-        try:
-            code = self._process.wait(timeout=GRACE)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-
-    def end(self, *, grace: float) -> None:
-        """Hang up, wait up to `grace` seconds for it to close its environments, then have its
-        keeper end it and all that it started.
-        """
-        deadline = time.monotonic() + grace
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-            poll = select.poll()
-            poll.register(self.socket, select.POLLIN)
-            while (left := deadline - time.monotonic()) > 0 and poll.poll(1000 * left):
-                if not self.socket.recv(1 << 18):
-                    break
-        except OSError:
-            pass
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            self._process.send_signal(number)
-        try:
-            self._process.wait(timeout=2 * PATIENCE)
-        except subprocess.TimeoutExpired:  # not even its keeper can: the worker dies with it
-            self._process.kill()
-            self._process.wait()
-        self.socket.close()
+        """How it ended, once its connection is closed."""
+        if isinstance(self.connection.fault, InvalidMessage):
+            return f"its environment {self.connection.fault}"
+        return self.child.ending() or "it closed its connection"
 
 
-def _end_all(processes: list[_Process]) -> None:
+def _kill_all(processes: list[_Process]) -> None:
     """Hang up on all first, so that they close at the same time."""
     for process in processes:
-        try:
-            process.socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            continue
+        process.connection.hang_up()
     for process in processes:
-        process.end(grace=GRACE)
+        process.child.kill(grace=GRACE)
     processes.clear()

@@ -1,30 +1,25 @@
 """The process that holds environments: many instances, one per live episode, stepped in order.
 
 `Host` is the part without a process, which a pool with `processes=0` uses directly. `main` serves
-one over a socket: a marked and length-prefixed pickle of requests in, of replies out, one message
-for a whole batch. A slow or large batch is answered in parts, so that silence always means one slow
-request, not many quick ones, and no message is ever longer than MAX_MESSAGE.
+one in a child process (child.py): requests in, replies out, one message for a whole batch. A slow
+or large batch is answered in parts, so that silence always means one slow request, not many quick
+ones, and no message is ever longer than MAX_MESSAGE.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import numbers
 import os
-import pickle
-import signal
-import socket
-import struct
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
 
-from tutelage.envs.keeper import die_with_parent, keep
+from tutelage.envs.child import MAX_MESSAGE, Connection, Disconnected, packed
 from tutelage.envs.plugins import refusal
 
 # ("reset", episode, seed, options) | ("act", episode, action) | ("drop", episode)
@@ -32,9 +27,6 @@ Request = tuple[Any, ...]
 # (episode, observation, reward, terminated, truncated, info) | (episode, reason, detail)
 Reply = tuple[Any, ...]
 
-MARK = b"tutelage"  # begins every message: what an environment writes into our socket does not
-HEADER = struct.Struct("!8sQ")  # the mark, and the length of the pickle that follows, in bytes
-MAX_MESSAGE = 64 * 2**20  # bytes: a thousand times the largest step of a household
 MAX_OBSERVATION = 1_000_000  # characters, by default
 _DETAIL = 2000  # characters of a traceback that travel
 _PLAIN = frozenset({str, int, float, bool, type(None), bytes})
@@ -255,37 +247,28 @@ def _plain_dict(info: Mapping[Any, Any]) -> dict[Any, Any]:
 # --- the process --------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Serve one environment; the arguments are a socket and whether to end with the thread that
-    started us.
-    """
-    faulthandler.enable()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine that prints disturbs no caller
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    connection.set_inheritable(False)
-    if sys.argv[2] == "1":
-        die_with_parent(signal.SIGTERM)
-    keep(connection)
-    messages = _messages(connection)
+def main(connection: Connection) -> None:
+    """Serve one environment, which the first message describes."""
+    messages = iter(connection)
     env_id, env_args, max_observation, part_seconds = next(messages)
     try:
         host = Host(env_id, env_args, max_observation=max_observation)
-        _send(connection, ("ready", {"pid": os.getpid(), "probe": host.probe()}))
+        connection.send(("ready", host.probe()))
     except KeyboardInterrupt:  # the user's
         raise
     except BaseException as error:  # a sys.exit, too
-        _send(connection, ("refused", refusal(env_id, error)))
+        connection.send(("refused", refusal(env_id, error)))
         return
     try:
         for requests in messages:
             _serve(connection, host, requests, part_seconds)
-    except OSError as error:  # an environment's own is its episode's end alone
+    except Disconnected as error:
         sys.exit(f"tutelage: {env_id}: its process lost its connection: {error}")
     host.close()
 
 
 def _serve(
-    connection: socket.socket, host: Host, requests: Sequence[Request], part_seconds: float
+    connection: Connection, host: Host, requests: Sequence[Request], part_seconds: float
 ) -> None:
     replies: list[Reply] = []
     flushed = time.monotonic()
@@ -300,13 +283,13 @@ def _serve(
         _reply(connection, replies)
 
 
-def _reply(connection: socket.socket, replies: list[Reply]) -> None:
+def _reply(connection: Connection, replies: list[Reply]) -> None:
     """In one message; in several, where it would be too long; and what alone is too long is
     garbage.
     """
-    payload = pickle.dumps(("replies", replies), protocol=5)
+    payload = packed(("replies", replies))
     if len(payload) <= MAX_MESSAGE:
-        connection.sendall(HEADER.pack(MARK, len(payload)) + payload)
+        connection.send_packed(payload)
     elif len(replies) > 1:
         half = len(replies) // 2
         _reply(connection, replies[:half])
@@ -314,22 +297,3 @@ def _reply(connection: socket.socket, replies: list[Reply]) -> None:
     else:
         said = f"its observation and info take {len(payload)} bytes, more than {MAX_MESSAGE}"
         _reply(connection, [(replies[0][0], "garbage", said)])
-
-
-def _send(connection: socket.socket, message: Any) -> None:
-    payload = pickle.dumps(message, protocol=5)
-    connection.sendall(HEADER.pack(MARK, len(payload)) + payload)
-
-
-def _messages(connection: socket.socket) -> Iterator[Any]:
-    """The parent's messages until it hangs up."""
-    stream = connection.makefile("rb")
-    while len(header := stream.read(HEADER.size)) == HEADER.size:
-        mark, length = HEADER.unpack(header)
-        if mark != MARK:
-            raise EOFError("somebody else reads from the connection")
-        yield pickle.loads(stream.read(length))
-
-
-if __name__ == "__main__":
-    main()

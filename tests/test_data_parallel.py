@@ -331,7 +331,7 @@ def test_tasks_and_minibatches_are_those_of_one_process(
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("die", r"learner rank 1 \(process \d+\) ended \(exit code -9, SIGKILL\), in learn"),
+        ("die", r"learner rank 1 \(process \d+\) ended \(signal SIGKILL\), in learn"),
         ("fail", r"learner rank 1 .* failed \(ValueError: this row is odd\)"),
         ("hang", r"learner rank 1 .* did not answer within learner.timeout = 6 s"),
     ],

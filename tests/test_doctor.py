@@ -527,11 +527,12 @@ def test_a_generous_grader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def _grader_of(monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Finding]:
     """The findings on a grader whose processes run `script` before they begin."""
     popen = subprocess.Popen
-    begin = "from tutelage.envs.grading.worker import main; main()"
     monkeypatch.setattr(
-        grading_pool.subprocess,
+        subprocess,
         "Popen",
-        lambda command, **how: popen([*command[:2], "-c", f"{script}\n{begin}", "0"], **how),
+        lambda command, **how: popen(
+            [*command[:3], f"{script}\n{command[3]}", *command[4:]], **how
+        ),
     )
     try:
         return {finding.check: finding for finding in environments.check_grader()}

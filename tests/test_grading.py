@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tutelage.envs.child import Child
 from tutelage.envs.grading import Verdict, grade, judge, verdict
 from tutelage.envs.grading import pool as grading_pool
 from tutelage.envs.grading.numbers import numeral
@@ -573,7 +574,7 @@ def test_one_allowance_is_all_that_several_requests_may_use(
     ready = {"ready": True, "seconds": 0.1}
     grading_pool.close()
     monkeypatch.setattr(
-        grading_pool._Worker, "_line", lambda self, _: json.dumps(said if self.ready else ready)
+        grading_pool._Worker, "_answer", lambda self, _: said if self.ready else ready
     )
     monkeypatch.setattr(grading_pool, "available", lambda: True)
     allowance = Allowance.within(5.0, 60)
@@ -598,9 +599,10 @@ def test_idle_workers_that_were_killed_or_stopped_cost_no_verdict(fault: int) ->
 
 SLEEPY = """
 import os, signal, sys
+from tutelage.envs import child
 from tutelage.envs.grading import worker
 
-compare, mark = worker.compare, sys.argv[2]
+compare, mark = worker.compare, sys.argv[4]
 
 def interrupted(answer, gold):
     if "z" in gold and os.path.exists(mark):
@@ -609,19 +611,19 @@ def interrupted(answer, gold):
     return compare(answer, gold)
 
 worker.compare = interrupted
-worker.main()
+child.main()
 """
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
-    """Workers run `script`; its argv[1] is theirs."""
+    """Workers run `script`; arguments: behind the three of theirs."""
     popen = subprocess.Popen
 
     def started(command: list[str], **how: object) -> object:
-        return popen([*command[:2], "-c", script, command[-1], *arguments], **how)  # type: ignore[call-overload]
+        return popen([*command[:3], script, *command[4:], *arguments], **how)  # type: ignore[call-overload]
 
     grading_pool.close()
-    monkeypatch.setattr(grading_pool.subprocess, "Popen", started)
+    monkeypatch.setattr(subprocess, "Popen", started)
 
 
 @needs_math_verify
@@ -643,26 +645,18 @@ def test_a_fault_in_the_middle_of_a_request_turns_no_right_answer_wrong(
 @needs_math_verify
 def test_a_worker_stopped_for_longer_than_its_request_says_what_it_would_have_said() -> None:
     """The protocol itself: no clock on the wall counts inside."""
-    worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tutelage.envs.grading.worker", "0"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdin is not None and worker.stdout is not None
-    assert json.loads(worker.stdout.readline())["ready"]
+    worker = Child("tutelage.envs.grading.worker:main", plain=True)
+    assert worker.connection.receive(timeout=60)["ready"]
     os.kill(worker.pid, signal.SIGSTOP)
     for gold in ("x^2+x", "2\\sqrt{3}", "x\\sin y+x"):
-        request = {"answer": gold, "gold": gold, "seconds": 1.0}
-        worker.stdin.write(json.dumps(request) + "\n")
-    worker.stdin.flush()
+        worker.connection.post({"answer": gold, "gold": gold, "seconds": 1.0})
     time.sleep(1.2)
     os.kill(worker.pid, signal.SIGCONT)
-    said = [json.loads(worker.stdout.readline()) for _ in range(3)]
+    said = [worker.connection.receive(timeout=60) for _ in range(3)]
     assert [(one["correct"], one["reason"]) for one in said] == [(True, "symbolic")] * 3
-    worker.stdin.close()
-    assert worker.wait(30) == 0
-    worker.stdout.close()
+    worker.connection.hang_up()
+    assert worker.exit_code(30) == 0
+    worker.kill()
 
 
 @needs_math_verify
@@ -682,20 +676,20 @@ def test_a_stopped_worker_costs_its_request_a_replacement_and_nothing_else() -> 
     assert _gone(asked)
 
 
-@pytest.mark.parametrize("reply", ["42", '{"correct": "yes", "reason": "symbolic"}', "{}", "?"])
+@pytest.mark.parametrize("reply", [42, {"correct": "yes", "reason": "symbolic"}, {}, "?"])
 def test_a_worker_that_answers_nonsense_is_asked_no_more(
-    monkeypatch: pytest.MonkeyPatch, reply: str
+    monkeypatch: pytest.MonkeyPatch, reply: Any
 ) -> None:
     """Three workers are tried; then the verdict says that there is none."""
     asked: list[grading_pool._Worker] = []
 
-    def nonsense(self: grading_pool._Worker, deadline: float) -> bytes:
+    def nonsense(self: grading_pool._Worker, deadline: float) -> Any:
         if self not in asked:
             asked.append(self)
-        return b'{"ready": true, "seconds": 0.1}' if not self.ready else reply.encode()
+        return reply if self.ready else {"ready": True, "seconds": 0.1}
 
     grading_pool.close()
-    monkeypatch.setattr(grading_pool._Worker, "_line", nonsense)
+    monkeypatch.setattr(grading_pool._Worker, "_answer", nonsense)
     assert _algebra("x+3", "3+x") == (False, "crash")
     assert len(asked) == grading_pool.TRIES
     assert all(_gone(worker.pid) for worker in asked)
@@ -708,12 +702,12 @@ def test_an_answer_that_ends_its_own_process_is_wrong_and_one_that_is_killed_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = (
-        "import os, sys\nfrom tutelage.envs.grading import worker\n"
+        "import os\nfrom tutelage.envs import child\nfrom tutelage.envs.grading import worker\n"
         "compare = worker.compare\n"
         "def fatal(answer, gold):\n"
         "    if answer.isdigit(): os.kill(os.getpid(), int(answer))\n"
         "    return compare(answer, gold)\n"
-        "worker.compare = fatal; worker.main()"
+        "worker.compare = fatal; child.main()"
     )
     _stand_in(monkeypatch, script)
     assert _algebra(str(int(signal.SIGSEGV)), "3+x") == (False, "crash")
@@ -723,7 +717,7 @@ def test_an_answer_that_ends_its_own_process_is_wrong_and_one_that_is_killed_is_
     grading_pool.close()
 
 
-SLOW = "import time; time.sleep({seconds})\nfrom tutelage.envs.grading.worker import main; main()"
+SLOW = "import time; time.sleep({seconds})\nfrom tutelage.envs.child import main; main()"
 
 
 @needs_math_verify
@@ -784,7 +778,7 @@ def test_math_verify_that_does_not_work_as_it_is_installed_is_said_once_with_the
     script = (
         "import sys, math_verify as real; from types import SimpleNamespace as Is\n"
         f"sys.modules['math_verify'] = {module}\n"
-        "from tutelage.envs.grading.worker import main; main()"
+        "from tutelage.envs.child import main; main()"
     )
     _stand_in(monkeypatch, script)
     monkeypatch.setattr(grading_pool, "_broken", [])

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.pool_calls import act, everything, reset
+from tutelage.envs.child import MAX_MESSAGE
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
-from tutelage.envs.worker import MAX_MESSAGE
 
 FAULTY = "pool_envs:Faulty-v0"
 

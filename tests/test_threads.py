@@ -46,7 +46,7 @@ def _openmp(code: str, **environment: str) -> str:
     [
         "import tutelage.distill.cli.main, torch",
         "import tutelage.distill.objectives",
-        "import tutelage.scheduler.processes, torch",  # a learner's process
+        "import tutelage.envs.child, tutelage.distill.student.sharded",  # a learner's process
         "import tutelage.scheduler.cluster, torch",  # an actor
     ],
 )

@@ -238,7 +238,7 @@ def _started() -> Finding:
         return check.fault(f"it does not work here, with {_versions()}: {error}", INSTALL)
     except grading_pool.Late:
         return check.note(f"this machine is too busy: it did not start in {WAIT:g} s", LATER)
-    except (grading_pool.Stalled, OSError, EOFError) as error:
+    except (grading_pool.Stalled, OSError) as error:
         text = f"its process was stopped or ended from outside ({error or type(error).__name__})"
         return check.note(text, "look for what kills processes here: memory, limits, a person")
     if seconds > SLOW:

@@ -38,8 +38,8 @@ from tutelage.distill.student.diagnostics import Meter
 from tutelage.distill.student.learner import DENSE_VOCABULARY, Learner
 from tutelage.distill.student.lessons import Course, Drawn
 from tutelage.distill.student.muon import precision
+from tutelage.envs.child import Child, Connection, Disconnected
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row, SamplingLaw
-from tutelage.scheduler.processes import Line, Lost, Rank
 
 T = TypeVar("T")
 
@@ -208,12 +208,11 @@ class DataParallelLearner(ShardedLearner):
         self._timeout, self._begun = setup.timeout, time.monotonic()
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._others = [
-            Rank(number, "tutelage.distill.student.sharded:serve", timeout=setup.timeout)
-            for number in range(1, setup.processes)
+            Child("tutelage.distill.student.sharded:serve") for _ in range(1, setup.processes)
         ]
         try:
-            for rank in self._others:
-                rank.line.send((rank.number, store.port, setup))
+            for number, rank in enumerate(self._others, start=1):
+                rank.connection.send((number, store.port, setup), timeout=setup.timeout)
             model = setup.make_model(0)
             self._copy = copy.deepcopy(model).requires_grad_(False)
             self._answers(START_SECONDS)  # they have loaded theirs
@@ -259,7 +258,7 @@ class DataParallelLearner(ShardedLearner):
 
     def close(self) -> None:
         for rank in self._others:
-            rank.end()
+            rank.kill()
         self._others = []
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -294,7 +293,7 @@ class DataParallelLearner(ShardedLearner):
         self._begun = time.monotonic()
         try:
             for rank, share in zip(self._others, shares[1:], strict=True):
-                rank.line.send((method, share, common))
+                rank.connection.send((method, share, common), timeout=self._timeout)
             alike: FloatingPointError | None = None
             try:
                 mine = getattr(ShardedLearner, method)(self, *shares[0], **common)
@@ -310,20 +309,21 @@ class DataParallelLearner(ShardedLearner):
         return [mine, *answers]
 
     def _answers(self, timeout: float | None = None) -> list[Any]:
-        return [_opened(rank, timeout) for rank in self._others]
+        return [_opened(rank, timeout or self._timeout) for rank in self._others]
 
     def _explain(self, where: str, error: BaseException) -> None:
         """Stop the others, and raise what is at the bottom of an error that may be theirs."""
         try:
-            if not isinstance(error, (RuntimeError, OSError, Lost)):
+            if not isinstance(error, (RuntimeError, OSError)):
                 return
             found = [(*_reason(rank, error), rank) for rank in self._others]
             _, reason, rank = min(found, key=lambda one: one[0])
+            number = 1 + self._others.index(rank)
             if not reason and time.monotonic() - self._begun >= self._timeout:
                 reason = f"did not answer within learner.timeout = {self._timeout:g} s"
             if reason:
                 raise RuntimeError(
-                    f"learner rank {rank.number} (process {rank.pid}) {reason}, {where}: run the"
+                    f"learner rank {number} (process {rank.pid}) {reason}, {where}: run the"
                     " same command again"
                 ) from error
         finally:
@@ -334,24 +334,27 @@ class _Failed(RuntimeError):
     """(rank, its own error as it told it)"""
 
 
-def _opened(rank: Rank, timeout: float | None = None) -> Any:
-    fault, value = rank.line.receive(timeout=timeout)
+def _opened(rank: Child, timeout: float) -> Any:
+    fault, value = rank.connection.receive(timeout=timeout)
     if fault:
         raise _Failed(rank, fault)
     return value
 
 
-def _reason(rank: Rank, error: Exception) -> tuple[int, str]:
+def _reason(rank: Child, error: Exception) -> tuple[int, str]:
     """(how far from the bottom, what happened to a rank): a death in silence explains the others'
     errors, and so does an error of its own those of collectives. Of a rank that lives: nothing."""
-    death = rank.death()
+    death = rank.ending(PATIENCE)
     fault = error.args[1] if isinstance(error, _Failed) and error.args[0] is rank else None
-    with contextlib.suppress(Lost, TimeoutError):
-        fault = fault or rank.line.receive(timeout=0.1)[0]
+    with contextlib.suppress(Disconnected, TimeoutError):
+        fault = fault or rank.connection.receive(timeout=0.1)[0]
     if fault:
         return (2 if fault.startswith("RuntimeError") else 1), f"failed ({fault})"
     return (3, "") if death is None else (0, f"ended ({death})")
 
+
+PATIENCE = 5.0
+"""Seconds in which a rank that failed has ended, or has said why."""
 
 START_SECONDS = 3600.0
 """A rank may take this long to load its model."""
@@ -401,29 +404,28 @@ def _join(rank: int, store: Any, model: Any, setup: Setup) -> None:
     )
 
 
-def serve(line: Line) -> None:
+def serve(connection: Connection) -> None:
     """The life of a rank other than 0."""
-    number, port, setup = line.receive()
+    number, port, setup = connection.receive()
     try:
         prepare_process(setup.threads)
         model = setup.make_model(number)
-        line.send((None, None))
+        connection.send((None, None))
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         _join(number, store, model, setup)
         learner = ShardedLearner(model, setup)
-        line.send((None, None))
-        while True:
-            method, share, common = line.receive()
+        connection.send((None, None))
+        for method, share, common in connection:
             try:
-                line.send((None, _answer(learner, method, share, common)))
+                connection.send((None, _answer(learner, method, share, common)))
             except FloatingPointError:
-                line.send((None, None))
-    except Lost:
+                connection.send((None, None))
+    except Disconnected:
         raise
     except Exception as error:  # the others wait in a collective: they learn of it by our end
         if os.environ.get("TUTELAGE_TRACEBACK"):
             traceback.print_exc()
-        line.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))
+        connection.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))
         sys.exit(1)
 
 

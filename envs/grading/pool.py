@@ -15,13 +15,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
-import json
 import math
 import os
-import select
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +26,9 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from tutelage.envs.child import Child
 
 WORKERS = max(1, min(4, (os.cpu_count() or 1)))
 GRADES_PER_WORKER = 1000  # then a fresh one: sympy's caches only grow
@@ -79,45 +79,36 @@ class _Worker:
     """One process, one request at a time. A worker whose request failed is never used again."""
 
     def __init__(self) -> None:
-        environment = {
-            "PATH": os.environ.get("PATH", ""),
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-        in_main = threading.current_thread() is threading.main_thread()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tutelage.envs.grading.worker", str(int(in_main))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        path = os.environ.get("PATH", "")
+        self._child = Child(
+            "tutelage.envs.grading.worker:main",
+            environment={"PATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            plain=True,
             stderr=subprocess.DEVNULL,
             cwd=tempfile.gettempdir(),
-            env=environment,
-            start_new_session=True,  # a Ctrl-C at the terminal is the parent's to handle
         )
         self._born = time.monotonic()
-        self._buffer = b""
         self.ready = False
         self.started = math.nan, math.nan  # seconds that took, on the clock and of the processor
         self.grades = 0
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     @property
     def dead(self) -> bool:
-        return self._process.poll() is not None
+        return self._child.exit_code(0) is not None
 
     @property
     def answers(self) -> bool:
         """It is ready, or has just said so."""
-        return self.ready or bool(self._poll().poll(0))
+        return self.ready or self._child.connection.ready
 
     def wait_ready(self, deadline: float) -> None:
         if self.ready:
             return
-        said = json.loads(self._line(deadline))
+        said = self._answer(deadline)
         if "broken" in said:
             raise Broken(said["broken"])
         self.ready = True
@@ -125,10 +116,8 @@ class _Worker:
 
     def ask(self, answer: str, gold: str, allowance: Allowance) -> tuple[bool, str]:
         request = {"answer": answer, "gold": gold, "seconds": allowance.seconds}
-        assert self._process.stdin is not None
-        # At most 2 x MAX_ANSWER characters: it fits the pipe's buffer, so the write can't block.
-        os.write(self._process.stdin.fileno(), json.dumps(request).encode() + b"\n")
-        reply = json.loads(self._line(allowance.deadline))
+        self._child.connection.post(request)
+        reply = self._answer(allowance.deadline)
         self.grades += 1
         correct, reason, used = reply["correct"], reply["reason"], reply["seconds"]
         if type(correct) is not bool or type(reason) is not str or type(used) is not float:
@@ -136,30 +125,15 @@ class _Worker:
         allowance.seconds -= used
         return correct, reason
 
-    def _poll(self) -> select.poll:
-        assert self._process.stdout is not None
-        poll = select.poll()
-        poll.register(self._process.stdout.fileno(), select.POLLIN)
-        return poll
-
-    def _line(self, deadline: float) -> bytes:
-        assert self._process.stdout is not None
-        poll, before = self._poll(), self._work()
-        while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise Late
-            if not poll.poll(1000 * min(left, SILENCE)):
-                if left > SILENCE and self._stands_still(before):
-                    raise Stalled
-                before = self._work()
-                continue
-            chunk = os.read(self._process.stdout.fileno(), 65536)
-            if not chunk:
-                raise EOFError("the grading worker ended")
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
+    def _answer(self, deadline: float) -> Any:
+        before = self._work()
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                return self._child.connection.receive(timeout=min(left, SILENCE))
+            if left > SILENCE and self._stands_still(before):
+                raise Stalled
+            before = self._work()
+        raise Late
 
     def _work(self) -> tuple[str, list[str]] | None:
         """Its state and the processor time that it has used, in the kernel's words; None where it
@@ -180,9 +154,8 @@ class _Worker:
 
     def cause(self, deadline: float) -> str:
         """The reason that fits how it ended, once it has hung up."""
-        try:
-            code = self._process.wait(timeout=max(REAPED, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        code = self._child.exit_code(max(REAPED, deadline - time.monotonic()))
+        if code is None:
             return "crash"
         if not self.ready:
             return "lost"
@@ -191,13 +164,7 @@ class _Worker:
         return "crash" if code >= 0 or code in _OWN else "lost"
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._process.wait()  # SIGKILL was sent: this only collects the exit status
+        self._child.kill()
 
 
 class _Pool:
@@ -237,7 +204,7 @@ class _Pool:
         except Stalled:
             self._replace(worker)
             return False, "stalled"
-        except (OSError, EOFError):
+        except OSError:
             reason = worker.cause(allowance.deadline)
             self._replace(worker)
             return False, reason
@@ -378,7 +345,7 @@ def start(wait: float) -> tuple[float, float]:
 
     Raises:
         Broken: math-verify does not work as it is installed. Late: not within `wait` seconds.
-        Stalled, OSError, EOFError: its process was stopped, could not be started, or was ended.
+        Stalled, OSError: its process was stopped, could not be started, or was ended.
     """
     _pool.close()
     return _pool.start(time.monotonic() + wait)

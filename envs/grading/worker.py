@@ -1,4 +1,4 @@
-"""The process in which math-verify runs: one JSON line in, one out, until stdin ends.
+"""The process in which math-verify runs: one request in, one verdict out, until nobody asks.
 
 Started by `tutelage.envs.grading.pool`. It says that it is ready once it has compared something:
 math-verify imports half of sympy at its first comparison, which is no answer's time. Nothing here
@@ -11,16 +11,12 @@ has no time for us therefore decides nothing. Memory is bounded by RLIMIT_AS.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import resource
 import signal
-import sys
 import time
-from typing import Any
 
-from tutelage.envs.keeper import die_with_parent
+from tutelage.envs.child import Connection
 
 MEMORY = 3 * 2**30  # bytes of address space: 2^{10^{10}} alone would take gigabytes
 START_SECONDS = 120.0  # processor time for the imports: a hundred times what they take
@@ -35,32 +31,23 @@ WARM_UP = (
 )
 
 
-def main() -> None:
-    if sys.argv[1] == "1":
-        die_with_parent()
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # who prints must not break the protocol
+def main(connection: Connection) -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent may have it ignored
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     signal.setitimer(signal.ITIMER_PROF, START_SECONDS)
     broken = _warm_up()
     if broken is not None:
-        _say(out, {"broken": broken})
+        connection.send({"broken": broken})
         return
-    _say(out, {"ready": True, "seconds": time.process_time()})
-    for line in sys.stdin:
-        request = json.loads(line)
+    connection.send({"ready": True, "seconds": time.process_time()})
+    for request in connection:
         begun = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, min(max(request["seconds"], LEAST), MOST))
         correct, reason = _bounded(request["answer"], request["gold"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         used = time.process_time() - begun
-        _say(out, {"correct": correct, "reason": reason, "seconds": used})
-
-
-def _say(out: Any, message: dict[str, Any]) -> None:
-    print(json.dumps(message), file=out, flush=True)
+        connection.send({"correct": correct, "reason": reason, "seconds": used})
 
 
 def _warm_up() -> str | None:
@@ -111,7 +98,3 @@ def verified(answer: str, gold: str) -> tuple[bool, str]:
     if not written:
         return False, "unreadable"
     return bool(verify(wanted, written, timeout_seconds=None)), "symbolic"
-
-
-if __name__ == "__main__":
-    main()
