@@ -274,9 +274,9 @@ class Child:
     def ending(self, wait: float = GRACE) -> str | None:
         """How it ended, in words."""
         code = self.exit_code(wait)
-        if code is None or code >= 0:
-            return code if code is None else f"exit code {code}"
-        return f"signal {signal.Signals(-code).name}"
+        if code is None:
+            return None
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def kill(self, *, grace: float = 0.0) -> None:
         """Hang up, wait up to `grace` seconds for it to end by itself, then have its keeper end it
