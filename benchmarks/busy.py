@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.distill.config.loading import load_config
+from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run
-from tutelage.distill.run.watcher import Watcher
 
 import torch  # isort: skip
 
@@ -61,7 +61,7 @@ def others(most: int) -> Iterator[Others]:
         found.end()
 
 
-class Turns(Watcher):
+class Turns(Observer):
     """Changes how many are busy after every turn of the tasks."""
 
     def __init__(self, busy: Others, kinds: Sequence[int], turn: int) -> None:

@@ -157,7 +157,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     from tutelage.distill.cli.main import CONFIGS
     from tutelage.distill.config.loading import load_config
     from tutelage.distill.run import assembly, routing, training
-    from tutelage.distill.run.watcher import Watcher
+    from tutelage.distill.run.observers import Observer
     from tutelage.distill.teachers.identity import Identity
     from tutelage.distill.teachers.transport import CompactScores
     from tutelage.scheduler.cluster import RayCluster, _Job
@@ -198,7 +198,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
             "teachers": [ask(one) for one in placed._teachers.values()],
         }
 
-    class Warm(Watcher):
+    class Warm(Observer):
         run: Any
         processor = 0.0
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -465,12 +464,12 @@ class TestJsonFiles:
 
 class TestJournal:
     def test_lines_beyond_the_checkpoint_are_cut_off(self, tmp_path: Path) -> None:
-        journal = Journal(tmp_path, tensorboard=False)
+        journal = Journal(tmp_path)
         journal.write(0, "t", {"loss/mean": 1.5})
         position = journal.position
         journal.write(1, "t", {"loss/mean": 1.25})
         journal.close()
-        resumed = Journal(tmp_path, position=position, tensorboard=False)
+        resumed = Journal(tmp_path, position=position)
         resumed.write(1, "t", {"loss/mean": 1.0})
         assert resumed.position == (tmp_path / "metrics.jsonl").stat().st_size
         resumed.close()
@@ -482,7 +481,7 @@ class TestJournal:
     ) -> None:
         """Someone deleted metrics.jsonl and kept the checkpoints."""
         with pytest.warns(UserWarning, match=r"0 bytes.*knows of 4096: lines .* are lost"):
-            journal = Journal(tmp_path, position=4096, tensorboard=False)
+            journal = Journal(tmp_path, position=4096)
         journal.write(7, "t", {"loss/mean": 1.0})
         journal.close()
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -490,53 +489,8 @@ class TestJournal:
 
     def test_what_json_cannot_hold_is_refused(self, tmp_path: Path) -> None:
         """A bare NaN would make the line unreadable to every other reader."""
-        journal = Journal(tmp_path, tensorboard=False)
+        journal = Journal(tmp_path)
         with pytest.raises(ValueError, match="JSON"):
             journal.write(0, "t", {"loss/mean": float("nan")})
         journal.close()
         assert (tmp_path / "metrics.jsonl").read_text() == ""
-
-
-class TestCurves:
-    """What TensorBoard itself reads from the event files."""
-
-    def curves(self, folder: Path) -> dict[str, list[tuple[int, float]]]:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        read = EventAccumulator(str(folder / "tensorboard")).Reload()
-        return {
-            tag: [(point.step, point.value) for point in read.Scalars(tag)]
-            for tag in read.Tags()["scalars"]
-        }
-
-    def test_one_point_a_step_named_by_task_and_there_before_the_end(self, tmp_path: Path) -> None:
-        journal = Journal(tmp_path)
-        journal.write(0, "t", {"loss/mean": 1.5, "reward/success": 0, "who": "nobody"})
-        journal.write(1, "t", {"loss/mean": 1.25})
-        journal.write(2, "t+u", {"u/loss/mean": 0.5, "time/step": 2.0})
-        assert self.curves(tmp_path) == {
-            "t/loss/mean": [(0, 1.5), (1, 1.25)],
-            "t/reward/success": [(0, 0.0)],
-            "u/loss/mean": [(2, 0.5)],
-            "time/step": [(2, 2.0)],
-        }
-        journal.close()
-
-    def test_a_resumed_run_replaces_what_came_after_its_checkpoint(self, tmp_path: Path) -> None:
-        first = Journal(tmp_path)
-        for step in range(4):
-            first.write(step, "t", {"loss/mean": float(step)})
-        first.close()
-        resumed = Journal(tmp_path, start=2)
-        resumed.write(2, "t", {"loss/mean": 7.0})
-        resumed.close()
-        assert self.curves(tmp_path) == {"t/loss/mean": [(0, 0.0), (1, 1.0), (2, 7.0)]}
-
-    def test_nothing_of_it_runs_beside_the_training(self, tmp_path: Path) -> None:
-        """Ctrl-C in the queue of TensorBoard's own writer left a lock taken: two runs in 55
-        that were interrupted waited for that thread for ever."""
-        before = threading.active_count()
-        journal = Journal(tmp_path)
-        journal.write(0, "t", {"loss/mean": 1.5})
-        assert threading.active_count() == before
-        journal.close()

@@ -369,7 +369,7 @@ class TestNeverPlayed:
             (["tasks.math.group=5"], "tasks.math.group: 32 episodes"),
             (["evaluation.modes=[]"], "evaluation.modes: "),
             (["evaluation.live_modes=[]", "evaluation.every=5"], "evaluation.live_modes: "),
-            (["evaluation.modes=[greedy, greedy]"], "evaluation.modes: each mode once"),
+            (["evaluation.modes=[greedy, greedy]"], "evaluation.modes: each once"),
             (["schedule={policy: weighted, weights: {math: 0}}"], "schedule.weights.math: "),
             (["schedule={policy: weighted, weights: {math: -1}}"], "schedule.weights.math: "),
             (["schedule={policy: weighted, weights: {mth: 1}}"], "schedule.weights: unknown task"),

@@ -25,8 +25,8 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
 from tutelage.distill.models.loading import load_student
 from tutelage.distill.objectives import Objective, build
+from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run
-from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student.build import rank_model
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
@@ -395,13 +395,13 @@ def configure(
     return configure
 
 
-class _KillAt(Watcher):
+class _KillAt(Observer):
     def step(self, step: int, task: str, metrics: Any) -> None:
         if step == 3:
             raise KeyboardInterrupt
 
 
-def _trained(config: RunConfig, watch: Watcher | None = None) -> Path:
+def _trained(config: RunConfig, watch: Observer | None = None) -> Path:
     with Run(config, watch=watch) as run:
         run.train()
     return Path(config.run)

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from tutelage.distill.config.loading import load_config, parse_config
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.run.progress import ConsoleWatcher, Pace
+from tutelage.distill.run.observers import Observer
+from tutelage.distill.run.progress import ConsoleObserver, Pace
 from tutelage.distill.run.training import Run
-from tutelage.distill.run.watcher import Watcher
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 METRICS = {"reward/success": 0.5, "loss/mean": 1.25}
@@ -53,7 +53,7 @@ def config() -> RunConfig:
     return load_config(DEMO, ["steps=100", "evaluation.every=50"])
 
 
-def _step(watcher: Watcher, screen: Screen, step: int, task: str, seconds: float) -> None:
+def _step(watcher: Observer, screen: Screen, step: int, task: str, seconds: float) -> None:
     screen.now += seconds
     watcher.step(step, task, METRICS)
 
@@ -85,7 +85,7 @@ def test_a_rare_task_weighs_what_it_comes() -> None:
 def test_without_a_terminal_lines_say_what_is_done_and_what_is_left(
     screen: Screen, config: RunConfig
 ) -> None:
-    watcher = ConsoleWatcher(screen.console)
+    watcher = ConsoleObserver(screen.console)
     watcher.doing("loading builtin:start")
     assert screen.lines() == ["loading builtin:start"]
     watcher.start(config, 0)
@@ -109,7 +109,7 @@ def test_what_an_evaluation_takes_is_left_and_no_step_s_time(
     screen: Screen, config: RunConfig
 ) -> None:
     """One every 50 steps, greedy alone, and one of both modes in the end."""
-    watcher = ConsoleWatcher(screen.console, evaluates_after=True)
+    watcher = ConsoleObserver(screen.console, evaluates_after=True)
     for task in config.tasks:
         for mode, seconds in (("greedy", 60.0), ("sampled", 300.0)):
             watcher.evaluating(task, mode, 0, 8)
@@ -135,7 +135,7 @@ def test_what_an_evaluation_takes_is_left_and_no_step_s_time(
 
 
 def test_an_evaluation_says_how_long_it_will_go_on(screen: Screen) -> None:
-    watcher = ConsoleWatcher(screen.console)
+    watcher = ConsoleObserver(screen.console)
     for done in range(0, 201, 50):
         watcher.evaluating("math", "greedy", done, 200)
         screen.now += 20.0
@@ -149,7 +149,7 @@ def test_an_evaluation_says_how_long_it_will_go_on(screen: Screen) -> None:
 
 
 def test_where_steps_are_slow_their_parts_are_told(screen: Screen, config: RunConfig) -> None:
-    watcher = ConsoleWatcher(screen.console)
+    watcher = ConsoleObserver(screen.console)
     watcher.start(config, 0)
     _step(watcher, screen, 0, "household", 200.0)
     screen.lines()
@@ -158,7 +158,7 @@ def test_where_steps_are_slow_their_parts_are_told(screen: Screen, config: RunCo
 
 
 def test_a_step_of_several_tasks_counts_once(screen: Screen, config: RunConfig) -> None:
-    watcher = ConsoleWatcher(screen.console)
+    watcher = ConsoleObserver(screen.console)
     watcher.start(config, 0)
     for step in range(4):
         _step(watcher, screen, step, "household", 20.0)
@@ -169,7 +169,7 @@ def test_a_step_of_several_tasks_counts_once(screen: Screen, config: RunConfig) 
 
 
 def test_a_run_that_goes_on_counts_its_own_steps(screen: Screen, config: RunConfig) -> None:
-    watcher = ConsoleWatcher(screen.console)
+    watcher = ConsoleObserver(screen.console)
     watcher.start(config, 90)
     assert screen.lines() == [f"going on at step 90 of 100 in {config.run}"]
     _step(watcher, screen, 90, "household", 4.0)
@@ -181,7 +181,7 @@ def test_a_terminal_has_one_bar_for_the_training(
 ) -> None:
     screen = Screen(terminal=True)
     monkeypatch.setattr("time.monotonic", lambda: screen.now)
-    with ConsoleWatcher(screen.console) as watcher:
+    with ConsoleObserver(screen.console) as watcher:
         watcher.doing("loading builtin:start")
         watcher.start(config, 0)
         _step(watcher, screen, 0, "household", 3.0)
@@ -193,7 +193,7 @@ def test_a_terminal_has_one_bar_for_the_training(
         assert said in screen.text
 
 
-class _Told(Watcher):
+class _Told(Observer):
     """What is said to be done, and when steps are."""
 
     def __init__(self) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.journal import Journal
+from tutelage.distill.run.observers import Observer, Observers
 from tutelage.distill.run.routing import Routing
 from tutelage.distill.run.training import Run, evaluate_model
-from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student.learner import Learner
 from tutelage.evaluation import evaluate, files, run_folder
 from tutelage.scheduler.placement import InProcess
@@ -62,7 +62,7 @@ def _config(folder: Path, models: dict[str, str], **sections: Any) -> RunConfig:
     return parse_config(data | sections, "test")
 
 
-def _train(config: RunConfig, watch: Watcher | None = None) -> Path:
+def _train(config: RunConfig, watch: Observer | None = None) -> Path:
     with Run(config, watch=watch) as run:
         run.train()
     return Path(config.run)
@@ -121,7 +121,7 @@ PLACES: dict[str, tuple[Any, str, int, int]] = {
     "scoring": (Routing, "teach", 2, 2),
     "episodes": (Journal, "write_episodes", 2, 2),
     "update": (Learner, "update", 2, 2),
-    "watcher": (Watcher, "step", 1, 2),
+    "observers": (Observers, "step", 1, 2),
     "evaluation": (Run, "evaluate", 0, 2),
     "last evaluation": (Run, "evaluate", 2, 4),
     "line": (Journal, "write", 1, 2),
@@ -183,7 +183,7 @@ def test_in_the_midst_of_an_update_what_is_lost_is_told(
     assert _content(_train(config)) == undisturbed()
 
 
-class Asking(Watcher):
+class Asking(Observer):
     """Asks the run to stop, at the n-th step or while its n-th evaluation is played."""
 
     run: Run
@@ -326,7 +326,7 @@ def test_lines_that_are_not_whole_are_not_built_upon(
 def test_a_model_is_evaluated_while_the_run_goes_on(tmp_path: Path, models: dict[str, str]) -> None:
     """It only reads; the run may even delete the checkpoint meanwhile."""
 
-    class Looking(Watcher):
+    class Looking(Observer):
         found: Any = None
 
         def step(self, step: int, task: str, metrics: Any) -> None:

@@ -24,8 +24,8 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import Needs, TeacherScores
+from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run
-from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.teachers import http_client
 from tutelage.distill.teachers.http_client import ClientError, InvalidResponse, ServerError
 from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
@@ -412,7 +412,7 @@ def _settings(server: StandIn, **options: Any) -> dict[str, Any]:
     return {"engine": "server", "url": server.url, "model": "m", "attempts": 2, **options}
 
 
-def _train(config: RunConfig, watch: Watcher | None = None) -> Path:
+def _train(config: RunConfig, watch: Observer | None = None) -> Path:
     with Run(config, watch=watch) as run:
         run.train()
     return Path(config.run)
@@ -460,7 +460,7 @@ class TestRuns:
         same command goes on, and ends as if nothing had happened."""
         whole = _train(configure("whole", _settings(server := served("one"))))
 
-        class Killer(Watcher):
+        class Killer(Observer):
             def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
                 if step == 1:
                     server.close()
@@ -480,7 +480,7 @@ class TestRuns:
     def test_a_server_that_comes_back_as_another_teacher_stops_the_run(
         self, configure: Callable[..., RunConfig], served: Callable[..., StandIn]
     ) -> None:
-        class Swap(Watcher):
+        class Swap(Observer):
             def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
                 server.close()
                 served("student", port=server.port)

@@ -19,7 +19,7 @@ from tutelage.distill.cli import demo
 from tutelage.distill.cli import main as cli
 from tutelage.distill.cli.signals import Ended, Signals
 from tutelage.distill.run import training
-from tutelage.distill.run.progress import ConsoleWatcher
+from tutelage.distill.run.progress import ConsoleObserver
 from tutelage.distill.run.training import Run
 
 
@@ -149,14 +149,14 @@ def _main(*arguments: str) -> int:
 
 def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
     """The user presses Ctrl-C so often when a step is told of."""
-    tell = ConsoleWatcher.step
+    tell = ConsoleObserver.step
 
     def told(self: Any, number: int, task: str, metrics: Any) -> None:
         tell(self, number, task, metrics)
         for _ in range(times if number == step else 0):
             _send()
 
-    monkeypatch.setattr(ConsoleWatcher, "step", told)
+    monkeypatch.setattr(ConsoleObserver, "step", told)
 
 
 class TestTrain:

@@ -27,8 +27,8 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.objectives import Needs
 from tutelage.distill.run import assembly, checkpoints
+from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run, evaluate_model
-from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student import build as student_building
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.teachers import build as teacher_building
@@ -95,7 +95,7 @@ def configure(tmp_path: Path, models: dict[str, str]) -> Configure:
     return configure
 
 
-def _train(config: RunConfig, watch: Watcher | None = None) -> Path:
+def _train(config: RunConfig, watch: Observer | None = None) -> Path:
     with Run(config, watch=watch) as run:
         run.train()
     return Path(config.run)
@@ -136,7 +136,7 @@ class Killed(BaseException):
     """Ends a run as a SIGKILL would: nobody gets to save."""
 
 
-class _StopAfter(Watcher):
+class _StopAfter(Observer):
     """Asks the run to stop as a SIGTERM would, or ends it as a kill would."""
 
     def __init__(self, step: int, *, kill: bool = False) -> None:
@@ -359,7 +359,7 @@ class TestResuming:
     ) -> None:
         """As an actor does that was started again without them: its next answer tells."""
 
-        class Thief(Watcher):
+        class Thief(Observer):
             run: Run
 
             def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
@@ -520,7 +520,7 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure, models: dict
     """Worker and teacher are killed by SIGKILL after the first step: the same run, to the byte. The
     student is in bfloat16, which numpy does not know."""
 
-    class Killer(Watcher):
+    class Killer(Observer):
         run: Run
 
         def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
@@ -627,7 +627,7 @@ def test_memory_that_runs_out_names_the_cure_and_costs_no_step(
 
 
 def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configure) -> None:
-    class Slow(Watcher):
+    class Slow(Observer):
         def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
             if step == 1:
                 time.sleep(3)

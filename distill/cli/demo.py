@@ -12,7 +12,7 @@ from tutelage.distill.cli.signals import Signals
 from tutelage.distill.config.loading import load_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.lock import Lock
-from tutelage.distill.run.progress import ConsoleWatcher
+from tutelage.distill.run.progress import ConsoleObserver
 from tutelage.distill.run.training import Run, Stopped, evaluate_model
 from tutelage.envs.errors import first_line
 from tutelage.evaluation.files import write_json
@@ -24,7 +24,7 @@ def run_demo(path: Path, overrides: list[str]) -> int:
     begun = time.monotonic()
     config = load_config(path, overrides)
     folder = Path(config.run)
-    with ConsoleWatcher(evaluates_after=True) as watcher, Signals() as signals, Lock(folder):
+    with ConsoleObserver(evaluates_after=True) as watcher, Signals() as signals, Lock(folder):
         say = watcher.say
         say(f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}")
         columns = _measured(config, watcher)
@@ -47,7 +47,7 @@ def run_demo(path: Path, overrides: list[str]) -> int:
     return 0
 
 
-def _measured(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
+def _measured(config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
     """The scores of the untrained student and of the teachers: those that an interrupted demo has
     measured already, and the others, each kept as soon as it is there."""
     path = Path(config.run) / "demo.json"
@@ -63,7 +63,7 @@ def _measured(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
     return columns
 
 
-def _kept(path: Path, config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
+def _kept(path: Path, config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
     """What an interrupted demo had measured."""
     taught = [name for name, task in config.tasks.items() if task.teachers]
     wanted = {"before": [*config.tasks], "teacher": taught}
@@ -95,7 +95,7 @@ def _after(run: Run) -> dict[str, Any]:
         return {}
 
 
-def _teachers(config: RunConfig, watcher: ConsoleWatcher) -> dict[str, Any]:
+def _teachers(config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
     """Each teacher's scores on the tasks that it teaches."""
     scores: dict[str, Any] = {}
     for name, teacher in config.teachers.items():

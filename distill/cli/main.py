@@ -166,11 +166,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run_training(config: Any) -> int:
-    from tutelage.distill.run.progress import ConsoleWatcher
+    from tutelage.distill.run.progress import ConsoleObserver
     from tutelage.distill.run.training import Run
 
     _quiet()
-    with ConsoleWatcher() as watcher, Signals() as signals:
+    with ConsoleObserver() as watcher, Signals() as signals:
         with Run(config, watch=watcher) as run:
             signals.stop = run.stop
             run.train()
@@ -185,7 +185,7 @@ def _run_training(config: Any) -> int:
 def _eval(options: argparse.Namespace) -> int:
     _begin()
     from tutelage.distill.config.loading import load_config
-    from tutelage.distill.run.progress import ConsoleWatcher
+    from tutelage.distill.run.progress import ConsoleObserver
     from tutelage.distill.run.training import evaluate_model
     from tutelage.evaluation import files
     from tutelage.evaluation.tables import score_table, type_table
@@ -196,7 +196,7 @@ def _eval(options: argparse.Namespace) -> int:
     files.check_place(out)
     last = run_folder.newest(Path(config.run) / "checkpoints")
     model = options.model or (str(last) if last else None)
-    with ConsoleWatcher() as watcher:
+    with ConsoleObserver() as watcher:
         found = evaluate_model(config, model, watch=watcher)
     files.write_json(out, found)
     scores = found["scores"]

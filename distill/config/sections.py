@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -22,6 +24,7 @@ from tutelage.distill.config.values import (
     _address,
 )
 from tutelage.distill.objectives import build
+from tutelage.envs.names import unknown
 from tutelage.scheduler.contexts import ContextSettings
 
 
@@ -244,7 +247,7 @@ class LearnerConfig(Section):
 
 def _each_once(modes: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(modes)) < len(modes):
-        raise ValueError(f"each mode once (got {', '.join(modes)})")
+        raise ValueError(f"each once (got {', '.join(modes)})")
     return modes
 
 
@@ -282,17 +285,59 @@ class CheckpointConfig(Section):
     """And the one with the best evaluation: the mean of the tasks' scores."""
 
 
+CONSOLE = "console"
+"""The observer that whoever starts the run brings: the command line's progress."""
+
+OBSERVERS = {"tensorboard": "tutelage.distill.run.curves:TensorBoard"}
+"""The others that come with this package: their classes by name."""
+
+
+def _observer(name: str) -> str:
+    known = (CONSOLE, *OBSERVERS)
+    if name not in known and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(unknown("observer", name, known) + "; or one of your own, module:Class")
+    return name
+
+
 class JournalConfig(Section):
     """What is told of a run."""
+
+    observers: Annotated[
+        tuple[Annotated[str, AfterValidator(_observer)], ...], LISTED, AfterValidator(_each_once)
+    ] = (CONSOLE, *OBSERVERS)
+    """Who is told of the run as it goes, beside metrics.jsonl: console (progress), tensorboard
+    (RUN/tensorboard), and classes of your own, module:Class. One that fails is left out."""
 
     stall: Above0 = 1800.0
     """Seconds after which a step that does not end leaves its stack in RUN/stalled/learner.txt."""
     tensorboard: bool = True
-    """Write RUN/tensorboard."""
+    """Whether tensorboard is one of the observers, where they are not listed."""
     episodes_every: Positive = 1
     """Steps between episode files."""
     diagnostics_every: Positive = 10
     """A task's steps between diagnostics that need the student's distribution over all ids."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _either(cls, data: Any) -> Any:
+        """The key that is not given says what the other does."""
+        if not isinstance(data, Mapping):
+            return data
+        named = data.get("observers")
+        if named is None and data.get("tensorboard") is False:
+            return {"observers": (CONSOLE,), **data}
+        if isinstance(named, list | tuple):
+            return {"tensorboard": "tensorboard" in named, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> JournalConfig:
+        if self.tensorboard != ("tensorboard" in self.observers):
+            raise ValueError(
+                f"tensorboard is {str(self.tensorboard).lower()}, and observers are"
+                f" {', '.join(self.observers) or 'none'}: leave one of these two keys out"
+            )
+        return self
 
 
 class ClusterConfig(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -10,55 +9,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.run.observers import Observer, curves
 from tutelage.evaluation.files import Growing
 
 
-class Curves:
-    """TensorBoard's event file: a record a step, written here and now.
+class TensorBoard(Observer):
+    """One point of every curve a step, in RUN/tensorboard, written here and now.
 
     TensorBoard's own writer hands every number to a thread, by a queue whose lock stays taken when
     Ctrl-C falls into it: the run then waits for that thread for ever.
-
-    Args:
-        folder: where the file goes, a new one. start: readers forget this step and later ones of
-            older files.
     """
 
-    def __init__(self, folder: Path, *, start: int) -> None:
+    def __init__(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = Event, Summary
-        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        self._file = Growing(folder / name)
-        self._records = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+        self._event, self._session, self._summary = Event, SessionLog, Summary
+        self._writer = RecordWriter
+        self._folder = Path()
+        self._file: Growing | None = None
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point of every curve, flushed."""
-        values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in metrics.items()]
+    def start(self, config: RunConfig, step: int) -> None:
+        self._folder = Path(config.run) / "tensorboard"
+
+    def written(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._open(step)
+        values = [
+            self._summary.Value(tag=k, simple_value=x) for k, x in curves(task, metrics).items()
+        ]
         self._write(self._event(step=step, summary=self._summary(value=values)))
+
+    def _open(self, start: int) -> None:
+        """A new file; readers forget this step and later ones of older files."""
+        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        self._file = Growing(self._folder / name)
+        self._records = self._writer(self._file)
+        self._write(self._event(file_version="brain.Event:2"))
+        session = self._session(status=self._session.START)
+        self._write(self._event(step=start, session_log=session))
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        """Close."""
-        self._file.close()
-
-
-def plain(value: Any) -> Any:
-    """What JSON does not know, as what it knows."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: what was not sampled is null, and -inf is the largest
-    negative float32.
-    """
-    if math.isnan(value):
-        return None
-    return round(value, 6) if math.isfinite(value) else -3.4e38
+        if self._file is not None:
+            self._file.close()

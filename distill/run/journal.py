@@ -1,4 +1,4 @@
-"""The run's diary: metrics.jsonl first; TensorBoard and people read from what stands there.
+"""The run's diary: metrics.jsonl, and its episodes.
 
 One JSON object a step. Fields under time/, perf/ and memory/ are the only ones in which two runs of
 one configuration may differ. Episodes go to episodes/NNNNNN.jsonl.
@@ -7,12 +7,12 @@ one configuration may differ. Episodes go to episodes/NNNNNN.jsonl.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill.run.curves import Curves, number, plain
 from tutelage.distill.student.lessons import Lesson
 from tutelage.evaluation.files import Growing, write_text
 from tutelage.scheduler.episodes import Dropped, Episode
@@ -22,18 +22,15 @@ class Journal:
     """Appends to a run folder.
 
     Args:
-        folder: the run's. start: the first step to come. position: bytes of metrics.jsonl that are
-            to stand (a resumed run cuts off what came after its checkpoint). tensorboard: also
-            write event files.
+        folder: the run's. position: bytes of metrics.jsonl that are to stand (a resumed run cuts
+            off what came after its checkpoint).
     """
 
-    def __init__(
-        self, folder: Path, *, start: int = 0, position: int = 0, tensorboard: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, *, position: int = 0) -> None:
         self.folder = folder
         self._path = folder / "metrics.jsonl"
         self._lines = Growing(self._path, length=self._standing(position))
-        self._curves = Curves(folder / "tensorboard", start=start) if tensorboard else None
+        self.undone = self._lines.undone
 
     def _standing(self, position: int) -> int:
         """How many bytes may stand: whole lines, and never more than there are."""
@@ -54,16 +51,11 @@ class Journal:
         return self._lines.length
 
     def write(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics, and a point of every curve: both or none. task: several are joined
-        by `+`, and their metrics' names begin with theirs."""
+        """One line of metrics. task: several are joined by `+`, and their metrics' names begin
+        with theirs."""
         record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
         line = json.dumps(record, allow_nan=False, default=plain) + "\n"
-        with self._lines.undone():
-            self._lines.write(line.encode())
-            if self._curves is not None:
-                prefix = "" if "+" in task else f"{task}/"
-                numbers = {prefix + k: x for k, x in metrics.items() if isinstance(x, int | float)}
-                self._curves.write(step, numbers)
+        self._lines.write(line.encode())
 
     def write_episodes(
         self,
@@ -85,8 +77,6 @@ class Journal:
     def close(self) -> None:
         """Close."""
         self._lines.close()
-        if self._curves is not None:
-            self._curves.close()
 
 
 def _dropped(outcome: Dropped) -> dict[str, Any]:
@@ -149,3 +139,17 @@ def _row(lesson: Lesson) -> dict[str, Any]:
         "law_logprob": [number(value) for value in row.law_T.tolist()],
         "teacher_logprob": teacher,
     }
+
+
+def plain(value: Any) -> Any:
+    """What JSON does not know, as what it knows."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN and no infinity: what was not sampled is null, and -inf is the largest
+    negative float32.
+    """
+    if math.isnan(value):
+        return None
+    return round(value, 6) if math.isfinite(value) else -3.4e38

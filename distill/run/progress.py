@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.run.watcher import Watcher
+from tutelage.distill.run.observers import Observer
 from tutelage.evaluation.tables import percent
 
 QUIET_SECONDS = 10.0
@@ -48,7 +48,7 @@ class Pace:
         return total / sum(weights.values())
 
 
-class ConsoleWatcher(Watcher):
+class ConsoleObserver(Observer):
     """Draws a bar on a terminal, prints a line now and then elsewhere.
 
     Args:
@@ -68,7 +68,7 @@ class ConsoleWatcher(Watcher):
         self._done = 0
         self._evaluations: dict[tuple[str, str], float] = {}  # seconds of the last one
 
-    def __enter__(self) -> ConsoleWatcher:
+    def __enter__(self) -> ConsoleObserver:
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),

@@ -14,8 +14,8 @@ from typing import Any
 
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run import checkpoints
-from tutelage.distill.run.curves import plain
-from tutelage.distill.run.journal import Journal
+from tutelage.distill.run.journal import Journal, plain
+from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.resume import (
     refuse_other_student,
     refuse_other_teachers,
@@ -51,11 +51,13 @@ class Record:
         timetable: Timetable,
         routing: Routing,
         ahead: Ahead,
+        observers: Observer,
     ) -> None:
         self.folder = Path(config.run)
         self.pending: tuple[int, str, dict[str, Any]] | None = None
         self._config, self._tokenizer, self._learner = config, tokenizer, learner
         self._timetable, self._routing, self._ahead = timetable, routing, ahead
+        self._observers = observers
         self._checkpoints = self.folder / "checkpoints"
         self._best: tuple[float, int] | None = None  # (score, after how many steps)
 
@@ -71,12 +73,7 @@ class Record:
         write_config(self.folder, self._config, step=start)
         for name, identity in self._routing.references.items():
             identity.write(self.folder / "teachers" / f"{name}.json")
-        self.journal = Journal(
-            self.folder,
-            start=start if self.pending is None else start - 1,
-            position=position,
-            tensorboard=self._config.journal.tensorboard,
-        )
+        self.journal = Journal(self.folder, position=position)
         try:
             yield start
         except (Exception, KeyboardInterrupt) as error:
@@ -125,7 +122,10 @@ class Record:
         if one is due."""
         assert self.pending is not None
         step, tasks, metrics = self.pending
-        self.journal.write(step, tasks, metrics | dict(scores))
+        metrics = metrics | dict(scores)
+        with self.journal.undone():
+            self.journal.write(step, tasks, metrics)
+            self._observers.written(step, tasks, metrics)
         self.pending = None
         done, every = step + 1, self._config.checkpoint.every
         best = bool(scores) and self._is_best(done, scores)

@@ -37,11 +37,11 @@ from tutelage.distill.run.assembly import (
 )
 from tutelage.distill.run.lock import Lock
 from tutelage.distill.run.measures import Clock, outcome_metrics, teacher_gap
+from tutelage.distill.run.observers import Observer, make_observers
 from tutelage.distill.run.preflight import check_folder, check_machine, open_all
 from tutelage.distill.run.record import Record
 from tutelage.distill.run.resume import refuse_changes
 from tutelage.distill.run.routing import Routing
-from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.student.build import learner_threads, make_learner
 from tutelage.distill.student.lessons import Course
 from tutelage.distill.student.masks import special_ids
@@ -65,20 +65,22 @@ class Run:
 
     Args:
         config: the checked configuration.
-        watch: told of progress (see Watcher); None: silent.
+        watch: who `console` in journal.observers stands for; None: nobody looks.
         trains: the run folder is this run's until it is closed. False: only `evaluate` is called,
             and whoever trains there may go on.
     """
 
     def __init__(
-        self, config: RunConfig, *, watch: Watcher | None = None, trains: bool = True
+        self, config: RunConfig, *, watch: Observer | None = None, trains: bool = True
     ) -> None:
-        self.config, self.watch = as_begun(config), watch or Watcher()
+        self.config = as_begun(config)
         self.folder = Path(config.run)
         self._stop = self.stopped = False
         with ExitStack() as stack:
             if trains:
                 self._take_folder(stack)
+            self.observers = make_observers(config, watch, trains=trains)
+            stack.callback(self.observers.close)
             self._check()
             self._load(stack)
             self._stack = stack.pop_all()
@@ -122,13 +124,13 @@ class Run:
             open_all(config, pools)  # a bad id or option shows before a model loads
         if config.cluster is not None:
             pools.close()  # the workers have their own
-        self.watch.doing(f"loading {config.student.model or 'student.init'}")
+        self.observers.doing(f"loading {config.student.model or 'student.init'}")
         self.learner = make_learner(config, self.vocabulary)
         stack.callback(self.learner.close)
         if config.cluster is not None:
-            self.watch.doing("starting workers and teachers on Ray")
+            self.observers.doing("starting workers and teachers on Ray")
         elif config.teachers:
-            self.watch.doing(f"loading teachers: {', '.join(config.teachers)}")
+            self.observers.doing(f"loading teachers: {', '.join(config.teachers)}")
         self.placement = make_placement(
             config, self.learner, self.tokenizer, self.vocabulary, pools
         )
@@ -148,6 +150,7 @@ class Run:
             timetable=self.timetable,
             routing=self.routing,
             ahead=self.ahead,
+            observers=self.observers,
         )
 
     def stop(self) -> None:
@@ -172,7 +175,7 @@ class Run:
             self.record.open(stopping=lambda: self._stop) as start,
         ):
             try:
-                self.watch.start(self.config, start)
+                self.observers.start(self.config, start)
                 self._conclude()
                 for step, tasks in self.timetable.walk():
                     self._stop_if_asked()
@@ -211,11 +214,11 @@ class Run:
             episodes=self.config.evaluation.episodes,
             num_games=self.num_games,
             progress=self._evaluating,
-            scored=self.watch.score,
+            scored=self.observers.score,
         )
 
     def _evaluating(self, task: str, mode: str, done: int, total: int) -> None:
-        self.watch.evaluating(task, mode, done, total)
+        self.observers.evaluating(task, mode, done, total)
         if 0 < done < total:
             self._stop_if_asked()
 
@@ -230,10 +233,10 @@ class Run:
             self.placement.sync(version)
         told = f"step {step + 1} of {self.config.steps}"
         orders = ", ".join(f"{self.config.tasks[task].episodes} of {task}" for task in tasks)
-        self.watch.doing(f"{told}: the student plays episodes, {orders}")
+        self.observers.doing(f"{told}: the student plays episodes, {orders}")
         with clock.part("rollout"):
             played = self.ahead.next()
-        self.watch.doing(f"{told}: teachers score them")
+        self.observers.doing(f"{told}: teachers score them")
         with clock.part("score"):
             outcomes = self.routing.complete(played)
             taught = self.routing.teach(outcomes)
@@ -242,7 +245,7 @@ class Run:
             if step % self.config.journal.episodes_every == 0:
                 self.record.journal.write_episodes(step, everything, taught.lessons, version)
         turn = timetable.turn(tasks[0])
-        self.watch.doing(f"{told}: the student learns from them")
+        self.observers.doing(f"{told}: the student learns from them")
         with clock.part("update"):
             update = self.learner.update(
                 taught.lessons,
@@ -265,15 +268,17 @@ class Run:
         )
         timings = clock.metrics(everything, taught.lessons) | taught.costs
         timings["perf/actors_replaced"] = float(self.placement.restarts)
+        if self.observers.failed:
+            timings["perf/observers_failed"] = self.observers.failed
         named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
         line = found[tasks[0]] if len(tasks) == 1 else named
         self.record.pending = step, "+".join(tasks), line | timings
         for task in tasks:
-            self.watch.step(step, task, found[task])
+            self.observers.step(step, task, found[task])
 
 
 def evaluate_model(
-    config: RunConfig, model: str | None, *, watch: Watcher | None = None
+    config: RunConfig, model: str | None, *, watch: Observer | None = None
 ) -> dict[str, Any]:
     """Scores of a model (None: the configured student) on every task; loads no teacher."""
     if model is not None:

@@ -20,7 +20,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.distill.run.progress import ConsoleWatcher
+from tutelage.distill.run.progress import ConsoleObserver
 from tutelage.distill.studies import enumeration, toy_control
 from tutelage.distill.studies.enumeration import LawError, Quality, run_enumeration, run_laws
 from tutelage.distill.studies.plots import check_matplotlib, plot_bias, plot_variance
@@ -50,7 +50,7 @@ def run_study(
     check_matplotlib()
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    with _one_thread(), ConsoleWatcher() as watcher:
+    with _one_thread(), ConsoleObserver() as watcher:
         qualities = run_enumeration(GAMMAS, progress=watcher.advance)
         errors = run_laws()
         runs = run_toy(GAMMAS, seeds, iterations, progress=watcher.advance)

@@ -26,8 +26,8 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.models.loading import load_model, load_tokenizer, resolve
 from tutelage.distill.objectives import Needs
+from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run
-from tutelage.distill.run.watcher import Watcher
 from tutelage.distill.teachers import http_client
 from tutelage.distill.teachers.server import ServerTeacher
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -201,7 +201,7 @@ def test_a_run_outlives_its_servers_death(
     monkeypatch.setattr(http_client, "LONGEST_PAUSE", 2.0)
     rows_sent: list[int] = []
 
-    class Killer(Watcher):
+    class Killer(Observer):
         def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
             if step == 0:
                 monkeypatch.setattr(http.client.HTTPConnection, "getresponse", deadly)

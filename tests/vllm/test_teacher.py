@@ -185,7 +185,7 @@ def test_a_run_with_the_student_as_its_own_teacher(
     }
     found: list[dict[str, Any]] = []
     with Run(parse_config(data, "test")) as run:
-        run.watch.step = lambda step, task, metrics: found.append(metrics)  # type: ignore
+        run.observers.step = lambda step, task, metrics: found.append(metrics)  # type: ignore
         run.train()
     assert closed == [start.name]
     for line in found:
