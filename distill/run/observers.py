@@ -87,8 +87,9 @@ class Observers(Observer):
             except Exception as error:
                 del self._told[name]
                 self.failed += 1
+                why = first_line(error.__cause__ or error)
                 warnings.warn(
-                    f"journal.observers: {name} failed ({event}: {first_line(error)}): it is told"
+                    f"journal.observers: {name} failed ({event}: {why}): it is told"
                     " no more; the run goes on, and metrics.jsonl has everything",
                     stacklevel=2,
                 )
