@@ -133,6 +133,17 @@ def _save_model(folder: Path, tokenizer: Any, *, seed: int, scale: float = 0.3) 
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, str]:
+    """The folders of a student and two teachers: random, of the tiny vocabulary, far from each
+    other."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: _save_model(folder / name, tokenizer, seed=seed)
+        for seed, name in enumerate(["student", "one", "two"])
+    }
+
+
 def _make_row(parts: Sequence[tuple[str, Sequence[int]]], *, seed: int = 0) -> Row:
     """A row from ("prompt" | "said" | "branch", ids) parts. A branch belongs to the turn of the
     reply after it; what the student said has log-probabilities, drawn from `seed`."""

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import runs
 from tests.rounding import UPDATE_SUMS, rounding
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
@@ -26,7 +27,6 @@ from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
 from tutelage.distill.models.loading import load_student
 from tutelage.distill.objectives import Objective, build
 from tutelage.distill.run.observers import Observer
-from tutelage.distill.run.training import Run
 from tutelage.distill.student.build import rank_model
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
@@ -355,42 +355,28 @@ def test_a_process_that_ends_or_hangs_is_named_and_none_is_left(
         learner.optimizer_state()
 
 
-MATH = {
-    "env": "tutelage/Math-v0",
-    "env_args": {"problems": "arithmetic"},
-    "teacher": "one",
-    "episodes": 5,
-    "rollout": {"max_turns": 1, "max_new_tokens": 6},
-}
+MATH = runs.MATH | {"episodes": 5}
 STUDENTS = {"name": "local_support", "k": 8, "support": "student"}
 
 
 @pytest.fixture
-def configure(
-    pair: Pairs, tmp_path: Path, tokenizer: Any, save_model: Callable[..., str]
-) -> Callable[..., RunConfig]:
+def configure(pair: Pairs, tmp_path: Path, models: dict[str, str]) -> Callable[..., RunConfig]:
     """A run of two tasks in every step, of so many processes."""
-    models = [save_model(tmp_path / name, tokenizer, seed=i) for i, name in enumerate("sto")]
-
     pair.close()
 
     def configure(run: str, processes: int) -> RunConfig:
-        data = {
-            "run": str(tmp_path / run),
+        given = {
             "steps": 4,
-            "student": {"model": models[0], "threads": 1, "device": "cpu"},
-            "teachers": {"one": {"model": models[1], "device": "cpu"}},
             "tasks": {"sums": MATH, "more": MATH | {"episodes": 2, "objective": STUDENTS}},
             "objective": {"name": "sampled_token"},
             "schedule": {"policy": "mixed"},
-            "rollout": {"processes": 0, "top_p": 0.9},
+            "rollout": {"processes": 0, "top_p": 0.9, "max_turns": 1, "max_new_tokens": 6},
             "optimizer": {"lr": 1e-3},
             "learner": {"processes": processes, "timeout": 60},
             "checkpoint": {"every": 2},
             "evaluation": {"every": 4, "episodes": 2},
-            "journal": {"tensorboard": False},
         }
-        return parse_config(data, "test")
+        return runs.config(tmp_path / run, models, **given)
 
     return configure
 
@@ -401,18 +387,10 @@ class _KillAt(Observer):
             raise KeyboardInterrupt
 
 
-def _trained(config: RunConfig, watch: Observer | None = None) -> Path:
-    with Run(config, watch=watch) as run:
-        run.train()
-    return Path(config.run)
-
-
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not re.search("(time|perf|memory)/|task", k)}
-        for line in lines
-    ]
+    """Without timings, and without tasks' names."""
+    skipped = re.compile("(time|perf|memory)/|task")
+    return [{k: v for k, v in x.items() if not skipped.search(k)} for x in runs.lines(folder)]
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -427,12 +405,12 @@ def test_a_run_over_two_processes_repeats_resumes_and_changes_their_number(
     """Killed after its checkpoint it goes on to the byte; from the same checkpoint one process goes
     on too, and all of it is what one process does from the start, as far as lr: so much AdamW moves
     what has no gradient but rounding."""
-    whole = _trained(configure("whole", 2))
+    whole = runs.train(configure("whole", 2))
     with pytest.raises(KeyboardInterrupt):
-        _trained(configure("killed", 2), _KillAt())
+        runs.train(configure("killed", 2), _KillAt())
     shutil.copytree(tmp_path / "killed", tmp_path / "fewer")
-    again, fewer = (_trained(configure(run, n)) for run, n in (("killed", 2), ("fewer", 1)))
-    alone = _trained(configure("alone", 1))
+    again, fewer = (runs.train(configure(run, n)) for run, n in (("killed", 2), ("fewer", 1)))
+    alone = runs.train(configure("alone", 1))
     assert json.dumps(_lines(again)) == json.dumps(_lines(whole))
     assert _files(again) == _files(whole) and len(_files(whole)) == 5
     for other in (whole, fewer):

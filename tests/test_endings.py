@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from tutelage.distill.config.loading import parse_config
+from tests import runs
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.journal import Journal
 from tutelage.distill.run.observers import Observer, Observers
@@ -23,61 +22,28 @@ from tutelage.distill.student.learner import Learner
 from tutelage.evaluation import evaluate, files, run_folder
 from tutelage.scheduler.placement import InProcess
 
-MAY_DIFFER = ("time/", "perf/", "memory/")
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: save_model(folder / name, tokenizer, seed=seed)
-        for seed, name in enumerate(["student", "teacher"])
-    }
 
 
 def _config(folder: Path, models: dict[str, str], **sections: Any) -> RunConfig:
     """Four steps of two short replies; an evaluation after the second and the last."""
-    data = {
-        "run": str(folder),
+    given = {
         "steps": STEPS,
-        "student": {"model": models["student"], "threads": 1, "device": "cpu"},
-        "teachers": {"t": {"model": models["teacher"], "device": "cpu"}},
-        "tasks": {
-            "math": {
-                "env": "tutelage/Math-v0",
-                "env_args": {"problems": "arithmetic"},
-                "teacher": "t",
-                "episodes": 2,
-            }
-        },
         "objective": {"k": 4},
-        "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 4},
         "evaluation": {"every": 2, "episodes": 2, "final": True, "modes": ["greedy"]},
         "checkpoint": {"every": 3, "best": False},
-        "journal": {"tensorboard": False},
     }
-    return parse_config(data | sections, "test")
-
-
-def _train(config: RunConfig, watch: Observer | None = None) -> Path:
-    with Run(config, watch=watch) as run:
-        run.train()
-    return Path(config.run)
+    return runs.config(folder, models, **given | sections)
 
 
 def _content(folder: Path) -> dict[str, Any]:
     """All that may not differ."""
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: repr(v) for k, v in x.items() if not k.startswith(MAY_DIFFER)} for x in lines]
-    weights = load_file(folder / "checkpoints" / f"{STEPS:06d}" / "model.safetensors")
+    weights = runs.weights(folder, STEPS)
     return {
-        "metrics": kept,
+        "metrics": runs.metrics_bytes(folder),
         "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
         "scores": json.loads((folder / "eval.json").read_text()),
-        **{path.name: path.read_bytes() for path in (folder / "episodes").iterdir()},
+        **runs.episodes(folder),
     }
 
 
@@ -92,7 +58,7 @@ def undisturbed(
         key = str(sections)
         if key not in found:
             folder = tmp_path_factory.mktemp("undisturbed") / "run"
-            found[key] = _content(_train(_config(folder, models, **sections)))
+            found[key] = _content(runs.train(_config(folder, models, **sections)))
         return found[key]
 
     return undisturbed
@@ -154,7 +120,7 @@ def test_no_learned_step_is_lost(
     with monkeypatch.context() as patch:
         patch.setattr(kind, name, Failing(getattr(kind, name), number, error()))
         with pytest.raises(error) as raised:
-            _train(config)
+            runs.train(config)
     newest = run_folder.newest(tmp_path / "run" / "checkpoints")
     assert (newest.name if newest else "000000") == f"{learned:06d}"
     (note,) = raised.value.__notes__
@@ -165,7 +131,7 @@ def test_no_learned_step_is_lost(
     monkeypatch.setattr(
         Learner, "update", lambda self, *a, **k: calls.append(1) or update(self, *a, **k)
     )
-    assert _content(_train(config)) == expected
+    assert _content(runs.train(config)) == expected
     assert len(calls) == STEPS - learned
 
 
@@ -177,10 +143,10 @@ def test_in_the_midst_of_an_update_what_is_lost_is_told(
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "learning_rate", step)
         with pytest.raises(KeyboardInterrupt) as raised:
-            _train(config)
+            runs.train(config)
     (note,) = raised.value.__notes__
     assert note.endswith("no checkpoint yet: 2 steps lost; the same command begins anew")
-    assert _content(_train(config)) == undisturbed()
+    assert _content(runs.train(config)) == undisturbed()
 
 
 class Asking(Observer):
@@ -232,7 +198,7 @@ def test_who_asks_to_stop_need_not_wait_for_an_evaluation(
         again.train()  # before anything else is done
         assert again.stopped and len(again.timetable.history) == learned
     monkeypatch.undo()
-    assert _content(_train(config)) == undisturbed()
+    assert _content(runs.train(config)) == undisturbed()
 
 
 # --- a full disk ---------------------------------------------------------------------------------
@@ -267,7 +233,7 @@ def writes(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> 
     disk = _disk(folder, 10**9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files.os, "write", next(disk))
-        _train(_config(folder, models, journal={"tensorboard": True}))
+        runs.train(_config(folder, models, journal={"tensorboard": True}))
     return int(next(disk))
 
 
@@ -288,7 +254,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "write", next(_disk(tmp_path / "run", at)))
         with pytest.raises((OSError, ValueError), match="No space left on device") as raised:
-            _train(config)
+            runs.train(config)
     assert str(tmp_path / "run") in str(raised.value) and "\n" not in str(raised.value)
     for path in (tmp_path / "run").rglob("*"):
         assert not path.name.endswith(".partial")
@@ -296,7 +262,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing(
             assert path.read_text()[-1:] in ("", "\n")
         if path.suffix == ".json" and path.is_file():
             json.loads(path.read_text())
-    assert _content(_train(config)) == expected
+    assert _content(runs.train(config)) == expected
 
 
 @pytest.mark.parametrize("fault", ["torn", "cut", "joined"])
@@ -304,17 +270,17 @@ def test_lines_that_are_not_whole_are_not_built_upon(
     fault: str, tmp_path: Path, models: dict[str, str], undisturbed: Any
 ) -> None:
     config = _config(tmp_path / "run", models, steps=2, evaluation={})
-    path = _train(config) / "metrics.jsonl"
+    path = runs.train(config) / "metrics.jsonl"
     lines = path.read_bytes()
     longer = config.model_copy(update={"steps": 3})
     path.write_bytes(
         {"torn": lines + b'{"step": 2, "ta', "cut": lines[:-9], "joined": b"#" + lines}[fault]
     )
     if fault == "torn":  # killed while it wrote: what follows the checkpoint is cut off
-        _train(longer)
+        runs.train(longer)
     else:
         with pytest.warns(UserWarning, match=r"lines of steps that were done are lost or changed"):
-            _train(longer)
+            runs.train(longer)
     kept = path.read_text().splitlines()
     assert [json.loads(x)["step"] for x in kept if not x.startswith("#")][-1] == 2
     assert path.read_bytes().endswith(b"\n")
@@ -336,7 +302,7 @@ def test_a_model_is_evaluated_while_the_run_goes_on(tmp_path: Path, models: dict
 
     config = _config(tmp_path / "run", models, checkpoint={"every": 1, "keep": 1})
     watch = Looking()
-    _train(config, watch)
+    runs.train(config, watch)
     assert watch.found["scores"]["math"]["greedy"]["n"] == 2 and len(watch.found["weights"]) == 64
 
 

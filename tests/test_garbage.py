@@ -15,19 +15,18 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from tests import runs
+from tests.runs import metrics, train
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models.loading import load_model
-from tutelage.distill.run.training import Run
 from tutelage.distill.teachers.service import Answer, TeacherService
 from tutelage.envs.grading import Verdict
 from tutelage.envs.math import env as math_env
 from tutelage.scheduler.engine import Completion
 
 STEPS = 4
-MAY_DIFFER = ("time/", "perf/", "memory/")
 
 
 class Garbled(gym.Env[str, str]):
@@ -55,47 +54,21 @@ class Garbled(gym.Env[str, str]):
 gym.register("Garbled-v0", entry_point=Garbled)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> list[str]:
-    """A student and a teacher."""
-    folder = tmp_path_factory.mktemp("models")
-    return [save_model(folder / str(seed), tokenizer, seed=seed) for seed in range(2)]
-
-
 @pytest.fixture
-def configure(tmp_path: Path, models: list[str]) -> Callable[..., RunConfig]:
+def configure(tmp_path: Path, models: dict[str, str]) -> Configure:
     def configure(run: str = "run", env: str = "tutelage/Math-v0", **sections: Any) -> RunConfig:
-        data = {
-            "run": str(tmp_path / run),
+        given = {
             "steps": STEPS,
-            "student": {"model": models[0], "threads": 1, "device": "cpu"},
-            "teachers": {"sage": {"model": models[1], "device": "cpu"}},
+            "teachers": {"sage": {"model": models["one"], "device": "cpu"}},
             "tasks": {"sums": {"env": env, "teacher": "sage", "episodes": 6}},
-            "objective": {"name": "local_support", "k": 8},
-            "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 4},
             "checkpoint": {"every": 1},
-            "journal": {"tensorboard": False},
         }
-        return parse_config(data | sections, "test")
+        return runs.config(tmp_path / run, models, **given | sections)
 
     return configure
 
 
 Configure = Callable[..., RunConfig]
-
-
-def _train(config: RunConfig) -> Path:
-    with Run(config) as run:
-        run.train()
-    return Path(config.run)
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in x.items() if not k.startswith(MAY_DIFFER)} for x in lines]
 
 
 def _saved(folder: Path) -> list[str]:
@@ -138,8 +111,8 @@ class TestEnvironments:
     ) -> None:
         Garbled.garbage = garbage
         rollout = {"processes": 0, "max_turns": 1, "max_new_tokens": 4, "max_observation": 1000}
-        folder = _train(configure(env="Garbled-v0", steps=2, rollout=rollout))
-        for step, line in enumerate(_lines(folder)):
+        folder = train(configure(env="Garbled-v0", steps=2, rollout=rollout))
+        for step, line in enumerate(metrics(folder)):
             assert (line["episodes/played"], line["episodes/dropped"]) == (5, 1)
             (lost,) = line["episodes/lost"]
             assert lost.startswith("sums[2] seed ") and said in lost and ": garbage: " in lost
@@ -154,8 +127,8 @@ class TestEnvironments:
         """It ended both, silently, with the code that the environment chose."""
         Garbled.garbage = end
         evaluation = {"final": True, "modes": ["greedy"], "episodes": 6}
-        folder = _train(configure(env="Garbled-v0", steps=1, evaluation=evaluation))
-        (line,) = _lines(folder)
+        folder = train(configure(env="Garbled-v0", steps=1, evaluation=evaluation))
+        (line,) = metrics(folder)
         (lost,) = line["episodes/lost"]
         assert f"raised: {type(end).__name__}: {end}" in lost
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["sums"]["greedy"]
@@ -172,7 +145,7 @@ class TestEnvironments:
             return Verdict(correct=not late, reason="late" if late else "exact")
 
         monkeypatch.setattr(math_env, "judge", judge)
-        (line,) = _lines(_train(configure(steps=1)))
+        (line,) = metrics(train(configure(steps=1)))
         assert (line["episodes/dropped"], line["reward/success"]) == (0, 1.0)  # played again
         late = Verdict(correct=False, reason="late")
         slow = iter([late] * 3)  # all attempts at the first
@@ -180,13 +153,13 @@ class TestEnvironments:
             math_env, "judge", lambda *_, **__: next(slow, Verdict(correct=True, reason="exact"))
         )
         rollout = {"processes": 0, "max_turns": 1, "max_new_tokens": 4, "max_live": 1}
-        (line,) = _lines(_train(configure("other", steps=1, rollout=rollout)))
+        (line,) = metrics(train(configure("other", steps=1, rollout=rollout)))
         assert (line["grading/undecided"], line["episodes/dropped"]) == (1, 1)
         assert line["reward/success"] == 1.0
         assert "undecided: no grade within 45 s (late): this machine is" in line["episodes/lost"][0]
 
     def test_a_step_without_losses_names_none(self, configure: Configure) -> None:
-        assert not any("episodes/lost" in line for line in _lines(_train(configure(steps=1))))
+        assert not any("episodes/lost" in line for line in metrics(train(configure(steps=1))))
 
 
 def _nan(answer: Answer) -> Answer:
@@ -247,12 +220,12 @@ class TestTeachers:
         monkeypatch.setattr(TeacherService, "score", garbled)
         config = configure(**sections)
         with pytest.raises(RuntimeError, match=rf"teachers\.sage: {said}.*is saved; load"):
-            _train(config)
+            train(config)
         assert _saved(Path(config.run)) == ["000002"]
         monkeypatch.undo()
-        _train(config)
-        whole = _train(configure("whole", **sections))
-        assert _lines(whole) == _lines(Path(config.run))
+        train(config)
+        whole = train(configure("whole", **sections))
+        assert metrics(whole) == metrics(Path(config.run))
 
 
 class TestEngines:
@@ -286,7 +259,7 @@ class TestEngines:
         monkeypatch.setattr(TransformersEngine, "step", padded)
         config = configure(checkpoint={"every": 100})
         with pytest.raises(RuntimeError, match=r"sums\[\d+\] seed .* id 825.*tokenizer has 825"):
-            _train(config)
+            train(config)
         assert _saved(Path(config.run)) == ["000001"]
 
 
@@ -302,50 +275,52 @@ class TestDisks:
     def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_leads_to_the_same(
         self, configure: Configure, file: str, damage: Callable[[Path], Any]
     ) -> None:
-        folder = _train(configure())
-        before = _lines(folder)
+        folder = train(configure())
+        before = metrics(folder)
         weights = (folder / "checkpoints" / "000004" / "model.safetensors").read_bytes()
         damage(folder / "checkpoints" / "000004" / file)
         if (folder / "checkpoints" / "000004" / "trainer.pt").exists():
             with pytest.warns(UserWarning, match=r"000004 is damaged .*set aside .*the one before"):
-                _train(configure())
+                train(configure())
         else:
-            _train(configure())  # without it, it never was one
-        assert _lines(folder) == before
+            train(configure())  # without it, it never was one
+        assert metrics(folder) == before
         again = (folder / "checkpoints" / "000004" / "model.safetensors").read_bytes()
         assert again == weights
 
     def test_where_every_checkpoint_is_damaged_nothing_begins_anew(
         self, configure: Configure
     ) -> None:
-        folder = _train(configure(checkpoint={"every": 2, "keep": 1}))
-        before = _lines(folder)
+        folder = train(configure(checkpoint={"every": 2, "keep": 1}))
+        before = metrics(folder)
         _half(folder / "checkpoints" / "000004" / "model.safetensors")
         for _ in range(2):  # the same command, again
             with pytest.raises(RuntimeError, match=r"000004 is damaged .*no other.*begin anew"):
-                _train(configure(checkpoint={"every": 2, "keep": 1}))
-        assert _lines(folder) == before
+                train(configure(checkpoint={"every": 2, "keep": 1}))
+        assert metrics(folder) == before
 
     def test_half_a_line_of_metrics_is_not_built_upon(self, configure: Configure) -> None:
         """Beyond the checkpoint it is cut off, as ever; before it, what was lost is said."""
         config = configure(steps=2)
-        folder = _train(config)
+        folder = train(config)
         path = folder / "metrics.jsonl"
-        before = _lines(folder)
+        before = metrics(folder)
         with path.open("a") as file:
             file.write('{"step": 2, "loss/me')
-        _train(config)
-        assert _lines(folder) == before
+        train(config)
+        assert metrics(folder) == before
         data = path.read_bytes()
         path.write_bytes(data[: data.find(b"\n") + 9])  # a line and a bit
         with pytest.warns(UserWarning, match=r"metrics.jsonl has \d+ bytes.* knows of \d+"):
-            _train(configure(steps=2, checkpoint={"every": 3}))
-        assert _lines(folder) == before[:1]
+            train(configure(steps=2, checkpoint={"every": 3}))
+        assert metrics(folder) == before[:1]
 
-    def test_a_damaged_teacher_is_refused_by_name(self, models: list[str], tmp_path: Path) -> None:
+    def test_a_damaged_teacher_is_refused_by_name(
+        self, models: dict[str, str], tmp_path: Path
+    ) -> None:
         import shutil
 
-        shutil.copytree(models[1], tmp_path / "teacher")
+        shutil.copytree(models["one"], tmp_path / "teacher")
         _half(tmp_path / "teacher" / "model.safetensors")
         with pytest.raises(ConfigError, match=r"teacher': its weights does not load"):
             load_model(str(tmp_path / "teacher"), dtype="float32", device="cpu")

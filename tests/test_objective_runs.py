@@ -3,15 +3,12 @@ of the student's choice."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tutelage.distill.config.loading import parse_config
-from tutelage.distill.run.training import Run
+from tests import runs
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "student support": {"name": "local_support", "k": 8, "support": "student"},
@@ -22,44 +19,19 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> dict[str, str]:
-    """A student and another model: random, of the tiny vocabulary, far from each other."""
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: save_model(folder / name, tokenizer, seed=seed)
-        for seed, name in enumerate(["student", "other"])
-    }
-
-
 def _run(
     folder: Path, models: dict[str, str], teacher: str, objective: dict[str, Any], **sections: Any
 ) -> list[dict[str, Any]]:
     """The metrics of a short run on sums, of one to eight tokens each."""
-    data = {
-        "run": str(folder),
+    given = {
         "steps": 1,
-        "student": {"model": models["student"], "threads": 1, "device": "cpu"},
-        "teachers": {"t": {"model": models[teacher], "device": "cpu"}},
-        "tasks": {
-            "math": {
-                "env": "tutelage/Math-v0",
-                "env_args": {"problems": "arithmetic"},
-                "teacher": "t",
-                "episodes": 6,
-            }
-        },
+        "teachers": {"one": {"model": models[teacher], "device": "cpu"}},
+        "tasks": {"math": runs.MATH | {"episodes": 6}},
         "objective": objective,
         "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 8},
         "optimizer": {"micro_tokens": 64},
-        "journal": {"tensorboard": False},
     }
-    with Run(parse_config(data | sections, "test")) as run:
-        run.train()
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return runs.lines(runs.train(runs.config(folder, models, **given | sections)))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -69,7 +41,7 @@ def test_a_student_has_nothing_to_learn_from_itself_and_something_from_another(
     """From rollout to update: an answer at another row's ids, or at another token's, shows here.
     What is left is the rounding of a teacher's log-probabilities to float16."""
     (own,) = _run(tmp_path / "own", models, "student", objective)
-    (other,) = _run(tmp_path / "other", models, "other", objective)
+    (other,) = _run(tmp_path / "other", models, "one", objective)
     assert own["tokens/trained"] > 20
     assert own["loss/mean"] == pytest.approx(0, abs=1e-5)
     assert own["optimizer/grad_norm"] < min(2e-3, other["optimizer/grad_norm"] / 20)
@@ -81,6 +53,6 @@ def test_a_student_has_nothing_to_learn_from_itself_and_something_from_another(
 def test_the_whole_divergence_falls(tmp_path: Path, models: dict[str, str]) -> None:
     """On new problems at each step."""
     objective = OBJECTIVES["whole vocabulary"]
-    lines = _run(tmp_path, models, "other", objective, steps=18, optimizer={"lr": 1e-2})
+    lines = _run(tmp_path, models, "one", objective, steps=18, optimizer={"lr": 1e-2})
     first, last = (sum(line["loss/mean"] for line in part) for part in (lines[:3], lines[-3:]))
     assert last < 0.8 * first

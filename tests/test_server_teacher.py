@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -18,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests import runs
+from tests.runs import metrics, train
 from tests.stand_in_server import StandIn
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import Needs, TeacherScores
@@ -357,41 +357,18 @@ class TestExam:
 
 # --- runs ----------------------------------------------------------------------------------------
 
-MATH = {
-    "env": "tutelage/Math-v0",
-    "env_args": {"problems": "arithmetic"},
-    "teacher": "one",
-    "episodes": 4,
-    "rollout": {"max_turns": 1, "max_new_tokens": 8},
-}
-
-
-@pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: save_model(folder / name, tokenizer, seed=seed)
-        for seed, name in enumerate(["student", "one"])
-    }
-
 
 @pytest.fixture
 def configure(tmp_path: Path, models: dict[str, str]) -> Callable[..., RunConfig]:
     def configure(run: str, teacher: Mapping[str, Any], **sections: Any) -> RunConfig:
-        data = {
-            "run": str(tmp_path / run),
-            "steps": 3,
-            "student": {"model": models["student"], "threads": 1, "device": "cpu"},
+        given = {
             "teachers": {"one": dict(teacher)},
-            "tasks": {"math": copy.deepcopy(MATH)},
-            "objective": {"name": "local_support", "k": 8},
-            "rollout": {"processes": 0},
+            "tasks": {"math": runs.MATH | {"episodes": 4}},
+            "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 8},
             "optimizer": {"lr": 1e-3},
             "journal": {"tensorboard": False, "diagnostics_every": 1},
         }
-        return parse_config(data | sections, "test")
+        return runs.config(tmp_path / run, models, **given | sections)
 
     return configure
 
@@ -412,23 +389,6 @@ def _settings(server: StandIn, **options: Any) -> dict[str, Any]:
     return {"engine": "server", "url": server.url, "model": "m", "attempts": 2, **options}
 
 
-def _train(config: RunConfig, watch: Observer | None = None) -> Path:
-    with Run(config, watch=watch) as run:
-        run.train()
-    return Path(config.run)
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def _kept(folder: Path) -> list[dict[str, Any]]:
-    """Without what may differ between two runs of one config."""
-    skip = ("time/", "perf/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(skip)} for line in _lines(folder)]
-
-
 class TestRuns:
     def test_a_run_is_that_of_the_same_teacher_in_this_process(
         self,
@@ -436,20 +396,20 @@ class TestRuns:
         served: Callable[..., StandIn],
         models: dict[str, str],
     ) -> None:
-        here = _kept(_train(configure("here", {"model": models["one"], "device": "cpu"})))
+        here = metrics(train(configure("here", {"model": models["one"], "device": "cpu"})))
         server = served("one")
         server.faults = ["error", "", "cut"]
-        there = _train(configure("there", _settings(server)))
-        for one, other in zip(_kept(there), here, strict=True):
+        there = train(configure("there", _settings(server)))
+        for one, other in zip(metrics(there), here, strict=True):
             for name in ("loss/mean", "gap/mean", "support/overlap", "tokens/trained"):
                 assert one[name] == pytest.approx(other[name], rel=1e-4), name
-        assert sum(line["perf/teacher_retries"] for line in _lines(there)) <= 2
+        assert sum(line["perf/teacher_retries"] for line in runs.lines(there)) <= 2
 
     def test_a_student_has_nothing_to_learn_from_itself(
         self, configure: Callable[..., RunConfig], served: Callable[..., StandIn]
     ) -> None:
         """What is left is the rounding of the top K to float16."""
-        line, *_ = _kept(_train(configure("self", _settings(served("student")), steps=1)))
+        line, *_ = metrics(train(configure("self", _settings(served("student")), steps=1)))
         assert line["loss/mean"] == pytest.approx(0, abs=1e-6)
         assert line["gap/mean"] == pytest.approx(0, abs=1e-5)
 
@@ -458,7 +418,7 @@ class TestRuns:
     ) -> None:
         """It dies after the second step. The run stops, saved; when the server is there again, the
         same command goes on, and ends as if nothing had happened."""
-        whole = _train(configure("whole", _settings(server := served("one"))))
+        whole = train(configure("whole", _settings(server := served("one"))))
 
         class Killer(Observer):
             def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
@@ -468,14 +428,14 @@ class TestRuns:
         server = served("one")
         config = configure("killed", _settings(server))
         with pytest.raises(ServerError, match=rf"teachers\.one: {server.url}.*same command"):
-            _train(config, Killer())
+            train(config, Killer())
         saved = Path(config.run) / "checkpoints"
         assert [path.name for path in saved.iterdir()] == ["000002"]
         with pytest.raises(ServerError, match=r"is it running there\?"):
-            _train(config)
+            train(config)
         moved = served("one")  # to another machine, where it is slower
-        _train(configure("killed", _settings(moved, timeout=99.0, concurrency=2)))
-        assert _kept(Path(config.run)) == _kept(whole)
+        train(configure("killed", _settings(moved, timeout=99.0, concurrency=2)))
+        assert metrics(Path(config.run)) == metrics(whole)
 
     def test_a_server_that_comes_back_as_another_teacher_stops_the_run(
         self, configure: Callable[..., RunConfig], served: Callable[..., StandIn]
@@ -488,10 +448,10 @@ class TestRuns:
         server = served("one")
         config = configure("swapped", _settings(server))
         with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
-            _train(config, Swap())
+            train(config, Swap())
         with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
-            _train(config)  # nor may it go on with it
-        assert len(_lines(Path(config.run))) == 1
+            train(config)  # nor may it go on with it
+        assert len(runs.lines(Path(config.run))) == 1
 
 
 class TestBeforeAnythingLoads:

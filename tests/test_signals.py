@@ -8,13 +8,14 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests import runs
 from tutelage.distill.cli import demo
 from tutelage.distill.cli import main as cli
 from tutelage.distill.cli.signals import Ended, Signals
@@ -104,38 +105,11 @@ class TestSignals:
         assert errors.endswith(b"to a file")
 
 
-@pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: save_model(folder / name, tokenizer, seed=seed)
-        for seed, name in enumerate(["student", "teacher"])
-    }
-
-
 @pytest.fixture
 def path(tmp_path: Path, models: dict[str, str]) -> Path:
     """A configuration of three steps."""
-    config = {
-        "run": str(tmp_path / "run"),
-        "steps": 3,
-        "student": {"model": models["student"], "threads": 1, "device": "cpu"},
-        "teachers": {"t": {"model": models["teacher"], "device": "cpu"}},
-        "tasks": {
-            "math": {
-                "env": "tutelage/Math-v0",
-                "env_args": {"problems": "arithmetic"},
-                "teacher": "t",
-                "episodes": 2,
-            }
-        },
-        "objective": {"k": 4},
-        "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 4},
-        "evaluation": {"episodes": 2, "modes": ["greedy"]},
-        "journal": {"tensorboard": False},
-    }
+    given = {"objective": {"k": 4}, "evaluation": {"episodes": 2, "modes": ["greedy"]}}
+    config = runs.data(tmp_path / "run", models, **given)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -21,6 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import runs
+from tests.runs import train
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
@@ -37,7 +39,6 @@ from tutelage.evaluation import files, run_folder
 from tutelage.scheduler.episodes import Dropped, Row
 from tutelage.scheduler.placement import InProcess, Started
 
-MAY_DIFFER = ("time/", "perf/", "memory/")
 Configure = Callable[..., RunConfig]
 
 HOUSEHOLD = {
@@ -55,18 +56,6 @@ MATH = {
     "rollout": {"max_turns": 1, "max_new_tokens": 8},
 }
 EXPERT_MATH = MATH | {"env_args": {"problems": "arithmetic", "expert": True}, "teacher": None}
-
-
-@pytest.fixture(scope="session")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> dict[str, str]:
-    """A student and two teachers: random, of the tiny vocabulary, far from each other."""
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: save_model(folder / name, tokenizer, seed=seed)
-        for seed, name in enumerate(["student", "one", "two"])
-    }
 
 
 @pytest.fixture
@@ -93,43 +82,6 @@ def configure(tmp_path: Path, models: dict[str, str]) -> Configure:
         return parse_config(data | sections, "test")
 
     return configure
-
-
-def _train(config: RunConfig, watch: Observer | None = None) -> Path:
-    with Run(config, watch=watch) as run:
-        run.train()
-    return Path(config.run)
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the fields that may differ."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(MAY_DIFFER)}
-        for line in lines
-    ]
-
-
-def _metrics_bytes(folder: Path) -> bytes:
-    """As text again: -0.0, 1 and 1.0 are told apart, and the order of keys counts."""
-    return "\n".join(json.dumps(line) for line in _metrics(folder)).encode()
-
-
-def _episodes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "episodes").iterdir())}
-
-
-def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"{step:06d}" / "model.safetensors")
-
-
-def _assert_same_run(one: Path, other: Path, step: int) -> None:
-    assert _metrics_bytes(one) == _metrics_bytes(other)
-    assert _episodes(one) == _episodes(other)
-    left, right = _weights(one, step), _weights(other, step)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
 
 
 class Killed(BaseException):
@@ -168,8 +120,8 @@ class TestResuming:
         )
 
     def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(self, configure: Configure) -> None:
-        whole = _train(self._mixture(configure, "whole"))
-        assert [(line["step"], line["task"]) for line in _metrics(whole)] == [
+        whole = train(self._mixture(configure, "whole"))
+        assert [(line["step"], line["task"]) for line in runs.metrics(whole)] == [
             (step, ("household", "math")[step % 2]) for step in range(self.STEPS)
         ]
         config = self._mixture(configure, "stopped")
@@ -178,11 +130,11 @@ class TestResuming:
             watch.run = run
             run.train()
             assert run.stopped
-        assert len(_metrics(Path(config.run))) == 3
-        _assert_same_run(_train(config), whole, self.STEPS)
-        before = _weights(files, self.STEPS)
-        assert _train(config) == Path(config.run)  # done: run once more, nothing changes
-        _assert_same_run(Path(config.run), whole, self.STEPS)
+        assert len(runs.metrics(Path(config.run))) == 3
+        runs.assert_same(train(config), whole, self.STEPS)
+        before = runs.weights(files, self.STEPS)
+        assert train(config) == Path(config.run)  # done: run once more, nothing changes
+        runs.assert_same(Path(config.run), whole, self.STEPS)
         start = load_file(Path(config.student.model or "") / "model.safetensors")
         assert any(not torch.equal(before[name], start[name]) for name in start)  # it did learn
 
@@ -201,13 +153,13 @@ class TestResuming:
                 optimizer={"name": "muon", "lr": 3e-3},
             )
 
-        whole = _train(config("whole"))
+        whole = train(config("whole"))
         with pytest.raises(Killed):
-            _train(config("killed"), _StopAfter(3, kill=True))
+            train(config("killed"), _StopAfter(3, kill=True))
         killed = Path(config("killed").run)
-        assert [line["step"] for line in _metrics(killed)] == [0, 1, 2]
+        assert [line["step"] for line in runs.metrics(killed)] == [0, 1, 2]
         assert [path.name for path in (killed / "checkpoints").iterdir()] == ["000002"]
-        _assert_same_run(_train(config("killed")), whole, 5)
+        runs.assert_same(train(config("killed")), whole, 5)
 
     @pytest.mark.parametrize(
         "schedule",
@@ -228,11 +180,11 @@ class TestResuming:
             tasks = {"household": HOUSEHOLD, "math": MATH}
             return configure(tasks, run, steps=5, schedule=schedule, checkpoint={"every": 3})
 
-        whole = _train(config("whole"))
+        whole = train(config("whole"))
         with pytest.raises(Killed):
-            _train(config("killed"), _StopAfter(4, kill=True))
-        _assert_same_run(_train(config("killed")), whole, 5)
-        names = [line["task"] for line in _metrics(whole)]
+            train(config("killed"), _StopAfter(4, kill=True))
+        runs.assert_same(train(config("killed")), whole, 5)
+        names = [line["task"] for line in runs.metrics(whole)]
         if schedule["policy"] == "weighted":
             assert names == ["math", "household", "math", "math", "household"]
         if schedule["policy"] == "mixed":
@@ -244,15 +196,15 @@ class TestResuming:
     def test_another_configuration_does_not_go_on_in_the_same_folder(
         self, configure: Configure
     ) -> None:
-        _train(configure({"math": MATH}, steps=1))
-        _train(configure({"math": MATH}, steps=1, evaluation={"episodes": 3}))  # no harm
+        train(configure({"math": MATH}, steps=1))
+        train(configure({"math": MATH}, steps=1, evaluation={"episodes": 3}))  # no harm
         with pytest.raises(
             ConfigError, match=r"\(optimizer\.lr: 0\.001, now 0\.005\).*choose another"
         ):
-            _train(configure({"math": MATH}, steps=1, optimizer={"lr": 5e-3}))
+            train(configure({"math": MATH}, steps=1, optimizer={"lr": 5e-3}))
         more = {"steps": 2, "optimizer": {"lr": 5e-3}, "accept_changes": True}
-        folder = _train(configure({"math": MATH}, **more))
-        assert [line["optimizer/lr"] for line in _metrics(folder)] == [1e-3, 5e-3]
+        folder = train(configure({"math": MATH}, **more))
+        assert [line["optimizer/lr"] for line in runs.metrics(folder)] == [1e-3, 5e-3]
 
     def test_a_teacher_whose_weights_changed_is_refused(
         self, configure: Configure, models: dict[str, str], tmp_path: Path
@@ -274,15 +226,15 @@ class TestResuming:
             run.train()
         shutil.copy(Path(models["one"]) / "model.safetensors", folder)
         with pytest.raises(ConfigError, match=r"teachers.two: .* holds other weights than"):
-            _train(config)
+            train(config)
         shutil.copy(Path(models["two"]) / "model.safetensors", folder)
         exam = Path(config.run) / "teachers" / "two.json"
         first = json.loads(exam.read_text(encoding="utf-8"))
         files.write_json(exam, first | {"entropies": [x + 1 for x in first["entropies"]]})
         with pytest.raises(RuntimeError, match=r"teachers.two: its weights were lost or changed"):
-            _train(config)  # the same files, and another answer than at first
+            train(config)  # the same files, and another answer than at first
         files.write_json(exam, first)
-        assert len(_metrics(_train(config))) == 3
+        assert len(runs.metrics(train(config))) == 3
 
     @pytest.mark.parametrize("changed", ["config.json", "chat_template.jinja"])
     def test_a_student_that_is_computed_otherwise_is_refused(
@@ -302,13 +254,13 @@ class TestResuming:
         assert after != before
         (folder / changed).write_text(after, encoding="utf-8")
         with pytest.raises(ConfigError, match=r"^student: .* has another config\.json, vocab"):
-            _train(config)
+            train(config)
         (folder / changed).write_text(before, encoding="utf-8")
-        assert len(_metrics(_train(config))) == 2
+        assert len(runs.metrics(train(config))) == 2
 
     def test_an_accepted_change_of_the_optimizer_is_its_own(self, configure: Configure) -> None:
         """torch takes a state's betas and decay back with it, and not those that are asked for."""
-        _train(configure({"math": MATH}, steps=1))
+        train(configure({"math": MATH}, steps=1))
         other = {"lr": 1e-3, "betas": [0.5, 0.6], "weight_decay": 0.25}
         config = configure({"math": MATH}, steps=2, optimizer=other, accept_changes=True)
         with Run(config) as run:
@@ -333,17 +285,17 @@ class TestResuming:
         self, configure: Configure, tasks: dict[str, Any], sections: dict[str, Any]
     ) -> None:
         """What the old configuration left that means nothing in the new one begins anew."""
-        _train(configure({"household": HOUSEHOLD, "math": MATH}, steps=2))
+        train(configure({"household": HOUSEHOLD, "math": MATH}, steps=2))
         config = configure(tasks, steps=5, accept_changes=True, **sections)
         anew = pytest.warns(UserWarning, match="optimizer: .* begins anew")
         with anew if "optimizer" in sections else contextlib.nullcontext():
-            folder = _train(config)
-        played = {task for line in _metrics(folder)[2:] for task in line["task"].split("+")}
-        assert len(_metrics(folder)) == 5 and played == {*tasks}
+            folder = train(config)
+        played = {task for line in runs.metrics(folder)[2:] for task in line["task"].split("+")}
+        assert len(runs.metrics(folder)) == 5 and played == {*tasks}
 
     def test_a_state_of_another_version_is_named(self, configure: Configure) -> None:
         config = configure({"math": MATH}, steps=1)
-        newest = run_folder.newest(_train(config) / "checkpoints")
+        newest = run_folder.newest(train(config) / "checkpoints")
         state = checkpoints.load_state(newest)
         del state["position"]
         torch.save(state, newest / run_folder.STATE)
@@ -352,7 +304,7 @@ class TestResuming:
             pytest.warns(UserWarning, match="has no SHA256SUMS"),
             pytest.raises(RuntimeError, match=r"000001: its trainer\.pt has no 'position': anoth"),
         ):
-            _train(config)
+            train(config)
 
     def test_a_teacher_that_loses_its_weights_in_mid_run_teaches_nothing(
         self, configure: Configure
@@ -376,7 +328,7 @@ class TestResuming:
         ):
             thief.run = run
             run.train()
-        assert len(_metrics(Path(config.run))) == 1  # and it was saved
+        assert len(runs.metrics(Path(config.run))) == 1  # and it was saved
         assert (Path(config.run) / "checkpoints" / "000001").is_dir()
 
     @pytest.mark.parametrize("option", [{"cache": True}, {"sleeps": True}])
@@ -391,12 +343,12 @@ class TestResuming:
         hits = []
         for name in ("first", "again"):
             run = {"run": str(tmp_path / name), "teachers": update}
-            folder = _train(plain.model_copy(update=run))
+            folder = train(plain.model_copy(update=run))
             text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             hits.append(sum(json.loads(line)["perf/cache_hits"] for line in text))
             if name == "first":
-                _train(plain)
-            _assert_same_run(folder, Path(plain.run), 3)
+                train(plain)
+            runs.assert_same(folder, Path(plain.run), 3)
         assert hits == ([0, 18] if "cache" in option else [0, 0])
 
     def test_the_best_checkpoint_is_kept_beside_the_newest(
@@ -417,10 +369,10 @@ class TestResuming:
             checkpoint={"every": 3, "keep": 1},
         )
         with pytest.raises(Killed):
-            _train(config, _StopAfter(6, kill=True))
+            train(config, _StopAfter(6, kill=True))
         kept = Path(config.run) / "checkpoints"
         assert sorted(path.name for path in kept.iterdir()) == ["000004", "000006"]
-        _train(config)
+        train(config)
         assert sorted(path.name for path in kept.iterdir()) == ["000004", "000010"]
 
 
@@ -431,16 +383,16 @@ class TestMixing:
         """At a learning rate that moves no weight: the task's n-th step has the same episodes, the
         same loss and the same gradient, whatever stands between its steps."""
         still = {"optimizer": {"lr": 1e-30, "weight_decay": 0.0}}
-        alone = _train(configure({"math": MATH}, "alone", steps=2, **still))
+        alone = train(configure({"math": MATH}, "alone", steps=2, **still))
         tasks = {"household": HOUSEHOLD, "math": MATH}
-        mixed = _train(configure(tasks, "mixed", steps=4, **still))
-        of_math = [line for line in _metrics(mixed) if line["task"] == "math"]
+        mixed = train(configure(tasks, "mixed", steps=4, **still))
+        of_math = [line for line in runs.metrics(mixed) if line["task"] == "math"]
         assert [line.pop("step") for line in of_math] == [1, 3]
-        lines = _metrics(alone)
+        lines = runs.metrics(alone)
         assert [line.pop("step") for line in lines] == [0, 1]
         assert of_math == lines
         played = [
-            [json.loads(line) | {"version": None} for line in _episodes(run)[name].splitlines()]
+            [json.loads(line) | {"version": None} for line in runs.episodes(run)[name].splitlines()]
             for run, name in ((mixed, "000003.jsonl"), (alone, "000001.jsonl"))
         ]
         assert played[0] == played[1]
@@ -452,13 +404,13 @@ class TestMixing:
         how = {"processes": 0, "top_p": 0.9, "max_turns": 1, "max_new_tokens": 8}
         inside = configure({"math": MATH | {"objective": said}}, "inside", steps=2)
         outside = configure({"math": task}, "outside", steps=2, objective=said, rollout=how)
-        _assert_same_run(_train(inside), _train(outside), 2)
+        runs.assert_same(train(inside), train(outside), 2)
 
     def test_a_weight_of_two_doubles_a_tasks_gradient(self, configure: Configure) -> None:
         norms, losses = [], []
         for weight in (1.0, 2.0):
-            folder = _train(configure({"math": MATH | {"weight": weight}}, f"{weight}", steps=1))
-            (line,) = _metrics(folder)
+            folder = train(configure({"math": MATH | {"weight": weight}}, f"{weight}", steps=1))
+            (line,) = runs.metrics(folder)
             norms.append(line["optimizer/grad_norm"])
             losses.append(line["loss/mean"])
         assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
@@ -476,8 +428,8 @@ class TestMixing:
             for name, teacher in config.teachers.items()
         }
         still = config.optimizer.model_copy(update={"lr": 1e-30})
-        folder = _train(config.model_copy(update={"teachers": teachers, "optimizer": still}))
-        household, math = _metrics(folder)
+        folder = train(config.model_copy(update={"teachers": teachers, "optimizer": still}))
+        household, math = runs.metrics(folder)
         assert household["loss/mean"] > 0.1
         assert math["loss/mean"] == pytest.approx(0, abs=1e-6)
 
@@ -494,7 +446,7 @@ def test_every_task_of_a_mixed_step_is_at_its_own_progress(
 
     monkeypatch.setattr(Learner, "update", spy)
     tasks = {"household": HOUSEHOLD, "math": MATH | {"start": 2}}
-    _train(configure(tasks, steps=5, schedule={"policy": "mixed"}))
+    train(configure(tasks, steps=5, schedule={"policy": "mixed"}))
     assert seen == [
         {"household": 0.0},
         {"household": 0.25},
@@ -509,10 +461,10 @@ def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
     """Rollouts and teachers as actors on this machine: the same metrics, episodes and weights."""
     tasks = {"household": HOUSEHOLD, "math": MATH}
     sections = {"steps": 3, "evaluation": {"every": 3, "episodes": 2}}
-    here = _train(configure(tasks, "here", **sections))
+    here = train(configure(tasks, "here", **sections))
     cluster = {"address": "local", "workers": 1, "threads": 1}
-    there = _train(configure(tasks, "there", cluster=cluster, **sections))
-    _assert_same_run(here, there, 3)
+    there = train(configure(tasks, "there", cluster=cluster, **sections))
+    runs.assert_same(here, there, 3)
 
 
 @pytest.mark.slow
@@ -537,7 +489,7 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure, models: dict
 
     student = {"model": models["student"], "dtype": "bfloat16", "threads": 1, "device": "cpu"}
     sections = {"steps": 3, "student": student}
-    here = _train(configure({"math": MATH}, "here", **sections))
+    here = train(configure({"math": MATH}, "here", **sections))
     cluster = {"address": "local", "workers": 1, "threads": 1}
     there = configure({"math": MATH}, "there", cluster=cluster, **sections)
     killer = Killer()
@@ -545,7 +497,7 @@ def test_killed_ray_actors_cost_a_run_nothing(configure: Configure, models: dict
         killer.run = run
         run.train()
         assert run.placement.restarts == 2
-    _assert_same_run(here, Path(there.run), 3)
+    runs.assert_same(here, Path(there.run), 3)
 
 
 def test_killed_environments_cost_a_run_nothing(
@@ -559,7 +511,7 @@ def test_killed_environments_cost_a_run_nothing(
         rollout = {"processes": 2, "top_p": 0.9}
         return configure({"household": task}, run, steps=4, rollout=rollout)
 
-    here = _train(config("here"))
+    here = train(config("here"))
     send, calls = EnvironmentPool.send, iter(range(999))
 
     def deadly(self: EnvironmentPool, requests: Any) -> None:
@@ -568,9 +520,9 @@ def test_killed_environments_cost_a_run_nothing(
         send(self, requests)
 
     monkeypatch.setattr(EnvironmentPool, "send", deadly)
-    there = _train(config("there"))
-    assert _metrics_bytes(here) == _metrics_bytes(there)
-    left, right = _weights(here, 4), _weights(there, 4)
+    there = train(config("there"))
+    assert runs.metrics_bytes(here) == runs.metrics_bytes(there)
+    left, right = runs.weights(here, 4), runs.weights(there, 4)
     assert all(torch.equal(left[name], right[name]) for name in left)
     lines = map(json.loads, (there / "metrics.jsonl").read_text().splitlines())
     assert sum(line["perf/episodes_retried"] for line in lines) >= 7
@@ -591,13 +543,13 @@ def test_a_step_that_fails_between_two_minibatches_is_not_saved(
         half = {"lr": 1e-3, "minibatch": 3}
         return configure({"math": MATH}, run, steps=3, optimizer=half)
 
-    whole = _train(config("whole"))
+    whole = train(config("whole"))
     monkeypatch.setattr(Learner, "_descend", broken)
     with pytest.raises(FloatingPointError):
-        _train(config("broken"))
+        train(config("broken"))
     monkeypatch.undo()
     assert not (Path(config("broken").run) / "checkpoints").exists()
-    _assert_same_run(_train(config("broken")), whole, 3)
+    runs.assert_same(train(config("broken")), whole, 3)
 
 
 @pytest.mark.parametrize(
@@ -622,7 +574,7 @@ def test_memory_that_runs_out_names_the_cure_and_costs_no_step(
     config = configure({"math": MATH}, steps=3)
     monkeypatch.setattr(*where, full)
     with pytest.raises(RuntimeError, match=said):
-        _train(config)
+        train(config)
     assert run_folder.newest(Path(config.run) / "checkpoints").name == "000001"
 
 
@@ -633,17 +585,17 @@ def test_the_stack_of_a_step_that_hangs_is_in_the_run_folder(configure: Configur
                 time.sleep(3)
 
     stalled = {"journal": {"tensorboard": False, "stall": 2.0}}
-    folder = _train(configure({"math": MATH}, "slow", steps=2, **stalled), Slow())
+    folder = train(configure({"math": MATH}, "slow", steps=2, **stalled), Slow())
     stack = (folder / "stalled" / "learner.txt").read_text(encoding="utf-8")
     assert "in _step" in stack and "test_training.py" in stack
-    assert not (_train(configure({"math": MATH}, "quick", steps=1)) / "stalled").exists()
+    assert not (train(configure({"math": MATH}, "quick", steps=1)) / "stalled").exists()
 
 
 def test_the_ledger_tells_who_taught_every_trained_token(configure: Configure) -> None:
     """8 ids at 6 bytes, and 6 more a token; masked tokens are scored and not taught."""
     masked = MATH | {"objective": {"name": "local_support", "k": 8, "mask_tokens": ["<|end|>"]}}
     config = configure({"household": HOUSEHOLD, "math": masked}, steps=4)
-    lines = _metrics(_train(config))
+    lines = runs.metrics(train(config))
     for teacher, task in (("one", "household"), ("two", "math")):
         own = [line for line in lines if line["task"] == task]
         other = [line for line in lines if line["task"] != task]
@@ -676,12 +628,12 @@ class TestLosses:
         monkeypatch.setattr(InProcess, "start", lossy)
         config = configure({"math": MATH}, steps=5)
         with pytest.raises(RuntimeError, match=r"4 of 6 episodes were lost .*timeout: 60 s passed"):
-            _train(config)
-        assert [line["episodes/dropped"] for line in _metrics(Path(config.run))] == [0, 3]
+            train(config)
+        assert [line["episodes/dropped"] for line in runs.metrics(Path(config.run))] == [0, 3]
         assert [path.name for path in (Path(config.run) / "checkpoints").iterdir()] == ["000002"]
         monkeypatch.undo()
-        _train(config)
-        assert len(_metrics(Path(config.run))) == 5
+        train(config)
+        assert len(runs.metrics(Path(config.run))) == 5
 
 
 class TestCollectingAhead:
@@ -697,9 +649,9 @@ class TestCollectingAhead:
 
     def test_episodes_are_as_old_as_allowed_and_say_so(self, configure: Configure) -> None:
         for most in (0, 1, 2):
-            folder = _train(self._config(configure, f"s{most}", max_staleness=most))
+            folder = train(self._config(configure, f"s{most}", max_staleness=most))
             ages = [min(step, most) for step in range(self.STEPS)]
-            assert [line["episodes/staleness"] for line in _metrics(folder)] == ages
+            assert [line["episodes/staleness"] for line in runs.metrics(folder)] == ages
             for step, age in enumerate(ages):
                 text = (folder / "episodes" / f"{step:06d}.jsonl").read_text(encoding="utf-8")
                 told = {
@@ -711,7 +663,7 @@ class TestCollectingAhead:
         """The second step's are those of a run whose first update moved nothing."""
 
         def second(config: RunConfig) -> list[Any]:
-            path = _train(config) / "episodes" / "000001.jsonl"
+            path = train(config) / "episodes" / "000001.jsonl"
             lines = path.read_text(encoding="utf-8").splitlines()
             return [[row["ids"] for row in json.loads(line)["rows"]] for line in lines]
 
@@ -739,7 +691,7 @@ class TestCollectingAhead:
         self, configure: Configure, schedule: dict[str, Any], kill: bool
     ) -> None:
         """What was collected ahead is in the checkpoint: the weights that played it are not."""
-        whole = _train(self._config(configure, "whole", **schedule))
+        whole = train(self._config(configure, "whole", **schedule))
         config = self._config(configure, "parts", **schedule)
         often = {"checkpoint": config.checkpoint.model_copy(update={"every": 2})}
         config = config.model_copy(update=often)
@@ -748,7 +700,7 @@ class TestCollectingAhead:
             with Run(config, watch=watch) as run, contextlib.suppress(Killed):
                 watch.run = run
                 run.train()
-        _assert_same_run(_train(config), whole, self.STEPS)
+        runs.assert_same(train(config), whole, self.STEPS)
 
     @pytest.mark.slow
     def test_on_ray_it_is_the_same_run(self, configure: Configure) -> None:
@@ -756,8 +708,8 @@ class TestCollectingAhead:
         here = self._config(configure, "here")
         there = self._config(configure, "there")
         cluster = configure({"math": MATH}, cluster={"address": "local", "workers": 1}).cluster
-        _assert_same_run(
-            _train(here), _train(there.model_copy(update={"cluster": cluster})), self.STEPS
+        runs.assert_same(
+            train(here), train(there.model_copy(update={"cluster": cluster})), self.STEPS
         )
 
     def test_a_step_that_lost_too_much_is_played_anew(
@@ -778,9 +730,9 @@ class TestCollectingAhead:
         monkeypatch.setattr(InProcess, "start", lossy)
         config = self._config(configure, "lossy")
         with pytest.raises(RuntimeError, match="6 of 6 episodes were lost"):
-            _train(config)
+            train(config)
         assert [path.name for path in (Path(config.run) / "checkpoints").iterdir()] == ["000003"]
-        assert len(_metrics(_train(config))) == self.STEPS
+        assert len(runs.metrics(train(config))) == self.STEPS
 
 
 class TestSeveralTeachers:
@@ -791,7 +743,7 @@ class TestSeveralTeachers:
         config = configure({"math": task, "other": task | {"teacher": "two"}}, steps=4)
         both = config.tasks["math"].model_copy(update={"teacher": {"one": 2.0, "two": 1.0}})
         config = config.model_copy(update={"tasks": {"math": both}})
-        folder = _train(config)
+        folder = train(config)
         rows, by_teacher = 0, Counter[str]()
         services = {
             name: teacher_building.make_teacher(name, config.teachers[name], len(tokenizer))
@@ -813,7 +765,7 @@ class TestSeveralTeachers:
                     told = [x for x in row["teacher_logprob"] if x is not None]
                     assert np.allclose(told, exact.sampled_N, atol=1e-4)
         assert rows == 24 and by_teacher == {"one": 16, "two": 8}
-        lines = _metrics(folder)
+        lines = runs.metrics(folder)
         for name, count in by_teacher.items():
             assert sum(line[f"teacher/{name}/rows"] for line in lines) == count
         tokens = sum(v for line in lines for k, v in line.items() if k.endswith("/tokens"))
@@ -821,10 +773,10 @@ class TestSeveralTeachers:
 
     def test_one_of_two_is_one_alone(self, configure: Configure) -> None:
         """A mapping of one name is that name."""
-        alone = _train(configure({"math": MATH}, "alone"))
+        alone = train(configure({"math": MATH}, "alone"))
         config = configure({"math": MATH}, "mapped")
         mapped = config.tasks["math"].model_copy(update={"teacher": {"two": 3.0}})
-        _assert_same_run(alone, _train(config.model_copy(update={"tasks": {"math": mapped}})), 4)
+        runs.assert_same(alone, train(config.model_copy(update={"tasks": {"math": mapped}})), 4)
 
 
 class TestSelfDistillation:
@@ -838,7 +790,7 @@ class TestSelfDistillation:
         config = configure(
             {"t": task | {"teacher": "student"}}, steps=1, rollout={"processes": 0, "top_p": 1.0}
         )
-        (line,) = _metrics(_train(config))
+        (line,) = runs.metrics(train(config))
         assert line["tokens/trained"] > 20
         assert line["loss/mean"] == pytest.approx(0, abs=1e-6)
         assert line["optimizer/grad_norm"] < 2e-3
@@ -850,13 +802,13 @@ class TestSelfDistillation:
         config = configure(
             {"t": MATH | {"teacher": "student"}}, steps=1, objective={"name": "sampled_token"}
         )
-        (line,) = _metrics(_train(config))
+        (line,) = runs.metrics(train(config))
         assert line["loss/mean"] == pytest.approx(0, abs=1e-5)
         assert line["optimizer/grad_norm"] < 1e-4
 
     def test_another_teacher_has_something_to_teach(self, configure: Configure) -> None:
         """The guard of the two above."""
-        (line,) = _metrics(_train(configure({"t": MATH}, steps=1)))
+        (line,) = runs.metrics(train(configure({"t": MATH}, steps=1)))
         assert line["loss/mean"] > 0.1 and line["optimizer/grad_norm"] > 0.01
 
 
@@ -873,12 +825,12 @@ class TestImitation:
             objective={"name": "imitation"},
             journal={"diagnostics_every": 1, "tensorboard": False},
         )
-        folder = _train(config)
-        for line in _metrics(folder):
+        folder = train(config)
+        for line in runs.metrics(folder):
             assert line["reward/success"] == success
             assert line["loss/mean"] == pytest.approx(-line["student/logprob"], rel=1e-6)
         tokenizer = _tokenizer(config)
-        for text in _episodes(folder)["000001.jsonl"].decode().splitlines():
+        for text in runs.episodes(folder)["000001.jsonl"].decode().splitlines():
             episode = json.loads(text)
             (turn,), (row,) = episode["turns"], episode["rows"]
             said = [i for i, mask in zip(row["ids"], row["mask"], strict=True) if mask]
@@ -895,9 +847,9 @@ class TestImitation:
             "expert_share": 0.0,
         }
         config = configure({"t": task}, steps=1, objective={"name": "imitation"})
-        folder = _train(config)
+        folder = train(config)
         tokenizer = _tokenizer(config)
-        for text in _episodes(folder)["000000.jsonl"].decode().splitlines():
+        for text in runs.episodes(folder)["000000.jsonl"].decode().splitlines():
             episode = json.loads(text)
             (row,) = episode["rows"]
             for number, turn in enumerate(episode["turns"]):
@@ -915,7 +867,7 @@ class TestImitation:
             objective={"name": "imitation"},
             optimizer={"lr": 1e-2},
         )
-        losses = [line["loss/mean"] for line in _metrics(_train(config))]
+        losses = [line["loss/mean"] for line in runs.metrics(train(config))]
         assert losses[-1] < 0.7 * losses[0]
 
 
@@ -934,7 +886,7 @@ class TestEpisodeFiles:
             objective={"name": "local_support", "k": 4, "mask_tokens": ["<|end|>"]},
         )
         tokenizer = _tokenizer(config)
-        for text in _episodes(_train(config))["000000.jsonl"].decode().splitlines():
+        for text in runs.episodes(train(config))["000000.jsonl"].decode().splitlines():
             episode = json.loads(text)
             (row,) = episode["rows"]
             for number, turn in enumerate(episode["turns"]):
@@ -967,20 +919,20 @@ class TestSamplingLaw:
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """vLLM's case: the weights are still those that played, so the run is the same."""
-        told = _metrics(_train(self._config(configure, "told", steps=2)))
+        told = runs.metrics(train(self._config(configure, "told", steps=2)))
         step = TransformersEngine.step
 
         def silent(self: TransformersEngine) -> list[Any]:
             return [replace(one, law_logprobs=None) for one in step(self)]
 
         monkeypatch.setattr(TransformersEngine, "step", silent)
-        folder = _train(self._config(configure, "silent", steps=2))
-        for one, other in zip(told, _metrics(folder), strict=True):
+        folder = train(self._config(configure, "silent", steps=2))
+        for one, other in zip(told, runs.metrics(folder), strict=True):
             numbers = {key: value for key, value in one.items() if isinstance(value, float)}
             assert numbers["behavior/weight"] != 1
             found = {key: other[key] for key in numbers}
             assert found == pytest.approx(numbers, rel=1e-3, abs=1e-4)
-        for text in _episodes(folder)["000001.jsonl"].decode().splitlines():
+        for text in runs.episodes(folder)["000001.jsonl"].decode().splitlines():
             for row in json.loads(text)["rows"]:
                 drawn = [own is not None for own in row["sampled_logprob"]]
                 assert [law is not None for law in row["law_logprob"]] == drawn
@@ -990,13 +942,13 @@ class TestSamplingLaw:
     ) -> None:
         """Their weights are gone: a run that goes on finds it in the checkpoint, to the bit."""
         ahead = {"steps": 3, "schedule": {"max_staleness": 1}}
-        whole = _train(self._config(configure, "whole", **ahead))
+        whole = train(self._config(configure, "whole", **ahead))
         config = self._config(configure, "parts", **ahead)
         watch = _StopAfter(0)
         with Run(config, watch=watch) as run:
             watch.run = run
             run.train()
-        _assert_same_run(_train(config), whole, 3)
+        runs.assert_same(train(config), whole, 3)
 
 
 class TestRefusals:
@@ -1092,7 +1044,7 @@ class TestEvaluation:
         self, configure: Configure
     ) -> None:
         config = configure({"math": MATH}, steps=4, evaluation={"every": 2, "episodes": 3})
-        lines = _metrics(_train(config))
+        lines = runs.metrics(train(config))
         scored = [any(key.startswith("eval/") for key in line) for line in lines]
         assert scored == [False, True, False, True]
 
@@ -1109,7 +1061,7 @@ def test_guided_episodes_are_learned_from_by_trust_region(configure: Configure, 
         objective={"name": "trust_region", "k": 8},
         journal={"tensorboard": False},
     )
-    lines = _metrics(_train(config))
+    lines = runs.metrics(train(config))
     assert [line["episodes/guided"] for line in lines] == [0.5, 0.5, 0.0]
     assert lines[0]["trust/given"] > lines[1]["trust/given"] > lines[2]["trust/given"] == 0.0
     assert 0 < lines[2]["trust/share"] < 1
