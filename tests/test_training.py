@@ -132,7 +132,7 @@ class TestResuming:
             assert run.stopped
         assert len(runs.metrics(Path(config.run))) == 3
         runs.assert_same(train(config), whole, self.STEPS)
-        before = runs.weights(files, self.STEPS)
+        before = runs.weights(whole, self.STEPS)
         assert train(config) == Path(config.run)  # done: run once more, nothing changes
         runs.assert_same(Path(config.run), whole, self.STEPS)
         start = load_file(Path(config.student.model or "") / "model.safetensors")
