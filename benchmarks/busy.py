@@ -11,7 +11,6 @@ Prints Markdown: means over so many steps of each kind, after a turn of each to 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -27,6 +26,7 @@ from typing import Any
 from tutelage.distill.config.loading import load_config
 from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run
+from tutelage.evaluation.run_folder import read_metrics
 
 import torch  # isort: skip
 
@@ -98,11 +98,11 @@ def measure(config: Path, kinds: Sequence[int], steps: int, pairs: list[str]) ->
         watch = Turns(busy, kinds, turn)
         with Run(settled, watch=watch) as run:
             run.train()
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = read_metrics(Path(folder) / "run")
     found: dict[int, list[Any]] = {kind: [] for kind in kinds}
     for step, line in enumerate(lines):
         if step >= turn * len(kinds):
-            found[watch.kind(step)].append(json.loads(line))
+            found[watch.kind(step)].append(line)
     return found
 
 

@@ -160,6 +160,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     from tutelage.distill.run.observers import Observer
     from tutelage.distill.teachers.identity import Identity
     from tutelage.distill.teachers.transport import CompactScores
+    from tutelage.evaluation.run_folder import read_metrics
     from tutelage.scheduler.cluster import RayCluster, _Job
     from tutelage.scheduler.timetable import Timetable
 
@@ -224,8 +225,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
             run.train()
             processor = processor_seconds(mark) - watch.processor
             work = inner(run, clear=False)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines][warm:]
+        records = read_metrics(Path(folder) / "run")[warm:]
     found = {part: statistics.fmean(r[f"time/{part}"] for r in records) for part in PARTS}
     found["CPU"] = processor / steps
     found |= {name: timers.seconds[name] / steps for name in ("scheduler", "routing", "transport")}

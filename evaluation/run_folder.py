@@ -1,28 +1,60 @@
-"""The names in a run folder, and which of its checkpoints are whole."""
+"""The names in a run folder, and how what stands there is read: its configuration, its lines, and
+which of its checkpoints are whole.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
-from tutelage.envs.errors import first_line
+import yaml
 
-RUNS_OWN = "metrics.jsonl"
-"""Tells a run's folder from others."""
+from tutelage.evaluation.files import first_line
 
-FOLDERS = ("checkpoints", "episodes", "teachers", "tensorboard", "stalled")
+CONFIG, CHANGES, METRICS, SCORES = "config.yaml", "changes.jsonl", "metrics.jsonl", "eval.json"
+FILES = (CONFIG, CHANGES, METRICS, SCORES)
+"""METRICS tells a run's folder from others."""
 
-FILES = ("config.yaml", "changes.jsonl", RUNS_OWN, "eval.json")
+CHECKPOINTS, EPISODES, TEACHERS = "checkpoints", "episodes", "teachers"
+TENSORBOARD, STALLED = "tensorboard", "stalled"
+FOLDERS = (CHECKPOINTS, EPISODES, TEACHERS, TENSORBOARD, STALLED)
 
-STATE, WEIGHTS = "trainer.pt", "model.safetensors"
-
-SUMS = "SHA256SUMS"
+STATE, WEIGHTS, SUMS = "trainer.pt", "model.safetensors", "SHA256SUMS"
+"""Of a checkpoint."""
 
 
 class Damaged(Exception):
-    """A checkpoint of which something is missing or not as it was saved; in one line."""
+    """A file or checkpoint of which something is missing or not as it was saved; in one line."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run there.
+
+    Raises:
+        Damaged: it is not there, or no run's.
+    """
+    try:
+        found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Damaged(first_line(error)) from error
+    if not isinstance(found, Mapping) or "tasks" not in found:
+        raise Damaged("no keys of a run")
+    return dict(found)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the run there, in the steps' order."""
+    with (folder / METRICS).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def episodes_of(folder: Path, step: int) -> Path:
+    """The file of a step's episodes."""
+    return folder / EPISODES / f"{step:06d}.jsonl"
 
 
 def newest(folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -385,6 +386,14 @@ class TestNeverPlayed:
 
     def test_the_last_possible_step_is_enough(self, load: Load) -> None:
         assert load("tasks.math.start=59", "tasks.math.end=60").tasks["math"].start == 59
+
+
+def test_a_warmup_longer_than_the_run_is_told(load: Load) -> None:
+    with pytest.warns(UserWarning, match=r"optimizer\.warmup: 9 steps, and the run has 8: it ends"):
+        load("steps=8", "optimizer.warmup=9")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("steps=8", "optimizer.warmup=8")
 
 
 class TestOtherPeoplesWords:

@@ -309,14 +309,14 @@ def test_a_model_is_evaluated_while_the_run_goes_on(tmp_path: Path, models: dict
 def test_no_room_for_a_checkpoint_is_told_before_a_model_loads(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tutelage.distill.run import assembly
+    from tutelage.distill.run import assembly, preflight
 
     monkeypatch.setattr(assembly, "load_student", lambda *_, **__: pytest.fail("it was loaded"))
 
     class Small:
         free = 2**18
 
-    monkeypatch.setattr(assembly.shutil, "disk_usage", lambda _: Small)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Small)
     with pytest.raises(
         ValueError, match=r"^run: .* has 0 MiB free, and one checkpoint takes 1 MiB"
     ):

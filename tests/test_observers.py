@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 import warnings
@@ -19,7 +18,7 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.curves import TensorBoard
 from tutelage.distill.run.observers import Observer, Observers, make_observers
 from tutelage.distill.run.training import Run, evaluate_model
-from tutelage.evaluation import files
+from tutelage.evaluation import files, run_folder
 
 EVENTS = ("start", "doing", "step", "evaluating", "score", "written", "close")
 MAY_DIFFER = ("time/", "perf/", "memory/")
@@ -90,7 +89,7 @@ def _train(config: RunConfig, watch: Observer | None = None) -> Path:
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return run_folder.read_metrics(folder)
 
 
 def _learned(folder: Path) -> list[dict[str, Any]]:

@@ -192,9 +192,9 @@ def _eval(options: argparse.Namespace) -> int:
 
     _quiet()
     config = load_config(options.config, options.pairs)
-    out = options.out or Path(config.run) / "eval.json"
+    out = options.out or Path(config.run) / run_folder.SCORES
     files.check_place(out)
-    last = run_folder.newest(Path(config.run) / "checkpoints")
+    last = run_folder.newest(Path(config.run) / run_folder.CHECKPOINTS)
     model = options.model or (str(last) if last else None)
     with ConsoleObserver() as watcher:
         found = evaluate_model(config, model, watch=watcher)

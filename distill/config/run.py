@@ -8,6 +8,7 @@ sensible default is required. What hangs on this machine is preflight.py's.
 from __future__ import annotations
 
 import datetime
+import warnings
 from typing import Annotated, Any
 
 from pydantic import (
@@ -136,6 +137,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
                 f" student.device {self.student.device!r} names one; say auto, cuda or cpu"
+            )
+        if self.optimizer.warmup > self.steps:
+            warnings.warn(
+                f"optimizer.warmup: {self.optimizer.warmup} steps, and the run has {self.steps}: it"
+                f" ends before the learning rate is {self.optimizer.lr:g}",
+                stacklevel=1,
             )
         self.policy()
         if idle := sorted(set(self.teachers) - used):

@@ -10,12 +10,11 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import StudentConfig
 from tutelage.distill.models.loading import load_generation, load_settings, load_tokenizer
+from tutelage.evaluation.run_folder import Damaged, read_config
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.templates import reads_clock
 
@@ -102,9 +101,8 @@ def as_begun(config: RunConfig) -> RunConfig:
     """The config with the day on which the run in its folder began, if its prompts show it: a run
     that goes on tomorrow, and an evaluation of what it made, see the same prompts."""
     try:
-        made = yaml.safe_load((Path(config.run) / "config.yaml").read_text(encoding="utf-8"))
-        found = datetime.date.fromisoformat(str(made["date"]))
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        found = datetime.date.fromisoformat(str(read_config(Path(config.run))["date"]))
+    except (Damaged, ValueError, LookupError):
         return config  # none yet; what else is wrong with it is said where the run goes on
     return config if config.date else config.model_copy(update={"date": found})
 

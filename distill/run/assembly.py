@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,13 @@ from tutelage.distill.models.loading import (
     student_settings,
     student_tokenizer,
 )
-from tutelage.distill.plan.footprint import student_footprint
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course
 from tutelage.distill.teachers.build import make_teacher
 from tutelage.distill.teachers.service import Answer, Ask, TeacherService
 from tutelage.envs.plugins import beside, look_beside
 from tutelage.evaluation.evaluate import EVALUATION
+from tutelage.evaluation.run_folder import STALLED
 from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.placement import InProcess, Placement
@@ -60,28 +59,6 @@ def make_timetable(config: RunConfig, courses: Mapping[str, Course]) -> Timetabl
         raise ConfigError(str(error)) from None
 
 
-def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
-    """Raises ConfigError for a support larger than the vocabulary."""
-    for task, course in courses.items():
-        if (k := course.objective.needs.width) > vocabulary:
-            raise ConfigError(
-                f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
-                f" {vocabulary} ids: lower objective.k"
-            )
-
-
-def check_room(config: RunConfig) -> None:
-    """Raises ConfigError where the disk has no room for one checkpoint: the weights, and what the
-    optimizer keeps of each of them."""
-    weights = student_footprint(config.student).weights(config.student.dtype) or 0
-    need = weights * (3 if config.optimizer.name == "adamw" else 2)
-    if (free := shutil.disk_usage(config.run).free) < need:
-        raise ConfigError(
-            f"run: {config.run} has {free / 2**20:,.0f} MiB free, and one checkpoint takes"
-            f" {need / 2**20:,.0f} MiB: make room, or choose another folder"
-        )
-
-
 def task_rollouts(config: RunConfig) -> dict[str, TaskRollout]:
     tasks = {}
     for name in config.tasks:
@@ -113,7 +90,7 @@ def make_placement(
         wheel=config.cluster.wheel,
         timeout=config.cluster.timeout,
         attempts=config.cluster.attempts,
-        stalled=(Path(config.run) / "stalled").absolute(),
+        stalled=(Path(config.run) / STALLED).absolute(),
         make_worker=partial(_make_worker, config, vocabulary, beside()),
         make_teachers={
             name: partial(make_teacher, name, teacher, vocabulary)

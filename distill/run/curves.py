@@ -12,6 +12,7 @@ from typing import Any
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.observers import Observer, curves
 from tutelage.evaluation.files import Growing
+from tutelage.evaluation.run_folder import TENSORBOARD
 
 
 class TensorBoard(Observer):
@@ -32,7 +33,7 @@ class TensorBoard(Observer):
         self._file: Growing | None = None
 
     def start(self, config: RunConfig, step: int) -> None:
-        self._folder = Path(config.run) / "tensorboard"
+        self._folder = Path(config.run) / TENSORBOARD
 
     def written(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
         if self._file is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.distill.student.lessons import Lesson
+from tutelage.evaluation import run_folder
 from tutelage.evaluation.files import Growing, write_text
 from tutelage.scheduler.episodes import Dropped, Episode
 
@@ -28,7 +29,7 @@ class Journal:
 
     def __init__(self, folder: Path, *, position: int = 0) -> None:
         self.folder = folder
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / run_folder.METRICS
         self._lines = Growing(self._path, length=self._standing(position))
         self.undone = self._lines.undone
 
@@ -71,7 +72,7 @@ class Journal:
             _dropped(one) if isinstance(one, Dropped) else _episode(one, by_row, version)
             for one in outcomes
         ]
-        path = self.folder / "episodes" / f"{step:06d}.jsonl"
+        path = run_folder.episodes_of(self.folder, step)
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def close(self) -> None:

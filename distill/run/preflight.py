@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import at_key, resolve
+from tutelage.distill.plan.footprint import student_footprint
 from tutelage.distill.run.assembly import task_rollouts
+from tutelage.distill.student.lessons import Course
 from tutelage.envs.errors import one_line
 from tutelage.envs.plugins import Absent
-from tutelage.evaluation.run_folder import FILES, FOLDERS, RUNS_OWN
+from tutelage.evaluation.run_folder import FILES, FOLDERS, METRICS
 from tutelage.scheduler.rollouts import EnvironmentPools
 
 
@@ -55,9 +58,31 @@ def check_folder(config: RunConfig) -> None:
                 " another run folder"
             )
     here = Path.cwd().resolve()
-    if folder in (here, *here.parents, Path.home()) and not (folder / RUNS_OWN).is_file():
+    if folder in (here, *here.parents, Path.home()) and not (folder / METRICS).is_file():
         raise ConfigError(
             f"run: {folder} holds more than a run: name a folder of its own, such as runs/first"
+        )
+
+
+def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
+    """Raises ConfigError for a support larger than the vocabulary."""
+    for task, course in courses.items():
+        if (k := course.objective.needs.width) > vocabulary:
+            raise ConfigError(
+                f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
+                f" {vocabulary} ids: lower objective.k"
+            )
+
+
+def check_room(config: RunConfig) -> None:
+    """Raises ConfigError where the disk has no room for one checkpoint: the weights, and what the
+    optimizer keeps of each of them."""
+    weights = student_footprint(config.student).weights(config.student.dtype) or 0
+    need = weights * (3 if config.optimizer.name == "adamw" else 2)
+    if (free := shutil.disk_usage(config.run).free) < need:
+        raise ConfigError(
+            f"run: {config.run} has {free / 2**20:,.0f} MiB free, and one checkpoint takes"
+            f" {need / 2**20:,.0f} MiB: make room, or choose another folder"
         )
 
 

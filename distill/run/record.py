@@ -58,7 +58,7 @@ class Record:
         self._config, self._tokenizer, self._learner = config, tokenizer, learner
         self._timetable, self._routing, self._ahead = timetable, routing, ahead
         self._observers = observers
-        self._checkpoints = self.folder / "checkpoints"
+        self._checkpoints = self.folder / run_folder.CHECKPOINTS
         self._best: tuple[float, int] | None = None  # (score, after how many steps)
 
     @contextmanager
@@ -72,7 +72,7 @@ class Record:
         start, position = self._restore()
         write_config(self.folder, self._config, step=start)
         for name, identity in self._routing.references.items():
-            identity.write(self.folder / "teachers" / f"{name}.json")
+            identity.write(self.folder / run_folder.TEACHERS / f"{name}.json")
         self.journal = Journal(self.folder, position=position)
         try:
             yield start

@@ -9,14 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import dump
 from tutelage.distill.config.run import RunConfig, build_objective
 from tutelage.distill.teachers.identity import Identity, student_digest
-from tutelage.envs.errors import first_line
 from tutelage.evaluation import run_folder
 from tutelage.evaluation.files import write_text
 
@@ -69,7 +66,7 @@ def refuse_changes(folder: Path, config: RunConfig) -> None:
         ConfigError: every key that touches what is learned and is another now, and the cure; fewer
             steps than are done; the folder's own configuration is damaged.
     """
-    newest = run_folder.newest(folder / "checkpoints")
+    newest = run_folder.newest(folder / run_folder.CHECKPOINTS)
     if newest is None:
         return
     if config.steps < (done := int(newest.name)):
@@ -79,7 +76,7 @@ def refuse_changes(folder: Path, config: RunConfig) -> None:
         )
     if config.accept_changes:
         return
-    old = _read(folder / "config.yaml")
+    old = _read(folder)
     hanging = hanging_on_steps(config)
     free = FREE_TO_CHANGE if hanging else (*FREE_TO_CHANGE, "steps")
     found = [
@@ -89,7 +86,7 @@ def refuse_changes(folder: Path, config: RunConfig) -> None:
     ]
     if found:
         raise ConfigError(
-            f"{folder / 'config.yaml'}: the run there was made with another configuration"
+            f"{folder / run_folder.CONFIG}: the run there was made with another configuration"
             f" ({'; '.join(found)}): put that back, choose another run folder, or go on with"
             " accept_changes=true"
         )
@@ -98,11 +95,11 @@ def refuse_changes(folder: Path, config: RunConfig) -> None:
 def write_config(folder: Path, config: RunConfig, *, step: int) -> None:
     """RUN/config.yaml, without the permission to go on, which was for once; what it changes of the
     one that stood there goes to RUN/changes.jsonl, a line a change of configuration."""
-    path, record = folder / "config.yaml", folder / "changes.jsonl"
+    path, record = folder / run_folder.CONFIG, folder / run_folder.CHANGES
     try:
-        changed = {key: [_plain(was), _plain(now)] for key, was, now in _changes(path, config)}
+        changed = {key: [_plain(was), _plain(now)] for key, was, now in _changes(folder, config)}
     except ConfigError as error:  # whoever came here has accepted it
-        changed = {"config.yaml": [str(error), None]}
+        changed = {run_folder.CONFIG: [str(error), None]}
     if changed:
         line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %z"), "changes": changed}
         lines = record.read_text(encoding="utf-8") if record.exists() else ""
@@ -112,10 +109,10 @@ def write_config(folder: Path, config: RunConfig, *, step: int) -> None:
     write_text(path, text, private=True)  # an environment's argument may be a key
 
 
-def _changes(path: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    if not path.exists():
+def _changes(folder: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    if not (folder / run_folder.CONFIG).exists():
         return []
-    return [one for one in differences(_read(path), config) if one[0] != "accept_changes"]
+    return [one for one in differences(_read(folder), config) if one[0] != "accept_changes"]
 
 
 def refuse_other_student(
@@ -150,7 +147,7 @@ def refuse_other_teachers(
                 f" {checkpoint} was saved: put the old ones back, choose another run folder, or go"
                 " on with accept_changes=true"
             )
-        first = Identity.read(Path(config.run) / "teachers" / f"{name}.json")
+        first = Identity.read(Path(config.run) / run_folder.TEACHERS / f"{name}.json")
         if first is not None:
             identity.check_same(first)
             references[name] = first
@@ -198,20 +195,16 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(folder: Path) -> Mapping[str, Any]:
     """Raises ConfigError for what is no configuration of a run."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        fault = "" if isinstance(found, Mapping) and "tasks" in found else "no keys of a run"
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        fault = first_line(error)
-    if fault:
+        return run_folder.read_config(folder)
+    except run_folder.Damaged as fault:
         raise ConfigError(
-            f"{path} is damaged ({fault}), so that nobody can tell whether the run goes on as it"
-            " was begun: put it back from a copy, or go on with accept_changes=true, which writes"
-            " it anew"
-        )
-    return dict(found)
+            f"{folder / run_folder.CONFIG} is damaged ({fault}), so that nobody can tell whether"
+            " the run goes on as it was begun: put it back from a copy, or go on with"
+            " accept_changes=true, which writes it anew"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

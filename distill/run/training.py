@@ -29,8 +29,6 @@ from tutelage.distill.models.loading import (
 )
 from tutelage.distill.run import checkpoints
 from tutelage.distill.run.assembly import (
-    check_room,
-    check_supports,
     make_placement,
     make_timetable,
     task_rollouts,
@@ -38,7 +36,13 @@ from tutelage.distill.run.assembly import (
 from tutelage.distill.run.lock import Lock
 from tutelage.distill.run.measures import Clock, outcome_metrics, teacher_gap
 from tutelage.distill.run.observers import Observer, make_observers
-from tutelage.distill.run.preflight import check_folder, check_machine, open_all
+from tutelage.distill.run.preflight import (
+    check_folder,
+    check_machine,
+    check_room,
+    check_supports,
+    open_all,
+)
 from tutelage.distill.run.record import Record
 from tutelage.distill.run.resume import refuse_changes
 from tutelage.distill.run.routing import Routing
@@ -47,6 +51,7 @@ from tutelage.distill.student.lessons import Course
 from tutelage.distill.student.masks import special_ids
 from tutelage.distill.teachers.build import check_teachers
 from tutelage.distill.teachers.identity import digest_of
+from tutelage.evaluation import run_folder
 from tutelage.evaluation.evaluate import evaluate_tasks, record, score_metrics
 from tutelage.evaluation.files import write_json
 from tutelage.scheduler.ahead import Ahead
@@ -89,7 +94,7 @@ class Run:
         """Whether the run may go on in its folder, which is its own from here on."""
         check_folder(self.config)
         stack.callback(Lock(self.folder).release)
-        checkpoints.tidy(self.folder / "checkpoints")
+        checkpoints.tidy(self.folder / run_folder.CHECKPOINTS)
         refuse_changes(self.folder, self.config)
         check_room(self.config)
 
@@ -169,7 +174,7 @@ class Run:
 
         Whatever ends it, what was learned is saved where it is whole; the error says where.
         """
-        stall = self.folder / "stalled" / "learner.txt", self.config.journal.stall
+        stall = self.folder / run_folder.STALLED / "learner.txt", self.config.journal.stall
         with (
             closing(Watchdog(*stall)) as watchdog,
             self.record.open(stopping=lambda: self._stop) as start,
@@ -186,7 +191,7 @@ class Run:
                     self._stop_if_asked()
                     watchdog.watch()
                     scores = self.evaluate(self.config.evaluation.modes)
-                    write_json(self.folder / "eval.json", scores)
+                    write_json(self.folder / run_folder.SCORES, scores)
             except Stopped:
                 self.record.save_rest()
                 self.stopped = True

@@ -20,7 +20,7 @@ from tutelage.evaluation import files, run_folder
 
 def ship(run: Path, name: str) -> Path:
     """Write distill/tiny/NAME: weights in float16, configuration, tokenizer, scores.json."""
-    checkpoint = run_folder.newest(run / "checkpoints")
+    checkpoint = run_folder.newest(run / run_folder.CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint: train it first")
     folder = TINY / name
@@ -29,7 +29,7 @@ def ship(run: Path, name: str) -> Path:
     model.to(torch.float16).save_pretrained(folder)
     load_tokenizer(str(checkpoint)).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    scores = run / "eval.json"
+    scores = run / run_folder.SCORES
     if scores.is_file():
         found = json.loads(scores.read_text(encoding="utf-8"))
         files.write_json(folder / "scores.json", found["scores"])
