@@ -128,9 +128,9 @@ class ServerClient:
                     connections=self._connections,
                     tls=self._tls,
                 )
-                body = _accepted(reply)
+                answer = _accepted(reply)
                 with self._reading:
-                    found = read(body)
+                    found = read(answer)
                 self._waiting = False
                 return found
             except AnswerTooLong:
