@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from tutelage.scheduler.cluster import RayCluster
@@ -45,18 +46,20 @@ def seconds(policy: str, *, tasks: int, episodes: int) -> float:
 
 def dealing(workers: int, *, episodes: int, times: int) -> float:
     """Seconds of dealing out so many orders to workers that answer at once."""
+    actor = SimpleNamespace(call=SimpleNamespace(remote=lambda *given, **stored: None))
     cluster = RayCluster.__new__(RayCluster)
-    cluster._workers = [object()] * workers  # type: ignore[list-item]
+    cluster._loaded = None, None
+    cluster._workers = [SimpleNamespace(actor=actor)] * workers  # type: ignore[list-item]
     orders = [Order(task="t", number=i, seed=i, index=i) for i in range(episodes)]
-    outcomes = {o.number: Dropped(order=o, reason="", detail="", attempts=1) for o in orders}
+    outcomes = {o.number: Dropped(order=o, reason="died", detail="", attempts=1) for o in orders}
 
-    def answer(jobs: Sequence[Any]) -> list[Any]:
-        return [[outcomes[order.number] for order in job.args[0]] for job in jobs]
+    def answer(running: Sequence[Any]) -> list[Any]:
+        return [[outcomes[order.number] for order in one.job.args[0]] for one in running]
 
-    cluster._run = answer  # type: ignore[method-assign]
+    cluster._finish = answer  # type: ignore[method-assign]
     begun = time.process_time()
     for _ in range(times):
-        assert len(cluster.collect(orders)) == episodes
+        assert len(cluster.start(orders).outcomes()) == episodes
     return (time.process_time() - begun) / times
 
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 NOT_CHOSEN = -1
 """The turn number of a token that nobody chose: prompt, observation, template."""
+
+
+Ending = Literal["terminated", "truncated", "max_turns", "context"]
+"""What ended an episode: the environment said so, or cut it off, or a limit here did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +131,7 @@ class Order:
     seed: int
     index: int  # which game or problem: the environment's options["index"]
     teacher: str | None = None  # who scores it
-    actor: str = "student"  # or "expert": who acts
+    actor: Literal["student", "expert"] = "student"
     labels: bool = False  # also record the expert's action in every state
     guide: float = 0.0  # share of the episode's length, 0 to 1, that its guide plays first
 
@@ -158,7 +162,7 @@ class Episode:
     success: bool
     reward: float
     task_type: str
-    ended: str  # "terminated" | "truncated" | "max_turns" | "context"
+    ended: Ending
     law: SamplingLaw
     version: int  # of the student's weights
     attempts: int = 1
@@ -176,7 +180,7 @@ class Dropped:
     """An episode that no attempt could play to its end: counted and named, not fatal."""
 
     order: Order
-    reason: str  # "died" | "timeout" | "raised" | "garbage" | "undecided" | "too long"
+    reason: Literal["died", "timeout", "raised", "garbage", "undecided", "too long"]
     detail: str
     attempts: int
 

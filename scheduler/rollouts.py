@@ -18,7 +18,7 @@ from tutelage.envs.worker import MAX_OBSERVATION
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request, Weights
-from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw, Turn
+from tutelage.scheduler.episodes import Dropped, Ending, Episode, Order, SamplingLaw, Turn
 
 GRACE, POLL = 0.1, 0.0005
 """An engine that goes without waiting gives environments this share of its last step to answer
@@ -337,7 +337,7 @@ class _Play:
         entropy = [live.order.seed, turn] + ([1] if engine is self._guide else [])
         engine.submit(
             Request(
-                session=live.session if live.context.appends else -live.session,
+                session=live.session,
                 ids=[*live.context.prompt_ids, *live.given],
                 max_new_tokens=self._room(live) if at_most is None else at_most,
                 stop_ids=self._chat.eos_ids,
@@ -349,11 +349,11 @@ class _Play:
     def _begun(self, completions: Iterable[Completion]) -> None:
         """What a guide said opens the turn; the student ends it, unless the guide has."""
         acts = []
-        for completion in sorted(completions, key=lambda c: abs(c.session)):
-            live = self._live[abs(completion.session)]
-            if completion.session < 0:
+        for completion in sorted(completions, key=lambda c: c.session):
+            live = self._live[completion.session]
+            if not live.context.appends:
                 assert self._guide is not None
-                self._guide.release(completion.session)
+                self._guide.release(live.session)
             live.given = list(completion.ids)
             if act := self._continue(live, closed=completion.stopped):
                 acts.append(act)
@@ -363,15 +363,15 @@ class _Play:
     def _act(self, completions: Iterable[Completion]) -> None:
         """Sampled ids become actions."""
         acts = []
-        for completion in sorted(completions, key=lambda c: abs(c.session)):
-            live = self._live[abs(completion.session)]
+        for completion in sorted(completions, key=lambda c: c.session):
+            live = self._live[completion.session]
             if (highest := max(completion.ids, default=0)) >= self._worker._vocabulary:
                 raise RuntimeError(
                     f"{live.order.name}: the engine sampled id {highest}, and the tokenizer has"
                     f" {self._worker._vocabulary}: cut its logits to the vocabulary"
                 )
-            if completion.session < 0:  # a window's prompt is never extended
-                self._engine.release(completion.session)
+            if not live.context.appends:  # a window's prompt is never extended
+                self._engine.release(live.session)
             acts.append(self._answer(live, completion, closed=completion.stopped))
         if acts:
             self._pool.send(acts)
@@ -430,7 +430,7 @@ class _Play:
             )
         return str(action)
 
-    def _finish(self, live: _Live, ended: str) -> None:
+    def _finish(self, live: _Live, ended: Ending) -> None:
         # An environment that says nothing of success: a positive reward is one.
         self._done[live.order.number] = Episode(
             order=live.order,
@@ -462,10 +462,9 @@ class _Play:
 
     def _leave(self, live: _Live) -> None:
         del self._live[live.session]
-        for session in (live.session, -live.session):
-            self._engine.release(session)
-            if self._guide is not None:
-                self._guide.release(session)
+        self._engine.release(live.session)
+        if self._guide is not None:
+            self._guide.release(live.session)
         self._pool.abandon([live.session])
 
 
