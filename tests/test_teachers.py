@@ -15,9 +15,13 @@ import pytest
 import torch
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.objectives import Needs
+from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.objectives import Needs, TeacherScores, build
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.student.lessons import Course, Lesson
+from tutelage.distill.teachers.answers import unpack_answer
 from tutelage.distill.teachers.identity import TOLERANCE, Identity, digest_of
-from tutelage.distill.teachers.service import Answer, TeacherService
+from tutelage.distill.teachers.service import Answer, Ask, TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
@@ -326,3 +330,34 @@ class TestDigest:
         shards[0].rename(shards[0].with_name("a.safetensors"))
         found.add(digest_of(str(folder), dtype="float32"))
         assert len(found) == 5
+
+
+def test_a_score_is_looked_at_twice_as_logits_and_in_its_message(
+    make_model: Callable[..., Any], make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 rows, one forward of the teacher and one micro-batch of the student: what is cut, joined
+    or moved on the way is not looked at again."""
+    rows = [make_row([("prompt", [1]), ("said", [2 + i, 3 + i])], seed=i) for i in range(32)]
+    objective = build("local_support", k=8)
+    teacher = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
+    service = TeacherService("one", teacher, digest="d")
+    looks: list[int] = []
+    look = TeacherScores._check_values
+
+    def counted(scores: TeacherScores) -> None:
+        looks.append(len(scores))
+        look(scores)
+
+    monkeypatch.setattr(TeacherScores, "_check_values", counted)
+    ask = Ask(teacher="one", rows=rows, needs=objective.needs)
+    scores = unpack_answer(ask, service.answer(ask), vocabulary=VOCABULARY)
+    assert looks == [64] + [2] * 32
+    lessons = [
+        Lesson(task="t", row=row, scores=one, mask_T=row.chosen_T)
+        for row, one in zip(rows, scores, strict=True)
+    ]
+    learner = Learner(
+        make_model(seed=1), vocabulary=VOCABULARY, config=OptimizerConfig(lr=1e-3), steps=1
+    )
+    learner.update(lessons, {"t": Course(objective=objective)}, seed=0)
+    assert looks == [64] + [2] * 32

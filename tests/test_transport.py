@@ -32,9 +32,8 @@ def sampled_N() -> torch.Tensor:
 
 def _there_and_back(scores: TeacherScores) -> TeacherScores:
     packed: CompactScores = pickle.loads(pickle.dumps(CompactScores.pack(scores, teacher="one")))
-    if scores.asked_ids_NJ is not None:
-        packed = packed.answering(scores.asked_ids_NJ.numpy().astype(np.int32))
-    return packed.unpack()
+    asked_NJ = scores.asked_ids_NJ
+    return packed.unpack(None if asked_NJ is None else asked_NJ.numpy().astype(np.int32))
 
 
 def _scores(logits_NV: torch.Tensor, sampled_N: torch.Tensor, **options: Any) -> TeacherScores:
@@ -106,7 +105,8 @@ class TestBytes:
         assert packed.nbytes == plain.nbytes + 2 * 16 * N
         with pytest.raises(ValueError, match="must come together"):
             packed.unpack()
-        assert packed.answering(asked_NJ.numpy().astype(np.int32)).nbytes == packed.nbytes
+        back = packed.unpack(asked_NJ.numpy().astype(np.int32))
+        assert back.asked_ids_NJ is not None and torch.equal(back.asked_ids_NJ, asked_NJ)
 
     def test_the_whole_distribution_takes_two_bytes_an_id(
         self, logits_NV: torch.Tensor, sampled_N: torch.Tensor

@@ -6,7 +6,7 @@ Letters: N tokens, K support size, J ids that the student asks for, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ class TeacherScores:
     asked_ids_NJ, asked_logprobs_NJ: the teacher at ids that the student asked for (its own top J).
     full_NV: every log-probability, where the teacher is at hand (`from_logits`) or was asked for
     it.
+    checked: these are parts of scores that were looked at when they came (from logits, or in a
+    message): only the shapes are checked. On a GPU each look waits for the device.
+
+    Raises:
+        ValueError: shapes that do not fit, ids outside the vocabulary, NaN or +inf.
     """
 
     ids_NK: torch.Tensor
@@ -38,8 +43,9 @@ class TeacherScores:
     asked_ids_NJ: torch.Tensor | None = None
     asked_logprobs_NJ: torch.Tensor | None = None
     full_NV: torch.Tensor | None = None
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         if self.ids_NK.shape != self.logprobs_NK.shape or len(self.ids_NK) != len(self.sampled_N):
             raise ValueError(
                 f"teacher scores differ in shape: ids {tuple(self.ids_NK.shape)}, log-probabilities"
@@ -58,9 +64,14 @@ class TeacherScores:
                 f"teacher full_NV has {self.full_NV.shape[1]} columns for a vocabulary of"
                 f" {self.vocabulary}"
             )
-        for name, tensor in self._tensors():
+        for name, tensor in self.tensors():
             if len(tensor) != len(self):
                 raise ValueError(f"teacher {name} is of {len(tensor)} tokens, not {len(self)}")
+        if not checked:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        for name, tensor in self.tensors():
             if name.partition("_N")[0].endswith("ids"):
                 if tensor.numel() and (tensor.max() >= self.vocabulary or tensor.min() < 0):
                     raise ValueError(
@@ -167,8 +178,9 @@ class TeacherScores:
     @classmethod
     def join(cls, parts: Sequence[TeacherScores]) -> TeacherScores:
         """Several scores as one, in order. What one of them lacks, the whole lacks."""
-        have = set.intersection(*({name for name, _ in part._tensors()} for part in parts))
+        have = set.intersection(*({name for name, _ in part.tensors()} for part in parts))
         return cls(
+            checked=True,
             vocabulary=parts[0].vocabulary,
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in have},
         )
@@ -182,10 +194,10 @@ class TeacherScores:
         return self._mapped(lambda tensor: tensor[index])
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TeacherScores:
-        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors()}
-        return replace(self, **changed)
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors()}
+        return replace(self, checked=True, **changed)
 
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The fields that are there, by name."""
         found = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,13 @@ class Journal:
     ) -> None:
         """The step's episodes with ids, masks, sampled and teacher log-probabilities. version: of
         the student that learns from them."""
-        by_row = {id(lesson.row): lesson for lesson in lessons}
+        of_episode: dict[tuple[str, int], list[Lesson]] = defaultdict(list)
+        for lesson in lessons:
+            of_episode[lesson.task, lesson.number].append(lesson)
         records = [
-            _dropped(one) if isinstance(one, Dropped) else _episode(one, by_row, version)
+            _dropped(one)
+            if isinstance(one, Dropped)
+            else _episode(one, of_episode[one.order.task, one.order.number], version)
             for one in outcomes
         ]
         path = run_folder.episodes_of(self.folder, step)
@@ -92,7 +97,7 @@ def _dropped(outcome: Dropped) -> dict[str, Any]:
     }
 
 
-def _episode(episode: Episode, lessons: Mapping[int, Lesson], version: int) -> dict[str, Any]:
+def _episode(episode: Episode, lessons: Sequence[Lesson], version: int) -> dict[str, Any]:
     order = episode.order
     return {
         "task": order.task,
@@ -120,7 +125,7 @@ def _episode(episode: Episode, lessons: Mapping[int, Lesson], version: int) -> d
             for turn in episode.turns
         ],
         "final_observation": episode.final_observation,
-        "rows": [_row(lessons[id(row)]) for row in episode.rows if id(row) in lessons],
+        "rows": [_row(lesson) for lesson in lessons],
     }
 
 

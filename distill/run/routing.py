@@ -10,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.objectives import Needs, TeacherScores
@@ -22,7 +20,7 @@ from tutelage.distill.student.masks import loss_mask
 from tutelage.distill.teachers.answers import unpack_answer
 from tutelage.distill.teachers.service import Answer, Ask
 from tutelage.distill.teachers.transport import CompactScores
-from tutelage.scheduler.episodes import Dropped, Episode, Row
+from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.placement import Placement
 
 _Scored = tuple[CompactScores, TeacherScores]  # as they came, and unpacked
@@ -99,8 +97,9 @@ class Routing:
                     row=row,
                     scores=None if scored is None else scored[1],
                     mask_T=loss_mask(row, self._special[task]),
+                    number=order.number,
                 )
-                for (row, _), scored in zip(own, found, strict=True)
+                for (order, row), scored in zip(own, found, strict=True)
             ]
             lessons += taught
             ledger[task] = _ledger(taught, found)
@@ -111,10 +110,8 @@ class Routing:
             costs["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
         return Taught(lessons=lessons, ledger=ledger, costs=costs)
 
-    def _rows(
-        self, task: str, outcomes: Sequence[Episode | Dropped]
-    ) -> list[tuple[Row, str | None]]:
-        """The rows of the episodes that were played, each with its teacher."""
+    def _rows(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[tuple[Order, Row]]:
+        """The rows of the episodes that were played, each with its episode's order."""
         if not self.sound(task, outcomes):
             lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
             most = self._config.rollout_of(task).lost
@@ -126,46 +123,40 @@ class Routing:
                 f" {lost[0].why}"
             )
         return [
-            (row, outcome.order.teacher)
+            (outcome.order, row)
             for outcome in outcomes
             if isinstance(outcome, Episode)
             for row in outcome.rows
         ]
 
     def _scores(
-        self, rows: Mapping[str, Sequence[tuple[Row, str | None]]]
+        self, rows: Mapping[str, Sequence[tuple[Order, Row]]]
     ) -> tuple[dict[str, list[_Scored | None]], Sequence[Answer]]:
         """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
         asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
         for task, own in rows.items():
             if self._courses[task].objective.needs.teacher:
                 by_teacher: dict[str, list[int]] = defaultdict(list)
-                for place, (_, teacher) in enumerate(own):
-                    assert teacher is not None
-                    by_teacher[teacher].append(place)
+                for place, (order, _) in enumerate(own):
+                    assert order.teacher is not None
+                    by_teacher[order.teacher].append(place)
                 for teacher, places in by_teacher.items():
-                    some = [own[place][0] for place in places]
+                    some = [own[place][1] for place in places]
                     asks.append((task, places, self._ask(task, teacher, some)))
         answers = self._placement.score([ask for _, _, ask in asks])
         scores: dict[str, list[_Scored | None]] = {}
         for (task, places, ask), answer in zip(asks, answers, strict=True):
             answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor
             own_scores = scores.setdefault(task, [None] * len(rows[task]))
-            sent = list(answer.scores)
-            if ask.asked is not None:  # a wrong number of rows is refused below
-                sent = [one.answering(ids) for one, ids in zip(sent, ask.asked, strict=False)]
-            unpacked = unpack_answer(
-                ask.teacher, ask.rows, sent, vocabulary=self._learner.vocabulary
-            )
-            for place, scored in zip(places, zip(sent, unpacked, strict=True), strict=True):
-                own_scores[place] = scored
+            unpacked = unpack_answer(ask, answer, vocabulary=self._learner.vocabulary)
+            for place, sent, scored in zip(places, answer.scores, unpacked, strict=True):
+                own_scores[place] = sent, scored
         return scores, answers
 
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
         needs, asked = self._courses[task].objective.needs, None
         if needs.student_k:
-            own = self._learner.own_support(rows, needs.student_k)
-            asked = [ids_NK.numpy().astype(np.int32) for ids_NK in own]
+            asked = self._learner.own_support(rows, needs.student_k)
         return Ask(teacher=teacher, rows=rows, needs=needs, asked=asked)
 
 

@@ -81,25 +81,21 @@ def told(outcomes: Sequence[Episode | Dropped], learner: Learner) -> list[Episod
     Raises:
         RuntimeError: those weights are gone.
     """
-    silent = [
-        (i, row)
-        for i, outcome in enumerate(outcomes)
-        if isinstance(outcome, Episode)
-        for row in outcome.rows
-        if _unsaid(row).any()
-    ]
-    by_law: dict[SamplingLaw, list[Row]] = defaultdict(list)
-    for i, row in silent:
-        by_law[_law_of(outcomes[i], learner.version)].append(row)
+    silent: dict[SamplingLaw, dict[tuple[int, int], Row]] = defaultdict(dict)  # by place
+    for i, outcome in enumerate(outcomes):
+        for j, row in enumerate(outcome.rows if isinstance(outcome, Episode) else ()):
+            if _unsaid(row).any():
+                silent[_law_of(outcome, learner.version)][i, j] = row
     said = {
-        id(row): _filled(row, found_N)
-        for law, rows in by_law.items()
-        for row, found_N in zip(rows, _asked(learner, rows, law), strict=True)
+        place: _filled(row, found_N)
+        for law, rows in silent.items()
+        for (place, row), found_N in zip(
+            rows.items(), _asked(learner, [*rows.values()], law), strict=True
+        )
     }
-    playing = {i for i, _ in silent}
     return [
-        replace(one, rows=tuple(said.get(id(row), row) for row in one.rows))
-        if i in playing and isinstance(one, Episode)
+        replace(one, rows=tuple(said.get((i, j), row) for j, row in enumerate(one.rows)))
+        if isinstance(one, Episode)
         else one
         for i, one in enumerate(outcomes)
     ]

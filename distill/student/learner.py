@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tutelage.distill.config.sections import OptimizerConfig
@@ -131,15 +132,16 @@ class Learner:
         return SparseStudent(hidden_ND, head, vocabulary=self.vocabulary)
 
     @torch.no_grad()
-    def own_support(self, rows: Sequence[Row], k: int) -> list[torch.Tensor]:
-        """The student's K most probable ids of each row's chosen tokens [N, K], on the CPU: what a
-        teacher is asked for when the support is the student's."""
-        found: dict[int, torch.Tensor] = {}
+    def own_support(self, rows: Sequence[Row], k: int) -> list[npt.NDArray[np.int32]]:
+        """The student's K most probable ids of each row's chosen tokens [N, K]: what a teacher is
+        asked for when the support is the student's."""
+        found: dict[int, npt.NDArray[np.int32]] = {}
 
         def ask(batch: Batch) -> None:
-            ids_NK = self._inside(lambda: self.student(batch.hidden(self.model)).top_k(k)).cpu()
+            ids_NK = self._inside(lambda: self.student(batch.hidden(self.model)).top_k(k))
             counts = [int(rows[i].chosen_T.sum()) for i in batch.members]
-            found.update(zip(batch.members, ids_NK.split(counts), strict=True))
+            parts = (part.numpy() for part in ids_NK.int().cpu().split(counts))
+            found.update(zip(batch.members, parts, strict=True))
 
         self._each(self._packed(rows), ask)
         return [found[i] for i in range(len(rows))]

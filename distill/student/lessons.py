@@ -16,13 +16,15 @@ from tutelage.scheduler.episodes import Row
 class Lesson:
     """A row, what its teacher says of it (None: its tokens are the lesson), where the loss falls.
 
-    mask_T: a part of the row's chosen tokens.
+    mask_T: a part of the row's chosen tokens. number: of the row's episode among those that the
+    task has in this step (`Order.number`).
     """
 
     task: str
     row: Row
     scores: TeacherScores | None
     mask_T: npt.NDArray[np.bool_]
+    number: int = 0
 
     def __post_init__(self) -> None:
         if len(self.mask_T) != len(self.row.ids_T) or (self.mask_T & ~self.row.chosen_T).any():

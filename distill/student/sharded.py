@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -228,13 +229,13 @@ class DataParallelLearner(ShardedLearner):
     def copy(self) -> Any:
         return self._copy
 
-    def own_support(self, rows: Sequence[Row], k: int) -> list[torch.Tensor]:
+    def own_support(self, rows: Sequence[Row], k: int) -> list[npt.NDArray[np.int32]]:
         return self._asked("own_support", rows, k)
 
     def law_logprobs(self, rows: Sequence[Row], law: SamplingLaw) -> list[torch.Tensor]:
         return self._asked("law_logprobs", rows, law)
 
-    def _asked(self, method: str, rows: Sequence[Row], wanted: Any) -> list[torch.Tensor]:
+    def _asked(self, method: str, rows: Sequence[Row], wanted: Any) -> list[Any]:
         """What the ranks say of each row, in the rows' order."""
         shares = split([len(row.ids_T) for row in rows], self._ranks)
         parts = self._together(method, [([rows[i] for i in share], wanted) for share in shares])

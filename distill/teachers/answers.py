@@ -4,27 +4,27 @@ what no model says."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tutelage.distill.objectives import TeacherScores
-from tutelage.distill.teachers.transport import CompactScores
-from tutelage.scheduler.episodes import Row
+from tutelage.distill.teachers.service import Answer, Ask
 
 SLACK = 1e-2
 """By how much float16 and other kernels may make a probability exceed 1."""
 
 
-def unpack_answer(
-    teacher: str, rows: Sequence[Row], sent: Sequence[CompactScores], *, vocabulary: int
-) -> list[TeacherScores]:
-    """The rows' scores.
+def unpack_answer(ask: Ask, answer: Answer, *, vocabulary: int) -> list[TeacherScores]:
+    """The rows' scores. vocabulary: the student's.
 
     Raises:
         RuntimeError: they are no scores of these rows; names teacher, row and cure.
     """
-    if len(sent) != len(rows):
-        raise _refusal(teacher, f"it answered {len(sent)} rows of {len(rows)}")
+    teacher, rows = ask.teacher, ask.rows
+    if len(answer.scores) != len(rows):
+        raise _refusal(teacher, f"it answered {len(answer.scores)} rows of {len(rows)}")
     found = []
-    for at, (row, one) in enumerate(zip(rows, sent, strict=True)):
+    asked: Sequence[Any] = ask.asked or [None] * len(rows)
+    for at, (row, one, ids_NJ) in enumerate(zip(rows, answer.scores, asked, strict=True)):
         where, wanted = f"row {at} of {len(rows)}", int(row.chosen_T.sum())
         if len(one) != wanted:
             raise _refusal(teacher, f"{where}: it scored {len(one)} of {wanted} tokens")
@@ -33,7 +33,7 @@ def unpack_answer(
                 teacher, f"{where}: it knows {one.vocabulary} ids, the student {vocabulary}"
             )
         try:
-            scores = one.unpack()
+            scores = one.unpack(ids_NJ)
         except (ValueError, IndexError) as error:
             raise _refusal(teacher, f"{where}: {error}") from error
         mass_N = scores.logprobs_NK.exp().sum(-1)

@@ -13,7 +13,6 @@ import io
 import os
 import zipfile
 import zlib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +67,8 @@ class ScoreCache:
         Raises:
             OSError: with the folder and the cure.
         """
-        arrays = {
-            field.name: value
-            for field in fields(scores)
-            if isinstance(value := getattr(scores, field.name), np.ndarray)
-        }
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, allow_pickle=False, **scores.arrays())
         path = self._path(key)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:

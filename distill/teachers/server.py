@@ -22,7 +22,7 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from tutelage.distill.config.credentials import api_key, hidden
 from tutelage.distill.config.faults import ConfigError
@@ -88,7 +88,7 @@ class ServerTeacher:
         self,
         rows: Sequence[Row],
         needs: Needs,
-        asked: Sequence[torch.Tensor] | None = None,
+        asked: Sequence[npt.NDArray[np.int32]] | None = None,
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score; without entropies.
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.objectives import Needs, TeacherScores
@@ -36,7 +35,7 @@ class Teacher(Protocol):
         self,
         rows: Sequence[Row],
         needs: Needs,
-        asked: Sequence[torch.Tensor] | None = None,
+        asked: Sequence[npt.NDArray[np.int32]] | None = None,
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score."""
 
@@ -141,7 +140,7 @@ class TeacherService:
         retries = self.teacher.retries
         begun = time.perf_counter()
         if new:
-            given = None if asked is None else [torch.from_numpy(asked[i].copy()) for i in new]
+            given = None if asked is None else [asked[i] for i in new]
             self.wake()
             try:
                 fresh = self.teacher.score([rows[i] for i in new], needs, given)

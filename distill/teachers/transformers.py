@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tutelage.distill.config.faults import ConfigError
@@ -40,7 +41,7 @@ class TransformersTeacher:
         self,
         rows: Sequence[Row],
         needs: Needs,
-        asked: Sequence[torch.Tensor] | None = None,
+        asked: Sequence[npt.NDArray[np.int32]] | None = None,
     ) -> list[TeacherScores]:
         """The scores of each row's chosen tokens, on the CPU, in the rows' order.
 
@@ -65,7 +66,8 @@ class TransformersTeacher:
             hidden_ND = batch.hidden(self.model)
             asked_NJ = None
             if asked is not None:
-                asked_NJ = torch.cat([asked[i] for i in batch.members]).to(hidden_ND.device).long()
+                ids_NJ = np.concatenate([asked[i] for i in batch.members])
+                asked_NJ = torch.from_numpy(ids_NJ).to(hidden_ND.device).long()
             parts = []
             for at in range(0, len(hidden_ND), size):
                 logits_NV = head(hidden_ND[at : at + size])[:, : self.vocabulary]

@@ -13,7 +13,8 @@ Letters: N tokens, K support size, J ids that the student asked for, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +30,8 @@ LEAST = float(np.finfo(np.float16).min)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactScores:
-    """One row's TeacherScores, rounded, and who gave them.
-
-    asked_ids_NJ does not travel back: the asker puts it in again (`answering`).
-    """
+    """One row's TeacherScores, rounded, and who gave them: its fields, but for the ids that the
+    student asked for, which do not travel back."""
 
     teacher: str
     vocabulary: int
@@ -42,60 +41,40 @@ class CompactScores:
     entropy_N: Halves | None = None
     asked_logprobs_NJ: Halves | None = None
     full_NV: Halves | None = None
-    asked_ids_NJ: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.sampled_N)
 
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What the teacher sent, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+
     @property
     def nbytes(self) -> int:
-        """Bytes of what the teacher sent."""
-        sent = (self.ids_NK, self.logprobs_NK, self.sampled_N, self.entropy_N)
-        return sum(
-            part.nbytes
-            for part in (*sent, self.asked_logprobs_NJ, self.full_NV)
-            if part is not None
-        )
+        return sum(array.nbytes for array in self.arrays().values())
 
     @classmethod
     def pack(cls, scores: TeacherScores, *, teacher: str) -> CompactScores:
-        """Round `scores`. The ids that were asked for are left out."""
-        return cls(
-            teacher=teacher,
-            vocabulary=scores.vocabulary,
-            ids_NK=scores.ids_NK.cpu().numpy().astype(np.int32),
-            logprobs_NK=_halves(scores.logprobs_NK),
-            sampled_N=scores.sampled_N.float().cpu().numpy(),
-            entropy_N=None if scores.entropy_N is None else _halves(scores.entropy_N),
-            asked_logprobs_NJ=None
-            if scores.asked_logprobs_NJ is None
-            else _halves(scores.asked_logprobs_NJ),
-            full_NV=None if scores.full_NV is None else _halves(scores.full_NV),
-        )
+        """Round `scores`."""
+        sent = {
+            name: _narrow(name, tensor)
+            for name, tensor in scores.tensors()
+            if name != "asked_ids_NJ"
+        }
+        return cls(teacher=teacher, vocabulary=scores.vocabulary, **sent)
 
-    def answering(self, asked_ids_NJ: npt.NDArray[np.int32]) -> CompactScores:
-        """With the ids that `asked_logprobs_NJ` is about."""
-        return replace(self, asked_ids_NJ=asked_ids_NJ)
-
-    def unpack(self) -> TeacherScores:
-        """What objectives take, on the CPU.
+    def unpack(self, asked_ids_NJ: npt.NDArray[np.int32] | None = None) -> TeacherScores:
+        """What objectives take, on the CPU. asked_ids_NJ: what `asked_logprobs_NJ` is about.
 
         Raises:
             ValueError: not a teacher's scores (shapes, ids beyond the vocabulary, NaN), or the ids
                 that were asked for are missing.
         """
-        return TeacherScores(
-            ids_NK=_wide(self.ids_NK),
-            logprobs_NK=_wide(self.logprobs_NK),
-            sampled_N=_wide(self.sampled_N),
-            vocabulary=self.vocabulary,
-            entropy_N=None if self.entropy_N is None else _wide(self.entropy_N),
-            asked_ids_NJ=None if self.asked_ids_NJ is None else _wide(self.asked_ids_NJ),
-            asked_logprobs_NJ=None
-            if self.asked_logprobs_NJ is None
-            else _wide(self.asked_logprobs_NJ),
-            full_NV=None if self.full_NV is None else _wide(self.full_NV),
-        )
+        parts: dict[str, Any] = {name: _wide(array) for name, array in self.arrays().items()}
+        if asked_ids_NJ is not None:
+            parts["asked_ids_NJ"] = _wide(asked_ids_NJ)
+        return TeacherScores(vocabulary=self.vocabulary, **parts)
 
 
 def rounding_bound(values: torch.Tensor) -> torch.Tensor:
@@ -103,8 +82,13 @@ def rounding_bound(values: torch.Tensor) -> torch.Tensor:
     return (values.abs() * 2.0**-11).clamp(min=2.0**-25)
 
 
-def _halves(values: torch.Tensor) -> Halves:
-    """Nearest float16, ties to even; never an infinity that was not there."""
+def _narrow(name: str, values: torch.Tensor) -> npt.NDArray[Any]:
+    """Ids as int32, the sampled token's float32 as it is, else the nearest float16, ties to even;
+    never an infinity that was not there."""
+    if not values.is_floating_point():
+        return values.cpu().numpy().astype(np.int32)
+    if name == "sampled_N":
+        return values.float().cpu().numpy()
     values = torch.where(values == -torch.inf, values, values.clamp(min=LEAST))
     return values.to(torch.float16).cpu().numpy()
 

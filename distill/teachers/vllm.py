@@ -70,7 +70,7 @@ class VllmTeacher:
         self,
         rows: Sequence[Row],
         needs: Needs,
-        asked: Sequence[torch.Tensor] | None = None,
+        asked: Sequence[npt.NDArray[np.int32]] | None = None,
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score; without entropies.
 
@@ -91,7 +91,7 @@ class VllmTeacher:
                 }
                 self._asked += 1
                 name = str(self._asked)
-                wanted = _wanted(row, needs.width, None if asked is None else asked[i].numpy())
+                wanted = _wanted(row, needs.width, None if asked is None else asked[i])
                 parts: list[Any] = []
                 waiting[name] = i, parts
                 keep_arrays(self._engine, self._engine.add_request(name, prompt, wanted), parts)
@@ -149,7 +149,7 @@ class VllmTeacher:
             )
 
     def _packed(
-        self, output: Any, parts: list[Any], row: Row, k: int, ids_NJ: torch.Tensor | None
+        self, output: Any, parts: list[Any], row: Row, k: int, ids_NJ: npt.NDArray[np.int32] | None
     ) -> TeacherScores:
         ids_TC, logprobs_TC = (torch.cat([part[n] for part in parts]).cpu() for n in (0, 1))
         # of every token but the first: itself, then the top K
@@ -172,7 +172,9 @@ class VllmTeacher:
         at_N = np.flatnonzero(row.chosen_T)
         logprobs_NJ = output.prompt_token_id_logprobs[at_N - at_N[0]]
         return replace(
-            scores, asked_ids_NJ=ids_NJ.long(), asked_logprobs_NJ=torch.from_numpy(logprobs_NJ)
+            scores,
+            asked_ids_NJ=torch.from_numpy(ids_NJ).long(),
+            asked_logprobs_NJ=torch.from_numpy(logprobs_NJ),
         )
 
 
@@ -240,7 +242,7 @@ def cut_padding(model: Any, *, vocabulary: int) -> None:
     model.compute_logits = compute_logits
 
 
-def _wanted(row: Row, k: int, ids_NJ: npt.NDArray[Any] | None) -> Any:
+def _wanted(row: Row, k: int, ids_NJ: npt.NDArray[np.int32] | None) -> Any:
     """vLLM's parameters of a row's request."""
     from vllm import SamplingParams
 

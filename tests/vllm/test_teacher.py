@@ -98,7 +98,7 @@ def test_the_exam_is_that_of_our_own_engine(teacher: VllmTeacher, own: Transform
 def test_student_supports_are_cuda_s(teacher: VllmTeacher, rows: list[Row]) -> None:
     """If this fails, vLLM has learnt it on the CPU: config's refusal can go."""
     assert not torch.cuda.is_available()
-    asked = [torch.zeros(int(row.chosen_T.sum()), 2, dtype=torch.long) for row in rows]
+    asked = [np.zeros((int(row.chosen_T.sum()), 2), dtype=np.int32) for row in rows]
     with pytest.raises(ValueError, match="V2 model runner alone, on a CUDA device"):
         teacher.score(rows, Needs(k=4, student_k=2), asked)
 
