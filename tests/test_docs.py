@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ say is there: links, files, keys, commands, configs, code."""
+"""What README, CONTRIBUTING and docs/ name is there: links, files, keys, commands, configs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests.house import WINGS
 from tutelage.distill.cli import main
+from tutelage.distill.cli.keys import as_markdown, sections
 from tutelage.distill.config.faults import settled
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import parse
@@ -90,6 +91,13 @@ def _nested(key: str) -> Any:
 def test_configs_are_configs(page: Path) -> None:
     for block in _blocks(page, "yaml"):
         parse_config(_whole(parse(block)), page.name)
+
+
+def test_every_key_stands_in_the_docs() -> None:
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- keys -->\n")[2] == as_markdown(sections()), (
+        "sed -i '/<!-- keys -->/q' docs/config.md; tutelage config --markdown >> docs/config.md"
+    )
 
 
 def _whole(data: dict[str, Any]) -> dict[str, Any]:
