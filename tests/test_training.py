@@ -564,10 +564,12 @@ def test_a_step_that_fails_between_two_minibatches_is_not_saved(
 def test_memory_that_runs_out_names_the_cure_and_costs_no_step(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str], said: str
 ) -> None:
+    # at the second step; teachers are first asked who they are
     plain, calls = getattr(*where), iter(range(9))
+    second = 2 if where == (InProcess, "score") else 1
 
     def full(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 1:
+        if next(calls) == second:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return plain(*args, **kwargs)
 
