@@ -6,22 +6,23 @@ import errno
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import runs
+from tests.runs import metrics, train
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.run.curves import TensorBoard
 from tutelage.distill.run.observers import Observer, Observers, make_observers
 from tutelage.distill.run.training import Run, evaluate_model
-from tutelage.evaluation import files, run_folder
+from tutelage.evaluation import files
+from tutelage.evaluation.run_folder import read_metrics
 
 EVENTS = ("start", "doing", "step", "evaluating", "score", "written", "close")
-MAY_DIFFER = ("time/", "perf/", "memory/")
 
 
 class Killed(BaseException):
@@ -47,57 +48,10 @@ class Diary(Observer):
         return told
 
 
-@pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, save_model: Callable[..., str]
-) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        name: save_model(folder / name, tokenizer, seed=seed)
-        for seed, name in enumerate(["student", "teacher"])
-    }
-
-
 def _config(folder: Path, models: dict[str, str], **journal: Any) -> RunConfig:
-    """Two steps of two short replies; an evaluation after the second."""
-    data = {
-        "run": str(folder),
-        "steps": 2,
-        "student": {"model": models["student"], "threads": 1, "device": "cpu"},
-        "teachers": {"t": {"model": models["teacher"], "device": "cpu"}},
-        "tasks": {
-            "math": {
-                "env": "tutelage/Math-v0",
-                "env_args": {"problems": "arithmetic"},
-                "teacher": "t",
-                "episodes": 2,
-            }
-        },
-        "objective": {"k": 4},
-        "rollout": {"processes": 0, "max_turns": 1, "max_new_tokens": 4},
-        "evaluation": {"every": 2, "episodes": 2},
-        "checkpoint": {"every": 1},
-        "journal": journal,
-    }
-    return parse_config(data, "test")
-
-
-def _train(config: RunConfig, watch: Observer | None = None) -> Path:
-    with Run(config, watch=watch) as run:
-        run.train()
-    return Path(config.run)
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return run_folder.read_metrics(folder)
-
-
-def _learned(folder: Path) -> list[dict[str, Any]]:
-    """The lines without what may differ."""
-    return [
-        {key: value for key, value in line.items() if not key.startswith(MAY_DIFFER)}
-        for line in _lines(folder)
-    ]
+    """Two steps; an evaluation after the second."""
+    sections = {"evaluation": {"every": 2, "episodes": 2}, "checkpoint": {"every": 1}}
+    return runs.config(folder, models, steps=2, journal=journal, **sections)
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -115,16 +69,18 @@ class TestRun:
     def test_each_event_comes_in_its_place(self, tmp_path: Path, models: dict[str, str]) -> None:
         diary = Diary()
         config = _config(tmp_path / "run", models, observers=["console"])
-        folder = _train(config, diary)
+        folder = train(config, diary)
         told = [event for event in diary.events if event[0] != "doing"]
         assert [event[:2] if event[0] in ("step", "written") else event[0] for event in told] == [
             "start", ("step", 0), ("written", 0),
             ("step", 1), "evaluating", "evaluating", "score", ("written", 1), "close",
         ]  # fmt: skip
         assert told[0] == ("start", config, 0)
-        for event, line in zip([e for e in told if e[0] == "written"], _lines(folder), strict=True):
-            _, step, task, metrics = event
-            assert {"step": step, "task": task, **metrics} == line
+        for event, line in zip(
+            [e for e in told if e[0] == "written"], read_metrics(folder), strict=True
+        ):
+            _, step, task, found = event
+            assert {"step": step, "task": task, **found} == line
         assert told[-2][3]["eval/math/greedy"] == told[-3][3]["value"]
 
     @pytest.mark.parametrize("failing", EVENTS)
@@ -139,14 +95,14 @@ class TestRun:
                 "tutelage.distill.run.training.make_observers",
                 lambda *_, **__: Observers({"broken": broken, "other": other}),
             )
-            folder = _train(config)
+            folder = train(config)
         (said,) = [str(one.message) for one in warned if "observers" in str(one.message)]
         assert said.startswith(f"journal.observers: broken failed ({failing}: broken): it is told")
         assert [event[0] for event in broken.events].count(failing) == 1
         assert broken.events[-1][0] == "close"
         assert {event[0] for event in other.events} == set(EVENTS)
-        assert _learned(folder) == _learned(whole)
-        counted = [line.get("perf/observers_failed", 0) for line in _lines(folder)]
+        assert metrics(folder) == metrics(whole)
+        counted = [line.get("perf/observers_failed", 0) for line in read_metrics(folder)]
         before = {"start": 0, "doing": 0, "step": 1, "written": 1}  # lines without
         assert counted == [0] * before.get(failing, 2) + [1] * (2 - before.get(failing, 2))
 
@@ -162,8 +118,8 @@ class TestRun:
 
         monkeypatch.setattr(files.os, "write", limited)
         with pytest.warns(UserWarning, match=r"tensorboard failed \(written: .*No space left"):
-            folder = _train(_config(tmp_path / "run", models))
-        assert _learned(folder) == _learned(whole)
+            folder = train(_config(tmp_path / "run", models))
+        assert metrics(folder) == metrics(whole)
         assert (folder / "checkpoints" / "000002").is_dir()
 
     @pytest.mark.parametrize("event", ["step", "written"])
@@ -175,12 +131,12 @@ class TestRun:
         names = ["tensorboard", "console"]
         config = _config(tmp_path / "run", models, observers=names)
         with pytest.raises(Killed):
-            _train(config, Diary(event, Killed))
-        assert not _lines(Path(config.run))
+            train(config, Diary(event, Killed))
+        assert not read_metrics(Path(config.run))
         diary = Diary()
-        folder = _train(config, diary)
+        folder = train(config, diary)
         assert [told[1] for told in diary.events if told[0] == "written"] == [0, 1]
-        assert _learned(folder) == _learned(whole)
+        assert metrics(folder) == metrics(whole)
         curves = _curves(folder)
         assert curves["math/eval/math/greedy"] == _curves(whole)["math/eval/math/greedy"]
         assert curves["math/loss/mean"] == _curves(whole)["math/loss/mean"]
@@ -190,7 +146,7 @@ class TestRun:
         self, tmp_path: Path, models: dict[str, str]
     ) -> None:
         diary = Diary()
-        evaluate_model(_config(tmp_path / "run", models), models["teacher"], watch=diary)
+        evaluate_model(_config(tmp_path / "run", models), models["one"], watch=diary)
         assert {event[0] for event in diary.events} == {"doing", "evaluating", "score", "close"}
         assert not (tmp_path / "run").exists()
 
@@ -200,7 +156,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> P
     """A run that nothing disturbs."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return _train(_config(tmp_path_factory.mktemp("whole") / "run", models))
+        return train(_config(tmp_path_factory.mktemp("whole") / "run", models))
 
 
 class TestConfig:
@@ -262,9 +218,9 @@ class TestConfig:
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         config = _config(tmp_path / "run", models, observers=["my_board:Board"])
-        folder = _train(config)
+        folder = train(config)
         assert (folder / "board.txt").read_text().splitlines() == [
-            f"{line['step']} {line['task']} {line['loss/mean']}" for line in _lines(folder)
+            f"{line['step']} {line['task']} {line['loss/mean']}" for line in read_metrics(folder)
         ]
         assert not (folder / "tensorboard").exists()
 

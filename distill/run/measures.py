@@ -111,6 +111,18 @@ def _grading(episodes: Sequence[Episode], lost: Sequence[Dropped]) -> dict[str, 
     return {f"grading/{one}": verdicts[one] for one in UNGRADED} | {"grading/undecided": undecided}
 
 
+def step_line(
+    found: Mapping[str, Mapping[str, Any]], timings: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """(a step's tasks, joined by `+`; its metrics, whose names begin with their task's where there
+    are several). found: by task."""
+    if len(found) == 1:
+        ((task, metrics),) = found.items()
+        return task, {**metrics, **timings}
+    named = {f"{task}/{name}": x for task, metrics in found.items() for name, x in metrics.items()}
+    return "+".join(found), named | dict(timings)
+
+
 def teacher_gap(metrics: Mapping[str, float]) -> float:
     """How far the student is from its teacher, for the schedule."""
     return -metrics["gap/mean"] if "gap/mean" in metrics else metrics["loss/mean"]

@@ -34,7 +34,7 @@ from tutelage.distill.run.assembly import (
     task_rollouts,
 )
 from tutelage.distill.run.lock import Lock
-from tutelage.distill.run.measures import Clock, outcome_metrics, teacher_gap
+from tutelage.distill.run.measures import Clock, outcome_metrics, step_line, teacher_gap
 from tutelage.distill.run.observers import Observer, make_observers
 from tutelage.distill.run.preflight import (
     check_folder,
@@ -275,9 +275,7 @@ class Run:
         timings["perf/actors_replaced"] = float(self.placement.restarts)
         if self.observers.failed:
             timings["perf/observers_failed"] = self.observers.failed
-        named = {f"{task}/{name}": v for task in tasks for name, v in found[task].items()}
-        line = found[tasks[0]] if len(tasks) == 1 else named
-        self.record.pending = step, "+".join(tasks), line | timings
+        self.record.pending = step, *step_line(found, timings)
         for task in tasks:
             self.observers.step(step, task, found[task])
 
