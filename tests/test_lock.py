@@ -22,7 +22,7 @@ from tutelage.distill.run.lock import Lock, Owner
 HOLD = """
 import sys
 from pathlib import Path
-from tutelage.distill.lock import Lock
+from tutelage.distill.run.lock import Lock
 try:
     held = Lock(Path(sys.argv[1]))
 except ValueError as error:
