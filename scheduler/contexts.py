@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 from tutelage.scheduler.formats import Said, find_format
 
-CONTEXTS = ("full", "window")
+Kind = Literal["full", "window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class ContextSettings:
     that it stays in view. turns: (window) how many past turns are shown. admissible: list the
     admissible actions. format: (window) the name of a prompt and reply format."""
 
-    kind: str = "full"
+    kind: Kind = "full"
     repeat_task: bool = False
     turns: int = 4
     admissible: bool = False
@@ -36,8 +36,8 @@ class ContextSettings:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in CONTEXTS:
-            raise ValueError(f"context kind {self.kind!r}: it must be one of {', '.join(CONTEXTS)}")
+        if self.kind not in (kinds := get_args(Kind)):
+            raise ValueError(f"context kind {self.kind!r}: it must be one of {', '.join(kinds)}")
         if self.format is None:
             return
         find_format(self.format)
