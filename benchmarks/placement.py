@@ -161,7 +161,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     from tutelage.distill.teachers.identity import Identity
     from tutelage.distill.teachers.transport import CompactScores
     from tutelage.evaluation.run_folder import read_metrics
-    from tutelage.scheduler.cluster import RayCluster, _Job
+    from tutelage.scheduler.cluster import ClusterSettings, RayCluster, _Job
     from tutelage.scheduler.timetable import Timetable
 
     cluster, staleness = MODES[mode]
@@ -177,10 +177,10 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
         timers.wrap(RayCluster, method, method)
     wrap = in_actor()
 
-    def timed_cluster(**options: Any) -> RayCluster:
+    def timed_cluster(settings: ClusterSettings, **options: Any) -> RayCluster:
         options["make_worker"] = wrap(options["make_worker"])
         options["make_teachers"] = {k: wrap(v) for k, v in options["make_teachers"].items()}
-        return RayCluster(**options)
+        return RayCluster(settings, **options)
 
     assembly.RayCluster = timed_cluster  # type: ignore[assignment,misc]
 

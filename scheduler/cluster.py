@@ -38,6 +38,31 @@ SLOW = 60.0
 """Seconds of waiting for a start after which it is said."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings:
+    """Where actors run, how many, and how long one may take.
+
+    address: see ray_start.connected. workers: rollout workers; each plays a fixed share of every
+    step's episodes, so one worker plays exactly what an in-process run does. threads: of torch in
+    each actor. worker_resources, teacher_resources: what Ray keeps for each of them: CPU, GPU, or a
+    name that nodes were started with. strategy: of the placement group that holds all of these:
+    PACK, SPREAD, STRICT_PACK or STRICT_SPREAD; None: no group, each goes where there is room.
+    wheel: this package, for nodes that do not have it; what it needs must be installed there.
+    timeout: seconds that one step's rollouts or one scoring may take. attempts: of a piece of work,
+    each on a fresh actor; then the run stops.
+    """
+
+    address: str
+    workers: int
+    threads: int
+    worker_resources: Mapping[str, float]
+    teacher_resources: Mapping[str, float]
+    strategy: str | None
+    wheel: str | None
+    timeout: float
+    attempts: int
+
+
 class RayCluster(Generic[AskT, AnswerT]):
     """Rollout workers and teachers as Ray actors; the learner stays here.
 
@@ -46,44 +71,26 @@ class RayCluster(Generic[AskT, AnswerT]):
     had happened.
 
     Args:
-        address: see ray_start.connected.
-        workers: rollout workers. Each plays a fixed share of every step's episodes, so one worker
-            plays exactly what an in-process run does.
-        threads: of torch in each actor.
         make_worker: called in the actor, returns its RolloutWorker. make_teachers: by name, called
             in the actor.
         weights: the student's, as they are now.
-        worker_resources, teacher_resources: what Ray keeps for each of them: CPU, GPU, or a name
-            that nodes were started with.
-        strategy: of the placement group that holds all of these: PACK, SPREAD, STRICT_PACK or
-            STRICT_SPREAD; None: no group, each goes where there is room.
-        wheel: this package, for nodes that do not have it; what it needs must be installed there.
-        timeout: seconds that one step's rollouts or one scoring may take.
-        attempts: of a piece of work, each on a fresh actor; then the run stops.
         stalled: a folder for the stacks of actors that overran, or None.
     """
 
     def __init__(
         self,
+        settings: ClusterSettings,
         *,
-        address: str,
-        workers: int,
-        threads: int,
         make_worker: Callable[[], RolloutWorker],
         make_teachers: Mapping[str, Callable[[], Service[AskT, AnswerT]]],
         weights: Callable[[], Weights],
-        worker_resources: Mapping[str, float] | None = None,
-        teacher_resources: Mapping[str, float] | None = None,
-        strategy: str | None = None,
-        wheel: str | None = None,
-        timeout: float = 3600.0,
-        attempts: int = 3,
         stalled: Path | None = None,
     ) -> None:
         import ray
 
-        self._ray, self._weights, self._timeout = ray, weights, timeout
-        self._attempts, self._stalled = attempts, stalled
+        self._ray, self._weights, self._stalled = ray, weights, stalled
+        self._timeout, self._attempts = settings.timeout, settings.attempts
+        workers = settings.workers
         # (the student's weights in Ray's store, their version)
         self._loaded: tuple[Any, int | None] = None, None
         self._group: Any = None
@@ -92,12 +99,12 @@ class RayCluster(Generic[AskT, AnswerT]):
         self.restarts = 0
         self._connection = contextlib.ExitStack()
         if not ray.is_initialized():
-            with _unpacked(wheel) as modules:
+            with _unpacked(settings.wheel) as modules:
                 self._connection.enter_context(
-                    connected(address, attempts=attempts, modules=modules)
+                    connected(settings.address, attempts=settings.attempts, modules=modules)
                 )
-        needs = [dict(worker_resources or {})] * workers
-        needs += [dict(teacher_resources or {})] * len(make_teachers)
+        needs = [settings.worker_resources] * workers
+        needs += [settings.teacher_resources] * len(make_teachers)
         makers: dict[str, Callable[[], object]] = {
             f"worker-{i}": make_worker for i in range(workers)
         }
@@ -105,11 +112,12 @@ class RayCluster(Generic[AskT, AnswerT]):
 
         def member(name: str, make: Callable[[], object], options: dict[str, Any]) -> _Member:
             actor = ray.remote(_Actor).options(**options)
-            dump = None if stalled is None else (str(stalled / f"{name}.txt"), 0.9 * timeout)
-            return _Member(name, lambda: actor.remote(name, make, threads, dump))
+            deadline = 0.9 * settings.timeout
+            dump = None if stalled is None else (str(stalled / f"{name}.txt"), deadline)
+            return _Member(name, lambda: actor.remote(name, make, settings.threads, dump))
 
         try:
-            places = self._places(needs, strategy)
+            places = self._places(needs, settings.strategy)
             members = [
                 member(name, make, options)
                 for (name, make), options in zip(makers.items(), places, strict=True)

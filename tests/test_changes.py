@@ -55,6 +55,10 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def _refuse(folder: Path, config: RunConfig) -> None:
+    refuse_changes(folder, config, config.resolve())
+
+
 def test_every_key_that_touches_what_is_learned_is_told_in_one_line(folder: Path) -> None:
     now = _config(
         folder,
@@ -67,7 +71,7 @@ def test_every_key_that_touches_what_is_learned_is_told_in_one_line(folder: Path
         evaluation__every=5,
     )
     with pytest.raises(ConfigError) as refused:
-        refuse_changes(folder, now)
+        _refuse(folder, now)
     said = str(refused.value)
     inside = said[said.index("(") + 1 : said.rindex(")")]
     assert inside.split("; ") == [
@@ -80,7 +84,7 @@ def test_every_key_that_touches_what_is_learned_is_told_in_one_line(folder: Path
     ]
     assert said.startswith(f"{folder}/config.yaml: ") and "accept_changes=true" in said
     assert "\n" not in said
-    refuse_changes(folder, now.model_copy(update={"accept_changes": True}))
+    _refuse(folder, now.model_copy(update={"accept_changes": True}))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def test_every_key_that_touches_what_is_learned_is_told_in_one_line(folder: Path
 def test_what_does_not_touch_it_needs_no_permission(folder: Path, keys: dict[str, Any]) -> None:
     now = _config(folder, **keys)
     assert differences(yaml.safe_load((folder / "config.yaml").read_text()), now)
-    refuse_changes(folder, now)
+    _refuse(folder, now)
 
 
 @pytest.mark.parametrize(
@@ -136,19 +140,19 @@ def test_more_steps_are_asked_about_where_something_hangs_on_them(
 ) -> None:
     write_config(folder, _config(folder, **keys), step=4)
     longer = _config(folder, steps=12, **keys)
-    assert hangs in hanging_on_steps(longer)
+    assert hangs in hanging_on_steps(longer, longer.resolve())
     if not hangs:
-        refuse_changes(folder, longer)
+        _refuse(folder, longer)
         return
     with pytest.raises(ConfigError) as refused:
-        refuse_changes(folder, longer)
+        _refuse(folder, longer)
     assert f"(steps: 6, now 12, on which {hangs}" in str(refused.value)
 
 
 def test_fewer_steps_than_are_done(folder: Path) -> None:
     for accept in (False, True):  # no permission makes steps undone
         with pytest.raises(ConfigError, match=r"^steps: 3, but 4 are done in .*: set it to 4"):
-            refuse_changes(folder, _config(folder, steps=3, accept_changes=accept))
+            _refuse(folder, _config(folder, steps=3, accept_changes=accept))
 
 
 @pytest.mark.parametrize(
@@ -157,11 +161,11 @@ def test_fewer_steps_than_are_done(folder: Path) -> None:
 def test_a_damaged_configuration_is_named(folder: Path, text: str) -> None:
     (folder / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml is damaged \(.+put it back") as refused:
-        refuse_changes(folder, _config(folder))
+        _refuse(folder, _config(folder))
     assert "\n" not in str(refused.value) and "accept_changes=true" in str(refused.value)
-    refuse_changes(folder, _config(folder, accept_changes=True))
+    _refuse(folder, _config(folder, accept_changes=True))
     write_config(folder, _config(folder, accept_changes=True), step=4)
-    refuse_changes(folder, _config(folder))
+    _refuse(folder, _config(folder))
 
 
 def test_cut_off_anywhere_it_is_refused_in_one_line(folder: Path) -> None:
@@ -171,19 +175,19 @@ def test_cut_off_anywhere_it_is_refused_in_one_line(folder: Path) -> None:
     for length in range(0, last, 7):
         (folder / "config.yaml").write_bytes(whole[:length])
         with pytest.raises(ConfigError) as refused:
-            refuse_changes(folder, _config(folder))
+            _refuse(folder, _config(folder))
         assert "\n" not in str(refused.value)
 
 
 def test_one_that_is_missing_beside_checkpoints(folder: Path) -> None:
     (folder / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml is damaged \(.*No such file"):
-        refuse_changes(folder, _config(folder))
+        _refuse(folder, _config(folder))
 
 
 def test_without_a_checkpoint_nothing_is_compared(tmp_path: Path) -> None:
     write_config(tmp_path, _config(tmp_path), step=0)
-    refuse_changes(tmp_path, _config(tmp_path, seed=5, steps=1))
+    _refuse(tmp_path, _config(tmp_path, seed=5, steps=1))
 
 
 def test_defaults_that_came_later_are_no_change(folder: Path) -> None:
@@ -191,7 +195,7 @@ def test_defaults_that_came_later_are_no_change(folder: Path) -> None:
     old = yaml.safe_load(path.read_text())
     del old["optimizer"]["recompute"], old["schedule"], old["tasks"]["math"]["group"]
     path.write_text(yaml.safe_dump(old))
-    refuse_changes(folder, _config(folder))
+    _refuse(folder, _config(folder))
 
 
 def test_the_permission_is_for_once_and_what_it_changed_is_on_record(folder: Path) -> None:

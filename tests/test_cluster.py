@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.scheduler.cluster import RayCluster
+from tutelage.distill.config.sections import ClusterConfig
+from tutelage.scheduler.cluster import ClusterSettings, RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
 
 pytestmark = pytest.mark.slow
@@ -82,16 +83,13 @@ Make = Callable[..., RayCluster]
 def make(tmp_path: Path) -> Iterator[Make]:
     made = []
 
-    def make(workers: int = 2, **options: Any) -> RayCluster:
+    def make(workers: int = 2, **keys: Any) -> RayCluster:
         cluster = RayCluster(
-            address="local",
-            workers=workers,
-            threads=1,
+            ClusterSettings(**ClusterConfig(workers=workers, **keys).model_dump()),
             make_worker=lambda: _fragile(tmp_path),
             make_teachers={"t": lambda: _fragile(tmp_path)},
             weights=lambda: {"w": 1.5},
             stalled=tmp_path / "stalled",
-            **options,
         )
         made.append(cluster)
         return cluster

@@ -79,26 +79,26 @@ class TestReading:
         assert load(text=text) == config
 
     def test_a_task_has_its_own_objective_and_rollout_or_the_runs(self, load: Load) -> None:
-        config = load(
+        tasks = load(
             "tasks.math.objective={name: sampled_token}",
             "tasks.math.rollout={max_turns: 1, context: {kind: window}}",
-        )
-        assert config.objective_of("math").name == "sampled_token"
-        assert config.objective_of("household").name == "local_support"
-        math, household = config.rollout_of("math"), config.rollout_of("household")
+        ).resolve()
+        assert tasks["math"].objective.name == "sampled_token"
+        assert tasks["household"].objective.name == "local_support"
+        math, household = tasks["math"].rollout, tasks["household"].rollout
         assert (math.max_turns, household.max_turns) == (1, 30)
-        assert math.top_p == household.top_p == 0.9
+        assert math.law.top_p == household.law.top_p == 0.9
         # Inside a section too, the task's keys replace the run's one by one.
         assert (math.context.kind, math.context.repeat_task) == ("window", True)
         assert household.context.kind == "full"
 
     def test_evaluation_plays_its_own_split_without_the_expert(self, load: Load) -> None:
-        config = load(
+        household = load(
             "tasks.household.env_args={split: train, difficulty: tiny, expert: true}",
             "tasks.household.eval_args={split: valid_unseen}",
-        )
-        assert config.task_rollout("household").env_args["expert"] is True
-        assert config.task_rollout("household", evaluation=True).env_args == {
+        ).resolve()["household"]
+        assert household.rollout.env_args["expert"] is True
+        assert household.evaluation.env_args == {
             "split": "valid_unseen",
             "difficulty": "tiny",
         }

@@ -236,7 +236,7 @@ def test_the_whole_configuration_is_one(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(WHOLE)
     config = load_config(path)
-    assert config.optimizer.lr == 0.5 and config.rollout_of("household").max_turns == 5
+    assert config.optimizer.lr == 0.5 and config.resolve()["household"].rollout.max_turns == 5
 
 
 def test_every_mutant_is_refused_in_one_line_that_names_its_key(tmp_path: Path) -> None:

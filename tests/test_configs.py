@@ -46,21 +46,20 @@ def test_the_joint_paper_is_its_table_of_settings() -> None:
     config = load_config(CONFIGS / "papers" / "revisiting_joint.yaml")
     assert config.steps == 400 and config.schedule.policy == "alternate"
     assert config.student.model == "Qwen/Qwen2.5-7B-Instruct"
-    optimizer = config.optimizer
+    optimizer, tasks = config.optimizer, config.resolve()
     assert (optimizer.lr, optimizer.minibatch, optimizer.decay) == (2e-6, 64, "constant")
     for name, turns, tokens in (("household", 30, 512), ("math", 1, 16_384)):
-        task, how = config.tasks[name], config.rollout_of(name)
-        assert (task.episodes, task.group) == (16 * 8, 8)
+        task, how = tasks[name], tasks[name].rollout
+        assert (task.schedule.episodes, task.schedule.group) == (16 * 8, 8)
         assert (how.max_turns, how.max_new_tokens) == (turns, tokens)
-        assert (how.temperature, how.top_p) == (1.0, 0.9)
-        objective = config.objective_of(name)
-        assert (objective.name, objective.options["k"]) == ("local_support", 32)
-    context = config.task_rollout("household").context
+        assert (how.law.temperature, how.law.top_p) == (1.0, 0.9)
+        assert (task.objective.name, task.options["k"]) == ("local_support", 32)
+    context = tasks["household"].rollout.context
     assert (context.kind, context.turns, context.format) == ("window", 2, "gigpo")
-    assert config.task_rollout("math").context.format is None
+    assert tasks["math"].rollout.context.format is None
     # DAPO's layout is the training file's alone.
-    assert config.task_rollout("math").env_args["layout"] == "dapo"
-    assert config.task_rollout("math", evaluation=True).env_args["layout"] == "plain"
+    assert tasks["math"].rollout.env_args["layout"] == "dapo"
+    assert tasks["math"].evaluation.env_args["layout"] == "plain"
 
 
 def test_math_only_trains_on_a_file_of_problems(

@@ -24,6 +24,7 @@ from tests.hostile_server import GARBAGE, SOUND, TRANSPORT, Act, Caller, Hostile
 from tests.stand_in_server import StandIn
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.resolved import support_of
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import Needs
@@ -378,7 +379,9 @@ LISTINGS = {
 def test_a_list_of_models_that_is_none(serve: Serve, tokenizer: Any, kind: str) -> None:
     found, says = LISTINGS[kind]
     with pytest.raises((ServerError, ConfigError)) as raised:
-        check_server(_config(serve(listing(found)).url), "one", tokenizer)
+        config = _config(serve(listing(found)).url)
+        k = support_of("one", config.resolve())
+        check_server("one", config.teachers["one"], tokenizer, k=k)
     text = str(raised.value)
     assert re.search(says, text) and text.startswith("teachers.one"), text
     assert KEY not in text and len(text) < 1500 and text.isprintable()

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.scheduler.cluster import RayCluster
+from tutelage.distill.config.sections import ClusterConfig
+from tutelage.scheduler.cluster import ClusterSettings, RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
 
 pytestmark = pytest.mark.slow
@@ -56,17 +57,14 @@ def _maker() -> Any:
 
 
 def _join(address: str, make: Any, wheel: str | None = None) -> RayCluster:
+    each = {"CPU": 1.0}
+    keys = {"worker_resources": each, "teacher_resources": each, "strategy": "PACK"}
+    section = ClusterConfig(address=address, wheel=wheel, **keys)  # type: ignore[arg-type]
     return RayCluster(
-        address=address,
-        workers=1,
-        threads=1,
+        ClusterSettings(**section.model_dump()),
         make_worker=make,
         make_teachers={},
         weights=lambda: {"w": 1.5},
-        worker_resources={"CPU": 1},
-        teacher_resources={"CPU": 1},
-        strategy="PACK",
-        wheel=wheel,
     )
 
 

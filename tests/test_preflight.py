@@ -13,6 +13,7 @@ import pytest
 from tutelage.distill.cli import main as cli
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import load_config
+from tutelage.distill.config.resolved import rollouts_of
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import load_tokenizer
 from tutelage.distill.models.scratch import scratch_settings
@@ -82,6 +83,10 @@ def _as_before() -> Iterator[None]:
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that loads fails the test."""
     monkeypatch.setattr(training, "make_learner", lambda *_: pytest.fail("a model loaded"))
+
+
+def _open_once(config: RunConfig) -> list[str]:
+    return open_once(rollouts_of(config.resolve()))
 
 
 class TestMachine:
@@ -308,20 +313,20 @@ class TestEnvironments:
         rows.write_text('{"id": 1, "problem": "1+1?", "answer": "2", "solution": "2"}\n')
         args = f"tasks.math.env_args={{problems: {rows}, problem_column: question}}"
         with pytest.raises(ConfigError, match=r"no column 'question' \(did you mean 'problem'\?"):
-            open_once(load(args))
-        assert open_once(load(args.replace("question", "problem"))) == []
+            _open_once(load(args))
+        assert _open_once(load(args.replace("question", "problem"))) == []
 
     def test_what_is_not_here_is_said_and_not_refused(self, load: Load) -> None:
-        assert open_once(load("tasks.math.env_args.problems=/no/such.jsonl")) == [
+        assert _open_once(load("tasks.math.env_args.problems=/no/such.jsonl")) == [
             "tutelage/Math-v0: no problem file at /no/such.jsonl"
         ]
-        (said,) = open_once(load("tasks.math.env=my_games_nowhere:Guess-v0"))
+        (said,) = _open_once(load("tasks.math.env=my_games_nowhere:Guess-v0"))
         assert said.startswith("my_games_nowhere:Guess-v0: there is no module 'my_games_nowhere'")
 
     def test_a_module_beside_the_config_is_found(self, load: Load, tmp_path: Path) -> None:
         (tmp_path / "my_games.py").write_text(MODULE)
-        assert open_once(load("tasks.math.env=my_games:Guess-v0")) == []
-        (said,) = open_once(load("tasks.math.env=my_game:Guess-v0"))
+        assert _open_once(load("tasks.math.env=my_games:Guess-v0")) == []
+        (said,) = _open_once(load("tasks.math.env=my_game:Guess-v0"))
         assert (
             f"looked for in the installed packages, {tmp_path}"
             in said.replace(str(tmp_path.resolve()), str(tmp_path))
@@ -334,7 +339,7 @@ class TestEnvironments:
 
     def test_a_module_that_lacks_another_says_which(self, load: Load, tmp_path: Path) -> None:
         (tmp_path / "my_games_b.py").write_text("import no_such_package_x\n")
-        (said,) = open_once(load("tasks.math.env=my_games_b:Guess-v0"))
+        (said,) = _open_once(load("tasks.math.env=my_games_b:Guess-v0"))
         assert "module 'my_games_b' imports 'no_such_package_x', which is not installed" in said
 
 

@@ -21,6 +21,7 @@ from tests import runs
 from tests.runs import metrics, train
 from tests.stand_in_server import StandIn
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.resolved import support_of
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import Needs, TeacherScores
@@ -489,7 +490,7 @@ class TestBeforeAnythingLoads:
     ) -> None:
         server = serve(make_model(vocabulary=800))  # and no /detokenize
         with pytest.raises(ConfigError, match=r"out of vocabulary\): it serves a model of another"):
-            check_server(configure("run", _settings(server)), "one", tokenizer)
+            _check_server(configure("run", _settings(server)), tokenizer)
 
     def test_what_is_no_such_server_is_named(
         self, configure: Callable[..., RunConfig], serve: Serve, tokenizer: Any
@@ -499,7 +500,7 @@ class TestBeforeAnythingLoads:
             lambda handler: handler._send(404, {"detail": "Not Found"})
         )
         with pytest.raises(ConfigError, match=r"one\.url: .* is no OpenAI-comp.*404"):
-            check_server(configure("run", _settings(server)), "one", tokenizer)
+            _check_server(configure("run", _settings(server)), tokenizer)
 
     def test_a_wrong_port_is_an_error_in_time(
         self, configure: Callable[..., RunConfig], tokenizer: Any
@@ -509,10 +510,15 @@ class TestBeforeAnythingLoads:
             url = f"http://127.0.0.1:{held.getsockname()[1]}"
             config = configure("run", {"engine": "server", "url": url, "model": "m", "attempts": 2})
             with pytest.raises(ServerError, match=f"{url}/v1/models gave no answer in 2 attempts"):
-                check_server(config, "one", tokenizer)
+                _check_server(config, tokenizer)
 
 
 def test_garbage_is_not_taken_for_an_answer() -> None:
     for body in (b"", b"null", b"[]", b'{"choices": 3}', b'{"choices": [{"prompt_logprobs": 1}]}'):
         with pytest.raises(InvalidResponse):
             read_candidates(body, tokens=2)
+
+
+def _check_server(config: RunConfig, tokenizer: Any) -> None:
+    k = support_of("one", config.resolve())
+    check_server("one", config.teachers["one"], tokenizer, k=k)

@@ -12,6 +12,7 @@ import pytest
 from tests.stand_in_server import StandIn
 from tutelage.distill.cli.main import main
 from tutelage.distill.config.loading import parse_config
+from tutelage.distill.config.resolved import support_of
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.examination import examine
 from tutelage.distill.models.loading import load_model
@@ -69,11 +70,12 @@ def _parsed(data: dict[str, Any]) -> RunConfig:
 
 
 def test_a_teacher_is_asked_for_the_most_that_any_of_its_tasks_wants(configure: Configure) -> None:
-    config = _parsed(configure("server", "here"))
-    assert [config.support_of(name) for name in ("a", "b", "nobody")] == [12, 12, 1]
+    tasks = _parsed(configure("server", "here")).resolve()
+    assert [support_of(name, tasks) for name in ("a", "b", "nobody")] == [12, 12, 1]
     one = configure("server", "here")
     one["tasks"]["wide"]["teacher"] = "b"
-    assert [_parsed(one).support_of(name) for name in ("a", "b")] == [5, 12]
+    tasks = _parsed(one).resolve()
+    assert [support_of(name, tasks) for name in ("a", "b")] == [5, 12]
 
 
 @pytest.mark.parametrize("engines", ENGINES, ids="+".join)

@@ -220,6 +220,7 @@ def _plan(options: argparse.Namespace) -> int:
     from tutelage.distill.cli.pages import show_plan
     from tutelage.distill.config.faults import ConfigError
     from tutelage.distill.config.loading import load_config
+    from tutelage.distill.config.resolved import rollouts_of
     from tutelage.distill.plan.plan import make_plan
     from tutelage.distill.run.preflight import check_machine, open_once
 
@@ -227,7 +228,9 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.pairs)
     plan = make_plan(config)
     with Console(stderr=True).status("opening environments"):
-        also = [f"not opened, and not seen: {what}" for what in open_once(config)]
+        also = [
+            f"not opened, and not seen: {what}" for what in open_once(rollouts_of(plan.settings))
+        ]
     try:
         check_machine(config)
     except ConfigError as error:  # where the run is to be, it may be otherwise

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage.distill.config.credentials import hidden
-from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.plan.footprint import Footprint
 from tutelage.distill.plan.memory import device_name, memory_here
@@ -117,7 +116,7 @@ def _placement(plan: Plan) -> Table:
         where += ", vLLM" * (teacher.engine == "vllm")
         rows.append([name, *model, teacher.dtype, device_name(teacher.device), where])
     for name, task in config.tasks.items():
-        rows.append([name, task.env, "", "", "cpu", _environments(config, name)])
+        rows.append([name, task.env, "", "", "cpu", _environments(plan, name)])
     headings = ["what", "model or environment", "size", "dtype", "device", "where"]
     return _table("Placement (here: this process)", headings, rows, words=6)
 
@@ -127,11 +126,11 @@ def _model(model: Footprint) -> list[str]:
     return [model.reference.rstrip("/").rsplit("/", 1)[-1], about + count(model.parameters)]
 
 
-def _environments(config: RunConfig, name: str) -> str:
-    processes = config.rollout_of(name).processes
+def _environments(plan: Plan, name: str) -> str:
+    processes, cluster = plan.settings[name].rollout.processes, plan.config.cluster
     if not processes:
         return "with the rollouts"
-    workers = config.cluster.workers if config.cluster else 1
+    workers = cluster.workers if cluster else 1
     return f"{2 * processes * workers} processes"  # one pool for training, one for evaluation
 
 

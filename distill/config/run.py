@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
-from tutelage.distill.config.faults import validated
+from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.resolved import TaskSettings, resolved
 from tutelage.distill.config.sections import (
     CheckpointConfig,
     ClusterConfig,
@@ -47,12 +45,11 @@ from tutelage.distill.config.values import (
     day,
     whole_number,
 )
-from tutelage.distill.objectives import Objective, build
+from tutelage.distill.objectives import Objective
 from tutelage.envs.names import unknown
-from tutelage.scheduler.contexts import ContextSettings
 from tutelage.scheduler.episodes import SamplingLaw
 from tutelage.scheduler.policies import Policy, make_policy
-from tutelage.scheduler.rollouts import TaskRollout
+from tutelage.scheduler.timetable import Timetable
 
 
 class RunConfig(Section):
@@ -100,39 +97,10 @@ class RunConfig(Section):
     def _routes(self) -> RunConfig:
         if not self.tasks:
             raise ValueError("tasks is empty: name at least one")
-        used = set()
-        for name, task in self.tasks.items():
-            self._check_turns(name, task)
-            objective = build_objective(self.objective_of(name))
-            if self.rollout_of(name).engine != self.rollout.engine:
-                raise ValueError(
-                    f"tasks.{name}.rollout.engine: all tasks are played by one engine: set the"
-                    " run's rollout.engine"
-                )
-            taught = objective.needs.teacher and objective.needs.given
-            if task.guidance is not None and not taught:
-                raise ValueError(
-                    f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
-                    f" tokens, and this task's is {objective.name!r}: change one of them"
-                )
-            for teacher in task.teachers:
-                used.add(teacher)
-                if teacher not in self.teachers:
-                    raise ValueError(
-                        f"tasks.{name}.teacher: " + unknown("teacher", teacher, self.teachers)
-                        if self.teachers
-                        else f"tasks.{name}.teacher is {teacher!r}, but teachers is empty"
-                    )
-                self._check_engine(name, teacher, objective)
-            if objective.needs.teacher and not task.teachers:
-                raise ValueError(
-                    f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
-                    f" tasks.{name}.teacher"
-                )
-            if task.guidance is not None and task.guidance.by == "teacher":
-                self._check_guide(name, task)
-            if objective.needs.law:
-                self._check_law(name)
+        for name, task in self.resolve().items():
+            self._check_teachers(name, task)
+            if task.objective.needs.law:
+                self._check_law(name, task.rollout.law)
         if self.learner.processes > 1 and ":" in self.student.device:
             raise ValueError(
                 f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
@@ -145,24 +113,46 @@ class RunConfig(Section):
                 stacklevel=1,
             )
         self.policy()
+        used = {teacher for task in self.tasks.values() for teacher in task.teachers}
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
         return self
 
-    def _check_turns(self, name: str, task: TaskConfig) -> None:
-        """Raises ValueError for a task that can never be played, or not in whole groups."""
-        end = self.steps if task.end is None else min(task.end, self.steps)
-        if task.start >= end:
-            last = f"end, {task.end}" if end == task.end else f"the run's {self.steps} steps"
+    def resolve(self) -> dict[str, TaskSettings]:
+        """Every task's settings: its own keys, and the run's where it has none.
+
+        Raises:
+            ValueError: keys that do not go with each other (in a checked config there are none).
+        """
+        return {
+            name: resolved(name, task, self.objective, self.rollout, self.steps)
+            for name, task in self.tasks.items()
+        }
+
+    def _check_teachers(self, name: str, settings: TaskSettings) -> None:
+        """Raises ValueError for a task that lacks a teacher, or has one that cannot do its part."""
+        task, objective = self.tasks[name], settings.objective
+        taught = objective.needs.teacher and objective.needs.given
+        if task.guidance is not None and not taught:
             raise ValueError(
-                f"tasks.{name}.start: {task.start} is not before {last}: the task would never be"
-                " played: lower it, or leave the task out"
+                f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
+                f" tokens, and this task's is {objective.name!r}: change one of them"
             )
-        if task.episodes % task.group:
+        for teacher in task.teachers:
+            if teacher not in self.teachers:
+                raise ValueError(
+                    f"tasks.{name}.teacher: " + unknown("teacher", teacher, self.teachers)
+                    if self.teachers
+                    else f"tasks.{name}.teacher is {teacher!r}, but teachers is empty"
+                )
+            self._check_engine(name, teacher, objective)
+        if objective.needs.teacher and not task.teachers:
             raise ValueError(
-                f"tasks.{name}.group: {task.episodes} episodes are no whole number of groups of"
-                f" {task.group}: set episodes to a multiple of it"
+                f"tasks.{name} has no teacher, and objective {objective.name!r} needs one: set"
+                f" tasks.{name}.teacher"
             )
+        if task.guidance is not None and task.guidance.by == "teacher":
+            self._check_guide(name, task)
 
     def _check_engine(self, task: str, name: str, objective: Objective) -> None:
         """Raises ValueError for what the task's teacher `name` cannot do in its engine."""
@@ -196,14 +186,13 @@ class RunConfig(Section):
                 " asleep: set one of sleeps=false and guidance.by=expert"
             )
 
-    def _check_law(self, task: str) -> None:
+    def _check_law(self, task: str, law: SamplingLaw) -> None:
         """Raises ValueError where nobody can say what the sampling law gave the task's tokens."""
-        how = self.rollout_of(task)
-        stale, plain = self.schedule.max_staleness, how.temperature == how.top_p == 1
-        if how.engine == "vllm" and stale and not plain:
+        stale = self.schedule.max_staleness
+        if self.rollout.engine == "vllm" and stale and not law.whole:
             raise ValueError(
                 f"tasks.{task}: objective.behavior: sampling needs what temperature"
-                f" {how.temperature:g} with top_p {how.top_p:g} gave each token: vLLM does not say,"
+                f" {law.temperature:g} with top_p {law.top_p:g} gave each token: vLLM does not say,"
                 f" and with schedule.max_staleness {stale} the learner's weights are no longer"
                 " those that played: set max_staleness 0, or rollout.engine transformers"
             )
@@ -215,54 +204,14 @@ class RunConfig(Section):
             schedule.policy, [*self.tasks], weights=schedule.weights, least=schedule.least
         )
 
-    def objective_of(self, task: str) -> ObjectiveConfig:
-        """The task's own objective, or the run's."""
-        own = self.tasks[task].objective
-        if own is None:
-            return self.objective
-        return validated(ObjectiveConfig, own, f"tasks.{task}.objective")
+    def timetable(self, tasks: Mapping[str, TaskSettings]) -> Timetable:
+        """The run's steps.
 
-    def support_of(self, teacher: str) -> int:
-        """How many of its own ids a token a teacher's tasks want at most; at least 1."""
-        tasks = [name for name, section in self.tasks.items() if teacher in section.teachers]
-        return max([1, *(build_objective(self.objective_of(task)).needs.k for task in tasks)])
-
-    def rollout_of(self, task: str) -> RolloutConfig:
-        """The run's rollout section with the task's keys in place."""
-        merged = _merged(self.rollout.model_dump(), self.tasks[task].rollout)
-        return validated(RolloutConfig, merged, f"tasks.{task}.rollout")
-
-    def task_rollout(self, task: str, *, evaluation: bool = False) -> TaskRollout:
-        """How the task is played, as the scheduler takes it."""
-        how, config = self.rollout_of(task), self.tasks[task]
-        args = config.env_args
-        if evaluation:
-            args = {key: value for key, value in args.items() if key != "expert"} | config.eval_args
-        return TaskRollout(
-            env=config.env,
-            env_args=args,
-            context=ContextSettings(**how.context.model_dump()),
-            law=SamplingLaw(temperature=how.temperature, top_p=how.top_p),
-            max_turns=how.max_turns,
-            max_new_tokens=how.max_new_tokens,
-            max_live=how.max_live,
-            processes=how.processes,
-            timeout=how.timeout,
-            attempts=how.attempts,
-            max_observation=how.max_observation,
-        )
-
-
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a section names."""
-    return build(config.name, **config.options)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = (
-            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
-    return merged
+        Raises:
+            ConfigError: the tasks' start, end and steps leave a step without any.
+        """
+        plans = {name: task.schedule for name, task in tasks.items()}
+        try:
+            return Timetable(plans, steps=self.steps, seed=self.seed, make_policy=self.policy)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None

@@ -94,9 +94,13 @@ class ContextConfig(Section):
     system: str | None = None
     """The system message; none: the chat template's own, if it has one."""
 
+    def settings(self) -> ContextSettings:
+        """Raises ValueError for what does not go with each other."""
+        return ContextSettings(**self.model_dump())
+
     @model_validator(mode="after")
     def _possible(self) -> ContextConfig:
-        ContextSettings(**self.model_dump())
+        self.settings()
         return self
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.doctor.numbers import Score, check_teacher_on_student
@@ -36,6 +37,7 @@ class Known:
 
 def examine_engine(
     config: RunConfig,
+    tasks: Mapping[str, TaskSettings],
     name: str,
     tokenizer: object,
     known: Known | None,
@@ -49,7 +51,7 @@ def examine_engine(
     own = config.model_copy(update={"teachers": {name: settings}})
     teacher: Teacher | None = None
     try:
-        check_teachers(own, tokenizer)
+        check_teachers(own, tasks, tokenizer)
         teacher = load_teacher(name, settings, len(tokenizer))  # type: ignore[arg-type]
         if known is not None:
             yield check_parity(subject, teacher.score, known, within=within)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.resolved import TaskSettings, rollouts_of, support_of
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor import numbers, texts
 from tutelage.distill.doctor.engines import Known, examine_engine
 from tutelage.distill.doctor.environments import check_environment, check_grader
@@ -41,7 +42,7 @@ from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.envs.errors import one_line
 from tutelage.scheduler.engine import Engine
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
-from tutelage.scheduler.rollouts import RolloutWorker
+from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
 
 EPISODES, TURNS, TOKENS = 2, 4, 64
 """Of each task, what is played to have something to score."""
@@ -50,6 +51,7 @@ AS_TOLD = "do as it says, or choose another model"
 """The cure of a fault that names its own."""
 
 Say = Callable[[str], None]
+Settings = Mapping[str, TaskSettings]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +66,9 @@ def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding
     """Every finding on a checked config, as it is made. say: told what is looked at."""
     check_devices(config)
     prepare_process(config.student.threads)
+    settings = config.resolve()
     say("environments")
-    yield from _environments(config)
+    yield from _environments(config, settings)
     say("tokenizers")
     tokenizer, findings = _tokenizer("student", student_tokenizer(config.student))
     yield from findings
@@ -75,29 +78,27 @@ def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding
                 yield from _tokenizer(f"teachers.{name}", teacher.files)[1]
         return
     config = dated(as_begun(config), tokenizer)
-    yield from _texts(config, tokenizer)
+    yield from _texts(config, settings, tokenizer)
     say("student")
     played: dict[str, Played] = {}
-    yield from _student(config, tokenizer, played)
+    yield from _student(config, settings, tokenizer, played)
     for name in config.teachers:
         say(f"teacher {name}")
-        yield from _teacher(config, name, tokenizer, played)
+        yield from _teacher(config, settings, name, tokenizer, played)
 
 
-def _environments(config: RunConfig) -> Iterator[Finding]:
-    for name in config.tasks:
-        subject, task = f"tasks.{name}", config.tasks[name]
-        training = config.task_rollout(name)
-        guided = task.guidance is not None and task.guidance.by == "expert"
-        labels = build_objective(config.objective_of(name)).needs.generated_by == "expert"
+def _environments(config: RunConfig, settings: Settings) -> Iterator[Finding]:
+    for name, task in settings.items():
+        subject, guidance = f"tasks.{name}", config.tasks[name].guidance
+        training, evaluation = task.rollout, task.evaluation
+        guided = guidance is not None and guidance.by == "expert"
         yield from check_environment(
             subject,
             training.env,
             training.env_args,
-            expert=labels or guided,
+            expert=task.schedule.labels or guided,
             admissible=training.context.lists_actions,
         )
-        evaluation = config.task_rollout(name, evaluation=True)
         if evaluation.env_args != training.env_args:
             yield from check_environment(
                 subject,
@@ -124,19 +125,19 @@ def _absent(subject: str, what: str, reference: str | None, error: Exception) ->
     return Check(subject, what).fault(one_line(error), cure)
 
 
-def _texts(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
-    systems = [config.rollout_of(name).context.system for name in config.tasks]
+def _texts(config: RunConfig, settings: Settings, tokenizer: Any) -> Iterator[Finding]:
+    systems = [task.rollout.context.system for task in settings.values()]
     for system in dict.fromkeys(systems):
         yield texts.check_template("student", tokenizer, system, config.date)
-    for name in config.tasks:
-        masked = config.objective_of(name).mask_tokens
-        yield texts.check_mask(f"tasks.{name}", tokenizer, masked)
-        objective, law = build_objective(config.objective_of(name)), config.task_rollout(name).law
-        if objective.needs.draws:
-            yield numbers.check_law(f"tasks.{name}", objective, law)
+    for name, task in settings.items():
+        yield texts.check_mask(f"tasks.{name}", tokenizer, task.mask_tokens)
+        if task.objective.needs.draws:
+            yield numbers.check_law(f"tasks.{name}", task.objective, task.rollout.law)
 
 
-def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> Iterator[Finding]:
+def _student(
+    config: RunConfig, settings: Settings, tokenizer: Any, played: dict[str, Played]
+) -> Iterator[Finding]:
     """Findings on the student; fills `played`."""
     size = len(tokenizer)
     try:
@@ -151,39 +152,38 @@ def _student(config: RunConfig, tokenizer: Any, played: dict[str, Played]) -> It
     yield ends
     if rows < size or ends.level == "fault":
         return
-    for name in config.tasks:
+    for name, task in settings.items():
         subject = f"tasks.{name}"
         engine = TransformersEngine(model, vocabulary=size)
-        found = _play(config, name, engine, tokenizer)
+        found = _play(config, name, task.rollout, engine, tokenizer)
         if isinstance(found, Finding):
             yield found
             continue
         played[name] = found
         yield numbers.check_engine(subject, model, found.rows, vocabulary=size)
-        objective = build_objective(config.objective_of(name))
         yield numbers.check_self_distillation(
-            subject, model, found.rows, objective, vocabulary=size
+            subject, model, found.rows, task.objective, vocabulary=size
         )
     if config.rollout.engine == "vllm":
-        yield from _vllm(config, model, tokenizer)
+        yield from _vllm(config, settings, model, tokenizer)
     del model
     _free()
 
 
-def _vllm(config: RunConfig, model: Any, tokenizer: Any) -> Iterator[Finding]:
+def _vllm(config: RunConfig, settings: Settings, model: Any, tokenizer: Any) -> Iterator[Finding]:
     """Whether vLLM takes the student's weights and says of its own tokens what the student does."""
     size = len(tokenizer)
     check = Check("student", "vllm and learner")
     try:
-        engine = make_engine(config, model, size)
+        engine = make_engine(config, rollouts_of(settings), model, size)
         engine.load(None, 0)
     except (ConfigError, RuntimeError) as error:
         cure = "see the vllm section; rollout.engine=transformers needs none of it"
         yield check.fault(one_line(error), cure)
         return
     within = numbers.tolerance(model, config.vllm.dtype)
-    for name in config.tasks:
-        found = _play(config, name, engine, tokenizer)
+    for name, task in settings.items():
+        found = _play(config, name, task.rollout, engine, tokenizer)
         if isinstance(found, Finding):
             yield found
             continue
@@ -198,9 +198,10 @@ def _vllm(config: RunConfig, model: Any, tokenizer: Any) -> Iterator[Finding]:
     engine.close()
 
 
-def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Played | Finding:
+def _play(
+    config: RunConfig, name: str, how: TaskRollout, engine: Engine, tokenizer: Any
+) -> Played | Finding:
     """A few short episodes of a task, exactly as training plays them."""
-    how = config.task_rollout(name)
     how = replace(
         how,
         max_turns=min(how.max_turns, TURNS),
@@ -241,30 +242,30 @@ def _play(config: RunConfig, name: str, engine: Engine, tokenizer: Any) -> Playe
 
 
 def _teacher(
-    config: RunConfig, name: str, tokenizer: Any, played: dict[str, Played]
+    config: RunConfig, settings: Settings, name: str, tokenizer: Any, played: dict[str, Played]
 ) -> Iterator[Finding]:
-    subject, settings = f"teachers.{name}", config.teachers[name]
+    subject, section = f"teachers.{name}", config.teachers[name]
     tasks = {
         task: played[task]
-        for task, section in config.tasks.items()
-        if name in section.teachers and task in played
+        for task, own in settings.items()
+        if name in own.schedule.teachers and task in played
     }
     known: Known | None = None
-    if settings.files is not None:
-        own, findings = _tokenizer(subject, settings.files)
+    if section.files is not None:
+        own, findings = _tokenizer(subject, section.files)
         yield from findings
         if own is None:
             return
         comparisons = [
             texts.check_vocabulary(subject, tokenizer, own),
-            _ends(config, tokenizer, subject, own),
+            _ends(config, settings, tokenizer, subject, own),
             texts.check_same_template(subject, tokenizer, own),
         ]
         yield from comparisons
         try:
-            model = load_model(settings.files, dtype=settings.dtype, device=settings.device)
+            model = load_model(section.files, dtype=section.dtype, device=section.device)
         except ConfigError as error:
-            yield _absent(subject, "weights", settings.files, error)
+            yield _absent(subject, "weights", section.files, error)
             return
         rows = model.get_output_embeddings().weight.shape[0]
         yield texts.check_padding(subject, rows, len(tokenizer))
@@ -274,25 +275,25 @@ def _teacher(
         opening = next((p.opening for p in tasks.values()), None)
         prompt = opening or tokenizer.encode("What is two and two?", add_special_tokens=False)
         yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
-        if settings.engine != "transformers":
+        if section.engine != "transformers":
             own_rows = [row for found in tasks.values() for row in found.rows]
             own_rows = own_rows or exam_rows(len(tokenizer))
-            scores = teacher.score(own_rows, Needs(k=config.support_of(name)))
-            known = Known(reference=settings.files, rows=tuple(own_rows), scores=tuple(scores))
+            scores = teacher.score(own_rows, Needs(k=support_of(name, settings)))
+            known = Known(reference=section.files, rows=tuple(own_rows), scores=tuple(scores))
         del model, teacher
         _free()
-    if settings.engine != "transformers":
+    if section.engine != "transformers":
         said = {task: found.rows for task, found in tasks.items()}
-        yield from examine_engine(config, name, tokenizer, known, said)
+        yield from examine_engine(config, settings, name, tokenizer, known, said)
         _free()
 
 
-def _ends(config: RunConfig, tokenizer: Any, subject: str, own: Any) -> Finding:
+def _ends(config: RunConfig, settings: Settings, tokenizer: Any, subject: str, own: Any) -> Finding:
     """Whether teacher and student end alike. own: the teacher's tokenizer."""
     name = subject.removeprefix("teachers.")
-    taught = [task for task, section in config.tasks.items() if name in section.teachers]
+    taught = next(task for task in settings.values() if name in task.schedule.teachers)
     try:
-        student = chat_of(config, tokenizer, taught[0])
+        student = chat_of(config, tokenizer, taught.rollout.context.system)
         teacher = teacher_chat(name, own, config.teachers[name].files)
     except ConfigError as error:
         return Check(subject, "EOS").fault(str(error), "see the message")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tutelage.distill.config.run import RunConfig
@@ -12,6 +13,7 @@ from tutelage.distill.engines.vllm.engine import make_engine as make_vllm_engine
 from tutelage.distill.engines.vllm.start import require_vllm
 from tutelage.distill.models.weights import array_of
 from tutelage.scheduler.engine import Engine, Weights
+from tutelage.scheduler.rollouts import TaskRollout
 
 
 def worker_weights(config: RunConfig, model: Any, vocabulary: int) -> Weights:
@@ -30,21 +32,28 @@ def check_rollout_engine(config: RunConfig) -> None:
         require_vllm(WANTED)
 
 
-def make_engine(config: RunConfig, model: Any, vocabulary: int) -> Engine:
-    """The engine that plays, beside the learner's model in this process."""
+def make_engine(
+    config: RunConfig, rollouts: Mapping[str, TaskRollout], model: Any, vocabulary: int
+) -> Engine:
+    """The engine that plays these, beside the learner's model in this process."""
     if config.rollout.engine == "vllm":
-        return vllm_engine(config, model.config, vocabulary, learner=model)
+        return vllm_engine(config, rollouts, model.config, vocabulary, learner=model)
     return TransformersEngine(model, vocabulary=vocabulary)
 
 
 def vllm_engine(
-    config: RunConfig, settings: Any, vocabulary: int, *, learner: Any = None
+    config: RunConfig,
+    rollouts: Mapping[str, TaskRollout],
+    settings: Any,
+    vocabulary: int,
+    *,
+    learner: Any = None,
 ) -> Engine:
     return make_vllm_engine(
         settings,
         config.vllm,
         vocabulary=vocabulary,
         dtype=config.student.dtype,
-        max_live=max(config.rollout_of(task).max_live for task in config.tasks),
+        max_live=max(how.max_live for how in rollouts.values()),
         learner=learner,
     )

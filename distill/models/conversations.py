@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import StudentConfig
 from tutelage.distill.models.loading import load_generation, load_settings, load_tokenizer
@@ -35,13 +37,12 @@ def spoken(config: RunConfig) -> dict[str, Any]:
     return {"stop_ids": stop_ids(config.student.model), "date": config.date}
 
 
-def chat_of(config: RunConfig, tokenizer: Any, task: str) -> Chat:
-    """The conversation of a task.
+def chat_of(config: RunConfig, tokenizer: Any, system: str | None) -> Chat:
+    """A task's conversation. system: what it begins with.
 
     Raises:
         ConfigError: tokenizer or template do not do.
     """
-    system = config.rollout_of(task).context.system
     try:
         return Chat(tokenizer, system=system, **spoken(config))
     except ValueError as error:
@@ -53,21 +54,26 @@ def tokenizer_key(student: StudentConfig) -> str:
     return "student.tokenizer" if student.tokenizer else "student.model"
 
 
-def check_conversations(config: RunConfig, tokenizer: Any) -> None:
+def check_conversations(
+    config: RunConfig, tasks: Mapping[str, TaskSettings], tokenizer: Any
+) -> None:
     """Whether every task's conversation can be held, and ends as its teachers know it.
 
     Raises:
         ConfigError: where not; names the key.
     """
-    chats = {task: chat_of(config, tokenizer, task) for task in config.tasks}
+    chats = {
+        name: chat_of(config, tokenizer, task.rollout.context.system)
+        for name, task in tasks.items()
+    }
     known = {
         name: teacher_chat(name, load_tokenizer(teacher.files), teacher.files).eos_ids
         for name, teacher in config.teachers.items()
         if teacher.files is not None
     }
-    for task, section in config.tasks.items():
+    for task, settings in tasks.items():
         end = chats[task].end_id
-        for name in section.teachers:
+        for name in settings.schedule.teachers:
             if name in known and end not in known[name]:
                 ends = ", ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in known[name])
                 raise ConfigError(

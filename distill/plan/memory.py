@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.resolved import TaskSettings
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.models.loading import device_of
 from tutelage.distill.objectives.scores import CHUNK
@@ -34,6 +35,7 @@ class Need:
 
 def learner_needs(
     config: RunConfig,
+    settings: Mapping[str, TaskSettings],
     student: Footprint,
     vocabulary: int | None,
     tasks: Sequence[TaskForecast],
@@ -59,7 +61,8 @@ def learner_needs(
             knob="micro_tokens",
         )
     )
-    found += _head_needs(config, device, vocabulary, least, longest)
+    full = any(task.objective.needs.full for task in settings.values())
+    found += _head_needs(device, vocabulary, least, longest, full=full)
     return found if config.learner.processes == 1 else _over_ranks(config, found, weights)
 
 
@@ -105,7 +108,7 @@ def _optimizer_need(config: RunConfig, student: Footprint, device: str) -> Need:
 
 
 def _head_needs(
-    config: RunConfig, device: str, vocabulary: int | None, least: int, longest: int | None
+    device: str, vocabulary: int | None, least: int, longest: int | None, *, full: bool
 ) -> list[Need]:
     """Logits and log-probabilities of a micro-batch's tokens, or the blocks that stand for them."""
     if vocabulary is None or vocabulary > DENSE_VOCABULARY:
@@ -122,7 +125,7 @@ def _head_needs(
                 knob="micro_tokens",
             )
         ]
-    if any(build_objective(config.objective_of(name)).needs.full for name in config.tasks):
+    if full:
         row = None if vocabulary is None else 4 * vocabulary
         found.append(
             Need(
@@ -136,7 +139,9 @@ def _head_needs(
     return found
 
 
-def rollout_needs(config: RunConfig, student: Footprint) -> list[Need]:
+def rollout_needs(
+    config: RunConfig, settings: Mapping[str, TaskSettings], student: Footprint
+) -> list[Need]:
     """The engine's weights, where they are not the learner's own, and its sessions' keys and
     values: of their replies alone, or of whole contexts."""
     device, width = device_name(config.student.device), BYTES[config.student.dtype]
@@ -170,7 +175,7 @@ def rollout_needs(config: RunConfig, student: Footprint) -> list[Need]:
             )
         if vllm:
             return [*found, _vllm_need("rollouts", config.vllm, device, weights, workers)]
-    sizes = [_sessions(config, name, workers) for name in config.tasks]
+    sizes = [_sessions(config, task, workers) for task in settings.values()]
     each = None if student.shape is None else student.shape.cache * width
     context = student.shape.context if student.shape else 0
     found.append(
@@ -190,10 +195,10 @@ def rollout_needs(config: RunConfig, student: Footprint) -> list[Need]:
     return found
 
 
-def _sessions(config: RunConfig, name: str, workers: int) -> tuple[int, int]:
+def _sessions(config: RunConfig, task: TaskSettings, workers: int) -> tuple[int, int]:
     """(episodes in flight in one engine, tokens of the replies that its cache holds of each)."""
-    how, section = config.rollout_of(name), config.evaluation
-    played = config.tasks[name].episodes
+    how, section = task.rollout, config.evaluation
+    played = task.schedule.episodes
     if section.every or section.final:
         played = (
             how.max_live * workers if section.episodes == "all" else max(played, section.episodes)
@@ -241,19 +246,20 @@ def teacher_needs(
     return found
 
 
-def guide_needs(config: RunConfig, teachers: dict[str, Footprint]) -> list[Need]:
+def guide_needs(
+    config: RunConfig, settings: Mapping[str, TaskSettings], teachers: dict[str, Footprint]
+) -> list[Need]:
     """A teacher that plays prefixes keeps keys and values as an engine does: of its share of what
     is in flight, or, if others end before, of all guided episodes at once."""
     workers = config.cluster.workers if config.cluster else 1
     found = []
-    for name, task in config.tasks.items():
-        if task.guidance is None or task.guidance.by != "teacher":
+    for name, task in settings.items():
+        if task.guide is None:
             continue
-        (name_of,) = task.teachers
-        teacher, shape = config.teachers[name_of], teachers[name_of].shape
-        live, reply = _sessions(config, name, workers)
-        share = task.guidance.share
-        usual, all_at_once = round(share * live), min(live, round(share * task.episodes))
+        teacher, shape = config.teachers[task.guide], teachers[task.guide].shape
+        live, reply = _sessions(config, task, workers)
+        share, episodes = task.schedule.guided_share, task.schedule.episodes
+        usual, all_at_once = round(share * live), min(live, round(share * episodes))
         each = None if shape is None else workers * shape.cache * BYTES[teacher.dtype]
         context = shape.context if shape else 0
         found.append(

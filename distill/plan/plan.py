@@ -9,9 +9,11 @@ Bytes are decimal: 1 GB = 10^9.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import check_vocabularies, student_tokenizer
 from tutelage.distill.plan.footprint import Footprint, at_hand, footprint, student_footprint
@@ -31,9 +33,11 @@ from tutelage.distill.student.laws import biases
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a config would run. vocabulary: the ids that take probability; None: unknown."""
+    """What a config would run. settings: of its tasks. vocabulary: the ids that take probability;
+    None: unknown."""
 
     config: RunConfig
+    settings: Mapping[str, TaskSettings]
     vocabulary: int | None
     student: Footprint
     teachers: dict[str, Footprint]
@@ -58,19 +62,23 @@ def make_plan(config: RunConfig) -> Plan:
         name: footprint(teacher.files or teacher.model) for name, teacher in config.teachers.items()
     }
     vocabulary = _vocabulary(config, student)
-    steps = steps_of(config)
-    tasks = tuple(forecast(config, name, steps[name], vocabulary) for name in config.tasks)
+    settings = config.resolve()
+    steps = steps_of(config, settings)
+    tasks = tuple(
+        forecast(config, name, task, steps[name], vocabulary) for name, task in settings.items()
+    )
     return Plan(
         config=config,
+        settings=settings,
         vocabulary=vocabulary,
         student=student,
         teachers=teachers,
         tasks=tasks,
         needs=(
-            *learner_needs(config, student, vocabulary, tasks),
-            *rollout_needs(config, student),
+            *learner_needs(config, settings, student, vocabulary, tasks),
+            *rollout_needs(config, settings, student),
             *teacher_needs(config, teachers, vocabulary, tasks),
-            *guide_needs(config, teachers),
+            *guide_needs(config, settings, teachers),
             process_needs(config),
         ),
     )
@@ -118,7 +126,7 @@ def notes(plan: Plan) -> list[str]:
             found.append(f"not on this machine, {how}: {', '.join(dict.fromkeys(references))}")
     if _tokenizer_here(config) is None:
         found.append("the student's tokenizer is not on this machine: vocabularies go unchecked")
-    for name, own in biases(config).items():
+    for name, own in biases(plan.settings).items():
         found.append(f"tasks.{name}: {own.text}: {own.cure}")
     if len(config.tasks) > 1 and config.schedule.policy in ("token_budget", "gap"):
         found.append(

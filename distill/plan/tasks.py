@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.resolved import TaskSettings
+from tutelage.distill.config.run import RunConfig
+from tutelage.distill.config.sections import TaskConfig
 from tutelage.distill.objectives import Needs
 from tutelage.scheduler.policies import Step
-from tutelage.scheduler.timetable import TaskPlan, Timetable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,10 @@ class TaskForecast:
         return None if self.score_bytes is None else self.score_bytes * self.tokens
 
 
-def forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) -> TaskForecast:
-    task, objective = config.tasks[name], build_objective(config.objective_of(name))
+def forecast(
+    config: RunConfig, name: str, settings: TaskSettings, steps: int, vocabulary: int | None
+) -> TaskForecast:
+    task, objective = config.tasks[name], settings.objective
     k = objective.needs.width
     if vocabulary is not None and k > vocabulary:
         raise ConfigError(
@@ -55,11 +57,11 @@ def forecast(config: RunConfig, name: str, steps: int, vocabulary: int | None) -
         name=name,
         env=task.env,
         teacher=_described_teachers(task.teachers) if objective.needs.teacher else None,
-        objective=_described(config, name, objective),
+        objective=_described(task, settings),
         steps=steps,
         episodes=task.episodes,
         group=task.group,
-        tokens=reply_tokens(config, name),
+        tokens=reply_tokens(settings),
         evaluated=evaluated(config),
         score_bytes=score_bytes(objective.needs, vocabulary),
     )
@@ -73,18 +75,17 @@ def _described_teachers(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items())
 
 
-def _described(config: RunConfig, name: str, objective: Any) -> str:
+def _described(task: TaskConfig, settings: TaskSettings) -> str:
     """The objective with its k and with what differs from its defaults."""
-    options = config.objective_of(name).options
+    objective = settings.objective
     defaults = inspect.signature(type(objective.rule)).parameters
     shown = {
         key: value
-        for key, value in options.items()
+        for key, value in settings.options.items()
         if key != "k" and value != defaults[key].default
     }
     text = [objective.name, *([f"k={objective.needs.width}"] if "k" in defaults else [])]
     text += [f"{key}={value}" for key, value in shown.items()]
-    task = config.tasks[name]
     if task.weight != 1:
         text.append(f"(weight {task.weight:g})")
     if task.guidance is not None:
@@ -92,26 +93,22 @@ def _described(config: RunConfig, name: str, objective: Any) -> str:
     return " ".join(text)
 
 
-def steps_of(config: RunConfig) -> dict[str, int]:
+def steps_of(config: RunConfig, settings: Mapping[str, TaskSettings]) -> dict[str, int]:
     """Every task's steps. Where they hang on what happens in the run (token_budget, gap): as if
     every reply were as long as it may be, and all gaps stayed."""
-    plans = {
-        name: TaskPlan(episodes=task.episodes, start=task.start, end=task.end, most=task.steps)
-        for name, task in config.tasks.items()
-    }
-    timetable = Timetable(plans, steps=config.steps, seed=config.seed, make_policy=config.policy)
-    tokens = {name: float(reply_tokens(config, name)) for name in plans}
-    gaps = dict.fromkeys(plans, 1.0)
+    timetable = config.timetable(settings)
+    tokens = {name: float(reply_tokens(task)) for name, task in settings.items()}
+    gaps = dict.fromkeys(settings, 1.0)
     for _, tasks in timetable.walk():
         active = timetable.active()
         timetable.record(Step(active=active, trained=tasks, tokens=tokens, gaps=gaps))
-    return {name: timetable.turn(name) for name in plans}
+    return {name: timetable.turn(name) for name in settings}
 
 
-def reply_tokens(config: RunConfig, name: str) -> int:
+def reply_tokens(task: TaskSettings) -> int:
     """Of a step, at most."""
-    how = config.rollout_of(name)
-    return config.tasks[name].episodes * how.max_turns * how.max_new_tokens
+    how = task.rollout
+    return task.schedule.episodes * how.max_turns * how.max_new_tokens
 
 
 def evaluated(config: RunConfig) -> int | None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,11 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import at_key, resolve
 from tutelage.distill.plan.footprint import student_footprint
-from tutelage.distill.run.assembly import task_rollouts
 from tutelage.distill.student.lessons import Course
 from tutelage.envs.errors import one_line
 from tutelage.envs.plugins import Absent
 from tutelage.evaluation.run_folder import FILES, FOLDERS, METRICS
-from tutelage.scheduler.rollouts import EnvironmentPools
+from tutelage.scheduler.rollouts import EnvironmentPools, TaskRollout
 
 
 def check_machine(config: RunConfig) -> None:
@@ -147,7 +146,7 @@ def _check_weights(key: str, reference: str) -> None:
             ) from None
 
 
-def open_once(config: RunConfig) -> list[str]:
+def open_once(rollouts: Mapping[str, TaskRollout]) -> list[str]:
     """Open each task's environments once, for training and for evaluation, in a process of its own
     that has a deadline, and without asking the network. What is not on this machine comes back, a
     line each: there the environment went unseen.
@@ -156,7 +155,7 @@ def open_once(config: RunConfig) -> list[str]:
         ValueError: an environment that cannot be made as the configuration says.
     """
     absent = []
-    for name, how in task_rollouts(config).items():
+    for name, how in rollouts.items():
         pools = EnvironmentPools({name: replace(how, processes=1)})
         try:
             with _offline(), at_key(f"tasks.{name.rpartition(':')[2]}", but=Absent):
@@ -168,13 +167,13 @@ def open_once(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(absent))
 
 
-def open_all(config: RunConfig, pools: EnvironmentPools) -> None:
+def open_all(rollouts: Iterable[str], pools: EnvironmentPools) -> None:
     """Start each task's environments, for training and for evaluation.
 
     Raises:
         ConfigError: the task, and why its environment cannot be made.
     """
-    for name in task_rollouts(config):
+    for name in rollouts:
         with at_key(f"tasks.{name.rpartition(':')[2]}"):
             pools.open([name])
 

@@ -12,7 +12,8 @@ from typing import Any
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import dump
-from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.resolved import TaskSettings
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.teachers.identity import Identity, student_digest
 from tutelage.evaluation import run_folder
 from tutelage.evaluation.files import write_text
@@ -59,7 +60,7 @@ FREE_TO_CHANGE = (
 MISSING = object()
 
 
-def refuse_changes(folder: Path, config: RunConfig) -> None:
+def refuse_changes(folder: Path, config: RunConfig, tasks: Mapping[str, TaskSettings]) -> None:
     """Compare a configuration with that of the run in the folder, which the run goes on from.
 
     Raises:
@@ -77,7 +78,7 @@ def refuse_changes(folder: Path, config: RunConfig) -> None:
     if config.accept_changes:
         return
     old = _read(folder)
-    hanging = hanging_on_steps(config)
+    hanging = hanging_on_steps(config, tasks)
     free = FREE_TO_CHANGE if hanging else (*FREE_TO_CHANGE, "steps")
     found = [
         f"{key}: {_shown(was)}, now {_shown(now)}" + (hanging if key == "steps" else "")
@@ -153,21 +154,19 @@ def refuse_other_teachers(
             references[name] = first
 
 
-def hanging_on_steps(config: RunConfig) -> str:
+def hanging_on_steps(config: RunConfig, tasks: Mapping[str, TaskSettings]) -> str:
     """What a run of more steps would have done otherwise from its beginning, for a message: the
     schedule of the learning rate, and what goes by the share of a task's steps that is done. Empty:
     nothing; whose turn it is never hangs on how many steps are to come."""
     found = ["optimizer.decay"] if config.optimizer.decay != "constant" else []
-    for name, task in config.tasks.items():
-        share = task.expert_share
-        objective = build_objective(config.objective_of(name))
-        labels = objective.needs.generated_by == "expert"
-        if isinstance(share, tuple) and share[0] != share[1] and labels:
+    for name, task in tasks.items():
+        at_first, at_last = task.schedule.expert_share
+        if task.schedule.labels and at_first != at_last:
             found.append(f"tasks.{name}.expert_share")
-        if task.guidance is not None:
+        if config.tasks[name].guidance is not None:
             found.append(f"tasks.{name}.guidance")
-        if objective.needs.progress:
-            found.append(f"tasks.{name}.objective ({objective.name})")
+        if task.objective.needs.progress:
+            found.append(f"tasks.{name}.objective ({task.objective.name})")
     return f", on which {', '.join(found)} hangs" if found else ""
 
 

@@ -7,11 +7,11 @@ asked at once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.run import RunConfig
+from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.student.laws import told
 from tutelage.distill.student.learner import Learner
@@ -51,23 +51,24 @@ class Routing:
 
     def __init__(
         self,
-        config: RunConfig,
+        tasks: Mapping[str, TaskSettings],
         courses: Mapping[str, Course],
         special: Mapping[str, Sequence[int]],
         learner: Learner,
         placement: Placement[Ask, Answer],
+        teachers: Iterable[str],
     ) -> None:
-        self._config, self._courses = config, courses
+        self._tasks, self._courses = tasks, courses
         self._learner, self._placement = learner, placement
         self._special = special
-        asks = [Ask(teacher=name, rows=(), needs=Needs(k=1)) for name in config.teachers]
+        asks = [Ask(teacher=name, rows=(), needs=Needs(k=1)) for name in teachers]
         answers = zip(asks, placement.score(asks), strict=True)
         self.references = {ask.teacher: answer.identity for ask, answer in answers}
 
     def sound(self, task: str, outcomes: Sequence[Episode | Dropped]) -> bool:
         """Whether enough of the task's episodes were played to learn from."""
         lost = sum(isinstance(outcome, Dropped) for outcome in outcomes)
-        return lost < len(outcomes) and lost <= self._config.rollout_of(task).lost * len(outcomes)
+        return lost < len(outcomes) and lost <= self._tasks[task].lost * len(outcomes)
 
     def complete(self, outcomes: Outcomes) -> Outcomes:
         """The outcomes with all that their objectives need of the law that drew their tokens."""
@@ -114,7 +115,7 @@ class Routing:
         """The rows of the episodes that were played, each with its episode's order."""
         if not self.sound(task, outcomes):
             lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
-            most = self._config.rollout_of(task).lost
+            most = self._tasks[task].lost
             # what the user can mend is no crash
             kind = ConfigError if lost[0].reason == "too long" else RuntimeError
             raise kind(

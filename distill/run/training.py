@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.resolved import rollouts_of
+from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import LearnerConfig
 from tutelage.distill.engines.build import check_rollout_engine
 from tutelage.distill.models.conversations import as_begun, check_conversations, dated
@@ -28,11 +29,7 @@ from tutelage.distill.models.loading import (
     student_tokenizer,
 )
 from tutelage.distill.run import checkpoints
-from tutelage.distill.run.assembly import (
-    make_placement,
-    make_timetable,
-    task_rollouts,
-)
+from tutelage.distill.run.assembly import make_placement
 from tutelage.distill.run.lock import Lock
 from tutelage.distill.run.measures import Clock, outcome_metrics, step_line, teacher_gap
 from tutelage.distill.run.observers import Observer, make_observers
@@ -79,7 +76,7 @@ class Run:
         self, config: RunConfig, *, watch: Observer | None = None, trains: bool = True
     ) -> None:
         self.config = as_begun(config)
-        self.folder = Path(config.run)
+        self.tasks, self.folder = config.resolve(), Path(config.run)
         self._stop = self.stopped = False
         with ExitStack() as stack:
             if trains:
@@ -95,38 +92,38 @@ class Run:
         check_folder(self.config)
         stack.callback(Lock(self.folder).release)
         checkpoints.tidy(self.folder / run_folder.CHECKPOINTS)
-        refuse_changes(self.folder, self.config)
+        refuse_changes(self.folder, self.config, self.tasks)
         check_room(self.config)
 
     def _check(self) -> None:
         """Whatever is wrong shows before a model loads."""
-        config = self.config
+        config, tasks = self.config, self.tasks
         check_machine(config)
         check_rollout_engine(config)
         self.vocabulary = check_vocabularies(config)
         prepare_process(learner_threads(config))
         self.tokenizer = load_tokenizer(student_tokenizer(config.student))
         config = self.config = dated(config, self.tokenizer)
-        check_conversations(config, self.tokenizer)
-        check_teachers(config, self.tokenizer)
+        check_conversations(config, tasks, self.tokenizer)
+        check_teachers(config, tasks, self.tokenizer)
         self._courses = {
-            name: Course(objective=build_objective(config.objective_of(name)), weight=task.weight)
-            for name, task in config.tasks.items()
+            name: Course(objective=task.objective, weight=task.weight)
+            for name, task in tasks.items()
         }
         check_supports(self._courses, self.vocabulary)
         self._special = {
-            name: special_ids(self.tokenizer, config.objective_of(name).mask_tokens)
-            for name in config.tasks
+            name: special_ids(self.tokenizer, task.mask_tokens) for name, task in tasks.items()
         }
-        self.timetable = make_timetable(config, self._courses)
+        self.timetable = config.timetable(tasks)
 
     def _load(self, stack: ExitStack) -> None:
         """Start and load, the cheapest first; what is started here, the stack stops."""
-        config = self.config
-        pools = EnvironmentPools(task_rollouts(config))
+        config, tasks = self.config, self.tasks
+        rollouts = rollouts_of(tasks)
+        pools = EnvironmentPools(rollouts)
         stack.callback(pools.close)
         if config.cluster is None or config.cluster.address == "local":
-            open_all(config, pools)  # a bad id or option shows before a model loads
+            open_all(rollouts, pools)  # a bad id or option shows before a model loads
         if config.cluster is not None:
             pools.close()  # the workers have their own
         self.observers.doing(f"loading {config.student.model or 'student.init'}")
@@ -137,11 +134,13 @@ class Run:
         elif config.teachers:
             self.observers.doing(f"loading teachers: {', '.join(config.teachers)}")
         self.placement = make_placement(
-            config, self.learner, self.tokenizer, self.vocabulary, pools
+            config, tasks, self.learner, self.tokenizer, self.vocabulary, pools
         )
         stack.callback(self.placement.close)
         self.num_games = cache(self.placement.num_episodes)
-        self.routing = Routing(config, self._courses, self._special, self.learner, self.placement)
+        self.routing = Routing(
+            tasks, self._courses, self._special, self.learner, self.placement, config.teachers
+        )
         self.ahead = Ahead(
             self.timetable,
             self.placement.start,
@@ -213,7 +212,7 @@ class Run:
         """Scores of the student as it is, by task and mode."""
         self.placement.sync(self.learner.version)
         return evaluate_tasks(
-            {task: self.config.task_rollout(task, evaluation=True) for task in self.config.tasks},
+            {name: task.evaluation for name, task in self.tasks.items()},
             self._play,
             modes=modes,
             episodes=self.config.evaluation.episodes,

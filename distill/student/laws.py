@@ -8,13 +8,13 @@ of the whole policy at temperature 1, unless it is told to weigh it (`behavior: 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.distill.config.run import RunConfig, build_objective
+from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.objectives import Objective, Rule
 from tutelage.distill.student.learner import Learner
 from tutelage.scheduler.episodes import Dropped, Episode, Row, SamplingLaw
@@ -53,14 +53,10 @@ def _bias(rule: Rule, law: SamplingLaw) -> Bias | None:
     )
 
 
-def biases(config: RunConfig) -> dict[str, Bias]:
+def biases(tasks: Mapping[str, TaskSettings]) -> dict[str, Bias]:
     """Of each task that has one."""
-    found = {}
-    for name in config.tasks:
-        own = bias(build_objective(config.objective_of(name)), config.task_rollout(name).law)
-        if own is not None:
-            found[name] = own
-    return found
+    found = {name: bias(task.objective, task.rollout.law) for name, task in tasks.items()}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def _parts(law: SamplingLaw) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tutelage.distill.config.resolved import TaskSettings, support_of
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.engines.vllm.start import require_vllm
@@ -16,7 +18,7 @@ from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.distill.teachers.vllm import load_vllm_teacher
 
 
-def check_teachers(config: RunConfig, tokenizer: Any) -> None:
+def check_teachers(config: RunConfig, tasks: Mapping[str, TaskSettings], tokenizer: Any) -> None:
     """Whether servers are there and can teach, and vLLM is installed, before a model loads.
 
     Raises:
@@ -24,7 +26,7 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
     """
     for name, teacher in config.teachers.items():
         if teacher.engine == "server":
-            check_server(config, name, tokenizer)
+            check_server(name, teacher, tokenizer, k=support_of(name, tasks))
         elif teacher.engine == "vllm" and config.cluster is None:
             require_vllm(f"teachers.{name}.engine")
 

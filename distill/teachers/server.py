@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from tutelage.distill.config.credentials import api_key, hidden
 from tutelage.distill.config.faults import ConfigError
-from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.teachers.candidates import (
@@ -233,13 +232,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join([*shown, *(["..."] if len(names) > LISTED else [])]) or "no model"
 
 
-def check_server(config: RunConfig, name: str, tokenizer: Any) -> None:
-    """Ask the server of teacher `name` whether it can teach in this run.
+def check_server(name: str, config: TeacherConfig, tokenizer: Any, *, k: int) -> None:
+    """Ask a teacher's server whether it can teach in this run. k: of its own ids a token.
 
     Raises: as `ServerTeacher.score`.
     """
-    teacher = ServerTeacher(name, config.teachers[name], vocabulary=len(tokenizer))
-    teacher.check(tokenizer, k=config.support_of(name))
+    ServerTeacher(name, config, vocabulary=len(tokenizer)).check(tokenizer, k=k)
 
 
 def read_candidates(

@@ -1,0 +1,142 @@
+"""What a config comes to, task by task, once a task's own keys stand in the place of the run's.
+
+`RunConfig.resolve()` makes it once; every part is given the piece that it goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.distill.config.faults import validated
+from tutelage.distill.config.sections import ObjectiveConfig, RolloutConfig, TaskConfig
+from tutelage.distill.objectives import Objective, build
+from tutelage.evaluation.evaluate import EVALUATION
+from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.rollouts import TaskRollout
+from tutelage.scheduler.timetable import TaskPlan
+
+OUTSIDE_PLAY = {"engine", "lost", "temperature", "top_p", "context"}
+"""A rollout's keys that are no TaskRollout's, or stand there in a record of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSettings:
+    """One task.
+
+    rollout, evaluation: how it is played to learn from, and for its score. lost: the greatest share
+    of a step's episodes that may be lost. options: of the objective, as given. schedule: when it is
+    played, and what each of its steps plays. guide: the teacher that plays its prefixes.
+    """
+
+    rollout: TaskRollout
+    evaluation: TaskRollout
+    lost: float
+    objective: Objective
+    options: Mapping[str, Any]
+    mask_tokens: tuple[str, ...]
+    weight: float
+    schedule: TaskPlan
+    guide: str | None
+
+
+def resolved(
+    name: str, task: TaskConfig, objective: ObjectiveConfig, rollout: RolloutConfig, steps: int
+) -> TaskSettings:
+    """A task's settings. objective, rollout, steps: the run's.
+
+    Raises:
+        ValueError: keys of the task that do not go with each other or with the run's.
+    """
+    _check_turns(steps, name, task)
+    if task.objective is not None:
+        objective = validated(ObjectiveConfig, task.objective, f"tasks.{name}.objective")
+    built = build(objective.name, **objective.options)
+    merged = _merged(rollout.model_dump(), task.rollout)
+    how = validated(RolloutConfig, merged, f"tasks.{name}.rollout")
+    if how.engine != rollout.engine:
+        raise ValueError(
+            f"tasks.{name}.rollout.engine: all tasks are played by one engine: set the run's"
+            " rollout.engine"
+        )
+    seen = {key: value for key, value in task.env_args.items() if key != "expert"}
+    return TaskSettings(
+        rollout=_played(how, task.env, task.env_args),
+        evaluation=_played(how, task.env, seen | task.eval_args),
+        lost=how.lost,
+        objective=built,
+        options=objective.options,
+        mask_tokens=objective.mask_tokens,
+        weight=task.weight,
+        schedule=_schedule(task, labels=built.needs.generated_by == "expert"),
+        guide=next(iter(task.teachers), None)
+        if task.guidance is not None and task.guidance.by == "teacher"
+        else None,
+    )
+
+
+def _played(how: RolloutConfig, env: str, env_args: Mapping[str, Any]) -> TaskRollout:
+    return TaskRollout(
+        env=env,
+        env_args=env_args,
+        context=how.context.settings(),
+        law=SamplingLaw(temperature=how.temperature, top_p=how.top_p),
+        **how.model_dump(exclude=OUTSIDE_PLAY),
+    )
+
+
+def _schedule(task: TaskConfig, *, labels: bool) -> TaskPlan:
+    share, guidance = task.expert_share, task.guidance
+    return TaskPlan(
+        episodes=task.episodes,
+        group=task.group,
+        teachers=task.teachers,
+        labels=labels,
+        expert_share=share if isinstance(share, tuple) else (share, share),
+        guided_share=guidance.share if guidance else 0.0,
+        guided_until=guidance.until if guidance else 1.0,
+        start=task.start,
+        end=task.end,
+        most=task.steps,
+    )
+
+
+def _check_turns(steps: int, name: str, task: TaskConfig) -> None:
+    """Raises ValueError for a task that can never be played, or not in whole groups."""
+    end = steps if task.end is None else min(task.end, steps)
+    if task.start >= end:
+        last = f"end, {task.end}" if end == task.end else f"the run's {steps} steps"
+        raise ValueError(
+            f"tasks.{name}.start: {task.start} is not before {last}: the task would never be"
+            " played: lower it, or leave the task out"
+        )
+    if task.episodes % task.group:
+        raise ValueError(
+            f"tasks.{name}.group: {task.episodes} episodes are no whole number of groups of"
+            f" {task.group}: set episodes to a multiple of it"
+        )
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = (
+            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return merged
+
+
+def rollouts_of(tasks: Mapping[str, TaskSettings]) -> dict[str, TaskRollout]:
+    """How each task is played, and how for evaluation, under the name that orders give it."""
+    found: dict[str, TaskRollout] = {}
+    for name, task in tasks.items():
+        found |= {name: task.rollout, EVALUATION + name: task.evaluation}
+    return found
+
+
+def support_of(teacher: str, tasks: Mapping[str, TaskSettings]) -> int:
+    """How many of its own ids a token a teacher's tasks want at most; at least 1."""
+    own = (task for task in tasks.values() if teacher in task.schedule.teachers)
+    return max([1, *(task.objective.needs.k for task in own)])
