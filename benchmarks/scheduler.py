@@ -16,10 +16,12 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from tutelage.distill.config.resolved import scheduled
+from tutelage.distill.config.sections import TaskConfig
 from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
 from tutelage.scheduler.policies import POLICIES, Step, make_policy
-from tutelage.scheduler.timetable import TaskPlan, Timetable
+from tutelage.scheduler.timetable import Timetable
 
 EPISODES = 16  # a step
 
@@ -29,9 +31,10 @@ def seconds(policy: str, *, tasks: int, episodes: int) -> float:
     names = [f"task{i}" for i in range(tasks)]
     # `mixed` has every task in every step
     steps = max(1, episodes // EPISODES // (tasks if policy == "mixed" else 1))
+    plan = scheduled(TaskConfig(env="-", episodes=EPISODES), labels=False)
     begun = time.process_time()
     timetable = Timetable(
-        {name: TaskPlan(episodes=EPISODES) for name in names},
+        dict.fromkeys(names, plan),
         steps=steps,
         seed=0,
         make_policy=partial(make_policy, policy, names, weights={}, least=0.4),

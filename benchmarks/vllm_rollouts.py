@@ -27,13 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.distill.config.resolved import played as played_so
+from tutelage.distill.config.sections import RolloutConfig
 from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.engines.vllm.engine import make_engine
 from tutelage.distill.models.loading import load_model, load_tokenizer
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import Episode, Order, SamplingLaw
-from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
+from tutelage.scheduler.rollouts import RolloutWorker
 
 STUDENT = "builtin:household"
 LAW = SamplingLaw(temperature=1.0, top_p=0.9)
@@ -198,14 +200,17 @@ def main() -> None:
         else:
             inner = TransformersEngine(model, vocabulary=size)
         engine = Watched(inner, long=chosen.reply is not None)
-        how = TaskRollout(
-            env="tutelage/Household-v0",
-            env_args=GAMES,
-            law=LAW,
-            max_turns=chosen.turns,
-            max_new_tokens=chosen.reply or 12,
-            max_live=chosen.live,
-            processes=chosen.processes,
+        how = played_so(
+            RolloutConfig(
+                temperature=LAW.temperature,
+                top_p=LAW.top_p,
+                max_turns=chosen.turns,
+                max_new_tokens=chosen.reply or 12,
+                max_live=chosen.live,
+                processes=chosen.processes,
+            ),
+            "tutelage/Household-v0",
+            GAMES,
         )
         worker = RolloutWorker(engine, tokenizer, {"household": how})
         try:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from tutelage.envs.child import Child, InvalidMessage
 from tutelage.envs.keeper import GRACE
 from tutelage.envs.plugins import Absent, refusal
-from tutelage.envs.worker import MAX_OBSERVATION, Host, Reply, Request
+from tutelage.envs.worker import Host, Reply, Request
 
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
 MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
@@ -115,9 +115,9 @@ class EnvironmentPool:
         env_id: str,
         env_args: Mapping[str, Any],
         *,
-        processes: int = 1,
-        timeout: float = 30.0,
-        max_observation: int = MAX_OBSERVATION,
+        processes: int,
+        timeout: float,
+        max_observation: int,
     ) -> None:
         if processes < 0 or timeout <= 0:
             raise ValueError(

@@ -27,7 +27,7 @@ Request = tuple[Any, ...]
 # (episode, observation, reward, terminated, truncated, info) | (episode, reason, detail)
 Reply = tuple[Any, ...]
 
-MAX_OBSERVATION = 1_000_000  # characters, by default
+MAX_OBSERVATION = 1_000_000  # characters, by default: they fill the longest contexts there are
 _DETAIL = 2000  # characters of a traceback that travel
 _PLAIN = frozenset({str, int, float, bool, type(None), bytes})
 
@@ -48,9 +48,7 @@ class Host:
     max_observation: characters of one observation; a longer one is garbage.
     """
 
-    def __init__(
-        self, env_id: str, env_args: Mapping[str, Any], *, max_observation: int = MAX_OBSERVATION
-    ) -> None:
+    def __init__(self, env_id: str, env_args: Mapping[str, Any], *, max_observation: int) -> None:
         self._make = lambda: gym.make(env_id, disable_env_checker=True, **env_args)
         self._most, self._process = max_observation, os.getpid()
         self._live: dict[int, gym.Env[Any, Any]] = {}

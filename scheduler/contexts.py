@@ -28,12 +28,12 @@ class ContextSettings:
     that it stays in view. turns: (window) how many past turns are shown. admissible: list the
     admissible actions. format: (window) the name of a prompt and reply format."""
 
-    kind: Kind = "full"
-    repeat_task: bool = False
-    turns: int = 4
-    admissible: bool = False
-    format: str | None = None
-    system: str | None = None
+    kind: Kind
+    repeat_task: bool
+    turns: int
+    admissible: bool
+    format: str | None
+    system: str | None
 
     def __post_init__(self) -> None:
         if self.kind not in (kinds := get_args(Kind)):

@@ -121,7 +121,7 @@ class Gap:
     about len(tasks) / least steps.
     """
 
-    def __init__(self, tasks: Sequence[str], *, least: float = 0.4) -> None:
+    def __init__(self, tasks: Sequence[str], *, least: float) -> None:
         self._least = least
         self._fast: dict[str, float] = {}
         self._slow: dict[str, float] = {}

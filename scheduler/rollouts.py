@@ -7,14 +7,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 from tutelage.envs.replay import ReplayingPool
-from tutelage.envs.worker import MAX_OBSERVATION
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request, Weights
@@ -32,17 +31,17 @@ class TaskRollout:
     """How one task is played. Times in seconds, lengths in tokens."""
 
     env: str
-    env_args: Mapping[str, Any] = field(default_factory=dict)
-    context: ContextSettings = field(default_factory=ContextSettings)
-    law: SamplingLaw = field(default_factory=SamplingLaw)
-    max_turns: int = 30
-    max_new_tokens: int = 32
-    max_live: int = 64
+    env_args: Mapping[str, Any]
+    context: ContextSettings
+    law: SamplingLaw
+    max_turns: int
+    max_new_tokens: int
+    max_live: int
     """Episodes in flight at once: bounds the engine's cache."""
-    processes: int = 1
-    timeout: float = 30.0
-    attempts: int = 3
-    max_observation: int = MAX_OBSERVATION
+    processes: int
+    timeout: float
+    attempts: int
+    max_observation: int
     """Characters."""
 
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -35,15 +35,15 @@ class TaskPlan:
     """
 
     episodes: int
-    group: int = 1
-    teachers: Mapping[str, float] = field(default_factory=dict)
-    labels: bool = False
-    expert_share: tuple[float, float] = (0.0, 0.0)
-    guided_share: float = 0.0
-    guided_until: float = 1.0
-    start: int = 0
-    end: int | None = None
-    most: int | None = None
+    group: int
+    teachers: Mapping[str, float]
+    labels: bool
+    expert_share: tuple[float, float]
+    guided_share: float
+    guided_until: float
+    start: int
+    end: int | None
+    most: int | None
 
     def guide_at(self, progress: float) -> float:
         """The prefix's share of an episode's greatest length: cosine from 1 to 0 (TrOPD,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill.config.sections import ClusterConfig
-from tutelage.scheduler.cluster import ClusterSettings, RayCluster
+from tests.settings import cluster as cluster_of
+from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     def make(workers: int = 2, **keys: Any) -> RayCluster:
         cluster = RayCluster(
-            ClusterSettings(**ClusterConfig(workers=workers, **keys).model_dump()),
+            cluster_of(workers=workers, **keys),
             make_worker=lambda: _fragile(tmp_path),
             make_teachers={"t": lambda: _fragile(tmp_path)},
             weights=lambda: {"w": 1.5},

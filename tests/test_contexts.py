@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.settings import context as context_of
 from tutelage.scheduler.chat import Chat
-from tutelage.scheduler.contexts import Context, ContextSettings, Reply
+from tutelage.scheduler.contexts import Context, Reply
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 TASK = "Your task is to: put a mug on the desk."
@@ -33,7 +35,7 @@ def _play(
     chat: Chat, *, experts: list[str] | None = None, **settings: Any
 ) -> tuple[list[str], tuple[Row, ...]]:
     """Three turns and a last observation that nobody answers: (prompts as text, rows)."""
-    context = Context(chat, ContextSettings(**settings))
+    context = Context(chat, context_of(**settings))
     prompts = []
     for turn, (seen, said) in enumerate(zip(SEEN[:3], SAID, strict=True)):
         context.observe(seen, INFO)
@@ -81,7 +83,7 @@ class TestFull:
         assert not row.branches_T.any()
 
     def test_a_reply_cut_off_is_closed_by_a_token_that_nobody_chose(self, chat: Chat) -> None:
-        context = Context(chat, ContextSettings())
+        context = Context(chat, context_of())
         context.observe("one", {})
         context.reply(_reply(chat, "go to", 0, closed=False), action="go to")
         context.observe("two", {})
@@ -102,16 +104,16 @@ class TestFull:
         prompts, _ = _play(chat, admissible=True)
         assert all(prompt.endswith(listed) for prompt in prompts)
         with pytest.raises(ValueError, match=r"rollout\.context\.admissible.*admissible_actions"):
-            Context(chat, ContextSettings(admissible=True)).observe("x", {})
+            Context(chat, context_of(admissible=True)).observe("x", {})
 
     def test_nothing_chosen_gives_no_row(self, chat: Chat) -> None:
-        context = Context(chat, ContextSettings())
+        context = Context(chat, context_of())
         context.observe("one", {})
         assert context.rows() == ()
 
     def test_prompts_extend_each_other_as_ids(self, chat: Chat) -> None:
         """What lets an engine keep its cache: not equal text but equal ids, prompt after reply."""
-        context = Context(chat, ContextSettings())
+        context = Context(chat, context_of())
         assert context.appends
         trunk: list[int] = []
         for turn, (seen, said) in enumerate(zip(SEEN[:3], SAID, strict=True)):
@@ -139,7 +141,7 @@ class TestWindow:
     def test_an_environment_that_names_no_task_has_its_first_observation_repeated(
         self, chat: Chat
     ) -> None:
-        context = Context(chat, ContextSettings(kind="window", turns=0))
+        context = Context(chat, context_of(kind="window", turns=0))
         context.observe("count to three", {})
         context.reply(_reply(chat, "1", 0), action="1")
         context.observe("go on", {})
@@ -155,7 +157,7 @@ class TestWindow:
             assert chat.tokenizer.decode(row.ids_T.tolist()) == f"{prompt}{said}<|end|>"
             assert np.isfinite(row.logprobs_T[row.chosen_T]).all()
             np.testing.assert_array_equal(row.law_T, 0.5 * row.logprobs_T)
-        assert not Context(chat, ContextSettings(kind="window")).appends
+        assert not Context(chat, context_of(kind="window")).appends
 
 
 class TestDagger:
@@ -201,7 +203,7 @@ class TestDagger:
 
 def test_an_unknown_kind_is_refused(chat: Chat) -> None:
     with pytest.raises(ValueError, match=r"'rolling'.*full, window"):
-        Context(chat, ContextSettings(kind="rolling"))
+        Context(chat, replace(context_of(), kind="rolling"))
 
 
 class TestRow:

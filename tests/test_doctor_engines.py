@@ -59,7 +59,7 @@ def diagnose(monkeypatch: pytest.MonkeyPatch) -> Diagnose:
     """The findings on teacher `one`, by check."""
     from tutelage.distill.doctor import examination
 
-    monkeypatch.setattr(examination, "_environments", lambda _: iter(()))
+    monkeypatch.setattr(examination, "_environments", lambda *_: iter(()))
 
     def diagnose(url: str, **teacher: Any) -> dict[str, Finding]:
         found = examine(_config(url, **teacher))

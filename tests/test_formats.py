@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 import tutelage.envs  # noqa: F401 (registers the household)
+from tests.settings import context as context_of
+from tests.settings import rollout
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.scheduler.chat import Chat
-from tutelage.scheduler.contexts import Context, ContextSettings, Reply
+from tutelage.scheduler.contexts import Context, Reply
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import NOT_CHOSEN, Episode, Order
 from tutelage.scheduler.formats import GIGPO, find_format
-from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
+from tutelage.scheduler.rollouts import RolloutWorker
 
 # verl-agent, agent_system/environments/prompts/alfworld.py, character for character: a line break
 # before and after, and a space at the end of the line that names the think tags.
@@ -140,7 +142,7 @@ class TestContext:
 
     def test_a_row_a_turn_holds_the_asked_prompt_and_the_whole_reply(self, chat: Chat) -> None:
         """The sampled ids stay as they are: what is read out of them changes no token."""
-        context = Context(chat, ContextSettings(kind="window", turns=2, format="gigpo"))
+        context = Context(chat, context_of(kind="window", turns=2, format="gigpo"))
         assert not context.appends
         asked, history = [], []
         for turn, (seen, text) in enumerate(zip([ROOM, "one", "two"], self.REPLIES, strict=True)):
@@ -165,13 +167,13 @@ class TestContext:
 
     def test_other_contexts_take_a_reply_as_it_stands(self, chat: Chat) -> None:
         for kind in ("full", "window"):
-            context = Context(chat, ContextSettings(kind=kind))
+            context = Context(chat, context_of(kind=kind))
             said = context.read(self.REPLIES[0])
             assert said.command == said.remembered == self.REPLIES[0] and said.valid
             assert context.say("look") == "look"
 
     def test_an_environment_without_admissible_actions_is_named(self, chat: Chat) -> None:
-        context = Context(chat, ContextSettings(kind="window", format="gigpo"))
+        context = Context(chat, context_of(kind="window", format="gigpo"))
         with pytest.raises(ValueError, match=r"rollout\.context\.format.*admissible_actions"):
             context.observe("x", {})
 
@@ -214,10 +216,10 @@ class SpeakingEngine:
 
 def _household(tokenizer: Any, say: Any, **changes: Any) -> tuple[Episode, SpeakingEngine]:
     engine = SpeakingEngine(tokenizer, say)
-    how = TaskRollout(
-        env="tutelage/Household-v0",
-        env_args={"split": "train", "expert": True},
-        context=ContextSettings(kind="window", turns=2, format="gigpo"),
+    how = rollout(
+        "tutelage/Household-v0",
+        {"split": "train", "expert": True},
+        context={"kind": "window", "turns": 2, "format": "gigpo"},
         max_turns=changes.pop("max_turns", 50),
         max_new_tokens=200,
         processes=0,

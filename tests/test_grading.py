@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.settings import pool as pool_of
 from tutelage.envs.child import Child
 from tutelage.envs.grading import Verdict, grade, judge, verdict
 from tutelage.envs.grading import pool as grading_pool
@@ -28,7 +29,7 @@ from tutelage.envs.grading.numbers import numeral
 from tutelage.envs.grading.pool import Allowance
 from tutelage.envs.math import env as math_env
 from tutelage.envs.math.env import MathEnv
-from tutelage.envs.pool import Act, EnvironmentPool, Failed, Reset
+from tutelage.envs.pool import Act, Failed, Reset
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None,
@@ -745,7 +746,7 @@ def test_a_grade_that_the_machine_has_no_time_for_is_an_episode_to_be_repeated(
     monkeypatch.setattr(math_env, "WAIT", 0.1)
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "?", "answer": "601+x"}')
-    with EnvironmentPool(
+    with pool_of(
         "tutelage/Math-v0", {"problems": str(problems), "timeout": 0.1}, processes=0
     ) as pool:
         pool.send([Reset(episode=0, seed=0)])

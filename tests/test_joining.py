@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.distill.config.sections import ClusterConfig
-from tutelage.scheduler.cluster import ClusterSettings, RayCluster
+from tests.settings import cluster
+from tutelage.scheduler.cluster import RayCluster
 from tutelage.scheduler.episodes import Dropped, Order
 
 pytestmark = pytest.mark.slow
@@ -59,9 +59,8 @@ def _maker() -> Any:
 def _join(address: str, make: Any, wheel: str | None = None) -> RayCluster:
     each = {"CPU": 1.0}
     keys = {"worker_resources": each, "teacher_resources": each, "strategy": "PACK"}
-    section = ClusterConfig(address=address, wheel=wheel, **keys)  # type: ignore[arg-type]
     return RayCluster(
-        ClusterSettings(**section.model_dump()),
+        cluster(address=address, wheel=wheel, **keys),
         make_worker=make,
         make_teachers={},
         weights=lambda: {"w": 1.5},

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.pool_calls import act, everything, reset
+from tests.settings import pool as pool_of
 from tutelage.envs.child import MAX_MESSAGE
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 
@@ -26,7 +27,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[0, 2], ids=["inline", "processes"])
 def pool(request: pytest.FixtureRequest) -> Iterator[EnvironmentPool]:
-    with EnvironmentPool(FAULTY, {}, processes=request.param, timeout=20) as made:
+    with pool_of(FAULTY, {}, processes=request.param, timeout=20) as made:
         yield made
 
 
@@ -50,7 +51,7 @@ def test_every_episode_gets_its_own_answers(pool: EnvironmentPool) -> None:
 
 
 def test_the_load_is_spread_and_each_process_has_one_thread() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=2) as pool:
+    with pool_of(FAULTY, {}, processes=2) as pool:
         answers = reset(pool, *range(6))
         pids = [answer.info["pid"] for answer in answers.values()]
         assert sorted(map(pids.count, set(pids))) == [3, 3]
@@ -108,7 +109,7 @@ def test_a_fault_of_an_environment_ends_its_own_episode_only(
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_what_an_environment_raises_when_it_is_closed_ends_nothing(processes: int) -> None:
-    with EnvironmentPool(FAULTY, {"flavour": "stays"}, processes=processes, timeout=20) as pool:
+    with pool_of(FAULTY, {"flavour": "stays"}, processes=processes, timeout=20) as pool:
         reset(pool, 0, 1)
         answers = act(pool, e0="raise", e1="look")
         assert isinstance(answers[0], Failed) and "on fire" in answers[0].detail
@@ -131,7 +132,7 @@ def test_an_ended_episodes_instance_is_used_again_and_a_faulty_one_is_not(
 
 
 def test_a_died_process_loses_its_episodes_and_the_pool_goes_on() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=2, timeout=20) as pool:
         first = reset(pool, 0, 1, 2, 3)
         victim = first[0].info["pid"]
         lost = {e for e, answer in first.items() if answer.info["pid"] == victim}
@@ -149,7 +150,7 @@ def test_a_died_process_loses_its_episodes_and_the_pool_goes_on() -> None:
 
 
 def test_a_process_killed_between_batches_is_noticed() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=20) as pool:
         reset(pool, 0)
         os.kill(pool.pids()[0], 9)
         time.sleep(0.2)
@@ -160,7 +161,7 @@ def test_a_process_killed_between_batches_is_noticed() -> None:
 
 
 def test_a_hung_process_is_replaced_within_the_timeout() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=2, timeout=1.5) as pool:
+    with pool_of(FAULTY, {}, processes=2, timeout=1.5) as pool:
         reset(pool, 0, 1)
         began = time.monotonic()
         answers = act(pool, e0="hang", e1="look")
@@ -174,7 +175,7 @@ def test_a_hung_process_is_replaced_within_the_timeout() -> None:
 
 def test_many_slow_answers_are_not_silence() -> None:
     """Eight steps of 0.3 s take longer than the timeout of one; none of them hangs."""
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=1.5) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=1.5) as pool:
         reset(pool, *range(8))
         answers = act(pool, **{f"e{e}": "sleep 0.3" for e in range(8)})
         assert all(isinstance(answer, Observed) for answer in answers.values())
@@ -182,7 +183,7 @@ def test_many_slow_answers_are_not_silence() -> None:
 
 
 def test_an_answer_to_an_abandoned_episode_is_not_taken_for_a_new_ones() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=20) as pool:
         reset(pool, 0)
         pool.send([Act(episode=0, action="sleep 0.2")])
         pool.abandon([0])
@@ -192,7 +193,7 @@ def test_an_answer_to_an_abandoned_episode_is_not_taken_for_a_new_ones() -> None
 
 
 def test_receive_without_block_returns_at_once() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=20) as pool:
         reset(pool, 0)
         pool.send([Act(episode=0, action="sleep 0.5")])
         began = time.monotonic()
@@ -203,7 +204,7 @@ def test_receive_without_block_returns_at_once() -> None:
 
 
 def test_large_messages_in_both_directions_do_not_block() -> None:
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20, max_observation=2_000_000) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=20, max_observation=2_000_000) as pool:
         reset(pool, *range(10))
         for _ in range(2):
             answers = act(pool, **{f"e{e}": "x" * 1_000_000 for e in range(10)})
@@ -238,13 +239,13 @@ def test_a_wrong_id_or_argument_is_one_error_at_construction(
     processes: int, env_id: str, args: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        EnvironmentPool(env_id, args, processes=processes)
+        pool_of(env_id, args, processes=processes)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(env_id)
 
 
 def test_close_leaves_no_process_not_even_an_environments_own() -> None:
-    pool = EnvironmentPool(FAULTY, {}, processes=2, timeout=20)
+    pool = pool_of(FAULTY, {}, processes=2, timeout=20)
     reset(pool, 0, 1)
     children = [answer.info["child"] for answer in act(pool, e0="child", e1="child").values()]
     pids = pool.pids()
@@ -283,7 +284,7 @@ def _daemons(pool: EnvironmentPool) -> list[int]:
 def test_what_an_environment_started_ends_with_it_wherever_it_went(end: str) -> None:
     """Children of children whose parent has ended, in other sessions, without our environment's
     variables, who hold the worker's connection open; whatever ends the worker."""
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=1.0) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=1.0) as pool:
         reset(pool, 0)
         daemons = _daemons(pool)
         assert all(map(_alive, daemons))
@@ -296,7 +297,7 @@ def test_what_an_environment_started_ends_with_it_wherever_it_went(end: str) -> 
 
 def test_a_worker_ends_as_its_environment_made_it_end() -> None:
     """The keeper between them hides neither exit code nor signal."""
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=20) as pool:
         for end, said in (
             ("die 0", "exit code 0"),
             ("die 7", "exit code 7"),
@@ -321,7 +322,7 @@ def test_a_fork_that_goes_on_as_its_parent_does_answers_once(pool: EnvironmentPo
 
 @pytest.mark.parametrize("kind", ["text", "long", "pickle", "code", "flood"])
 def test_garbage_on_the_connection_costs_the_process_and_nothing_else(kind: str) -> None:
-    with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=2, timeout=20) as pool:
         first = reset(pool, 0, 1)
         assert first[0].info["pid"] != first[1].info["pid"]
         answers = act(pool, e0=f"scribble {kind}", e1="look")
@@ -343,7 +344,7 @@ def test_garbage_on_the_connection_costs_the_process_and_nothing_else(kind: str)
 def test_no_message_is_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many large answers come in several; one that is larger alone is its environment's fault."""
     size = MAX_MESSAGE // 3
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=60, max_observation=size) as pool:
+    with pool_of(FAULTY, {}, processes=1, timeout=60, max_observation=size) as pool:
         reset(pool, *range(5))
         answers = act(pool, **{f"e{e}": f"huge {size}" for e in range(5)})
         assert [len(answers[e].observation) for e in range(5)] == [size] * 5
@@ -356,7 +357,7 @@ def test_no_message_is_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_reset_that_hangs_is_a_fault_like_any_other() -> None:
-    with EnvironmentPool(FAULTY, {"flavour": "hangs"}, processes=1, timeout=0.5) as pool:
+    with pool_of(FAULTY, {"flavour": "hangs"}, processes=1, timeout=0.5) as pool:
         failed = reset(pool, 0)[0]
         assert isinstance(failed, Failed)
         assert (failed.reason, failed.detail) == ("timeout", "no answer within 0.5 s")
@@ -367,7 +368,8 @@ def test_processes_end_with_a_parent_that_is_killed_even_while_they_hang() -> No
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from tutelage.envs.pool import *\n"
         "import time\n"
-        f"pool = EnvironmentPool({FAULTY!r}, {{}}, processes=2)\n"
+        f"pool = EnvironmentPool({FAULTY!r}, {{}}, processes=2, timeout=30.0,"
+        " max_observation=1000)\n"
         "pool.send([Reset(episode=0, seed=0)]); pool.receive()\n"
         "pool.send([Act(episode=0, action='daemon setsid exec')])\n"
         "(answer,) = pool.receive()\n"
@@ -391,7 +393,7 @@ def test_processes_end_with_a_parent_that_is_killed_even_while_they_hang() -> No
 def test_a_pool_made_in_a_thread_outlives_it() -> None:
     """Linux's parent-death signal follows the starting thread; a pool must not."""
     made: list[EnvironmentPool] = []
-    thread = threading.Thread(target=lambda: made.append(EnvironmentPool(FAULTY, {}, processes=1)))
+    thread = threading.Thread(target=lambda: made.append(pool_of(FAULTY, {}, processes=1)))
     thread.start()
     thread.join()
     time.sleep(0.2)

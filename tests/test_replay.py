@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.pool_calls import act, everything, reset
+from tests.settings import pool as pool_of
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 from tutelage.envs.replay import ReplayingPool
 
@@ -24,7 +25,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pool() -> Iterator[EnvironmentPool]:
-    with EnvironmentPool(FAULTY, {}, processes=1, timeout=2.0) as made:
+    with pool_of(FAULTY, {}, processes=1, timeout=2.0) as made:
         yield made
 
 
@@ -52,7 +53,7 @@ def test_a_lost_process_is_seen_nowhere(pool: EnvironmentPool, fault: int) -> No
 def test_any_number_of_kills_at_any_moment_changes_no_answer() -> None:
     """Against the same episodes in peace; kills come between sending and receiving, too."""
     rng = random.Random(3)
-    with EnvironmentPool(FAULTY, {}, processes=2, timeout=20) as pool:
+    with pool_of(FAULTY, {}, processes=2, timeout=20) as pool:
         sturdy = ReplayingPool(pool, attempts=20)
         reset(sturdy, *range(6))
         for step in range(1, 9):

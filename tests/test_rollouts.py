@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from tutelage.scheduler.contexts import ContextSettings
+from tests.settings import rollout
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
-from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
+from tutelage.scheduler.rollouts import RolloutWorker
 
 Say = Callable[[str], str]
 
@@ -146,9 +146,10 @@ def make_worker(tokenizer: Any) -> Iterator[Callable[..., RolloutWorker]]:
 
     def make(say: Say = _countdown, *, engine: dict[str, Any] | None = None, **how: Any) -> Any:
         settings: dict[str, Any] = {"env": "Scripted-v0", "processes": 0}
-        rollout = TaskRollout(**(settings | how))
         worker = RolloutWorker(
-            FakeEngine(tokenizer, say, **(engine or {})), tokenizer, {"t": rollout}
+            FakeEngine(tokenizer, say, **(engine or {})),
+            tokenizer,
+            {"t": rollout(**settings | how)},
         )
         made.append(worker)
         return worker
@@ -350,7 +351,7 @@ class TestFaults:
         for kind in ("full", "window"):
             worker = make_worker(
                 env_args={"expert": False},
-                context=ContextSettings(kind=kind),
+                context={"kind": kind},
                 engine={"lockstep": False},
             )
             orders = [Order(task="t", number=i, seed=i, index=3, labels=i == 2) for i in range(3)]
@@ -378,7 +379,7 @@ class TestExperts:
     def test_labels_are_the_experts_actions_in_the_students_states(
         self, make_worker: Any, tokenizer: Any, kind: str
     ) -> None:
-        worker = make_worker(_wrong, context=ContextSettings(kind=kind))
+        worker = make_worker(_wrong, context={"kind": kind})
         (episode,) = _episodes(worker.collect(_orders(3, labels=True)))
         assert not episode.success  # the student acted
         assert [turn.action for turn in episode.turns] == ["look"] * 3
@@ -402,7 +403,7 @@ class TestExperts:
 class TestWindow:
     def test_a_window_is_a_session_of_its_own_each_turn(self, make_worker: Any) -> None:
         """The engine refuses a prompt that does not extend the session's last one."""
-        worker = make_worker(_wrong, context=ContextSettings(kind="window", turns=1))
+        worker = make_worker(_wrong, context={"kind": "window", "turns": 1})
         (episode,) = _episodes(worker.collect(_orders(3)))
         assert len(episode.rows) == 3
         assert len(worker.engine.requests) == 3
@@ -412,7 +413,7 @@ class TestWindow:
 class TestLaws:
     def test_the_tasks_law_is_used_and_recorded(self, make_worker: Any) -> None:
         law = SamplingLaw(temperature=0.7, top_p=0.9)
-        worker = make_worker(law=law)
+        worker = make_worker(temperature=law.temperature, top_p=law.top_p)
         (episode,) = _episodes(worker.collect(_orders(1)))
         assert episode.law == law == worker.engine.requests[0].law
 
@@ -497,9 +498,7 @@ class TestGuidance:
     def test_a_teacher_speaks_through_an_engine_of_its_own(
         self, make_worker: Any, tokenizer: Any, kind: str
     ) -> None:
-        worker = make_worker(
-            _wrong, max_turns=4, max_new_tokens=8, context=ContextSettings(kind=kind)
-        )
+        worker = make_worker(_wrong, max_turns=4, max_new_tokens=8, context={"kind": kind})
         guide = FakeEngine(tokenizer, lambda prompt: "4")
         worker._guides["t"] = guide
         guided, alone = _episodes(worker.collect([*_orders(4, guide=0.29), *_orders(0, 2)[1:]]))
@@ -532,7 +531,7 @@ def test_a_thought_that_the_prompt_began_pays_only_once_it_has_ended(
     ).replace("THINK", template)
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "3+4", "answer": "7"}')
-    how = TaskRollout(env="tutelage/Math-v0", env_args={"problems": str(problems)}, processes=0)
+    how = rollout("tutelage/Math-v0", {"problems": str(problems)}, processes=0)
     worker = RolloutWorker(FakeEngine(thinking, lambda prompt: reply), thinking, {"t": how})
     (episode,) = _episodes(worker.collect(_orders(0)))
     worker.close()

@@ -6,19 +6,23 @@ import copy
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.settings import schedule
 from tutelage.scheduler.episodes import Order
 from tutelage.scheduler.policies import Alternate, Mixed, Step, TokenBudget, Weighted
-from tutelage.scheduler.timetable import ENDLESS, TaskPlan, Timetable, _route
+from tutelage.scheduler.timetable import ENDLESS, Timetable, _route
+
+ROOT = Path(__file__).parent.parent
 
 PLANS = {
-    "household": TaskPlan(episodes=4),
-    "math": TaskPlan(episodes=6, group=3),
-    "third": TaskPlan(episodes=5, labels=True, expert_share=(0.4, 0.4)),
+    "household": schedule(episodes=4),
+    "math": schedule(episodes=6, group=3),
+    "third": schedule(episodes=5, labels=True, expert_share=(0.4, 0.4)),
 }
 
 
@@ -91,12 +95,12 @@ def test_another_seed_has_other_draws() -> None:
 def test_it_is_the_same_in_another_process() -> None:
     """Python's own hash of a name differs from process to process."""
     code = (
-        "from tutelage.scheduler.timetable import *;"
-        "t = Timetable({'math': TaskPlan(episodes=6, group=3)}, steps=60, seed=3);"
+        "from tests.settings import schedule; from tutelage.scheduler.timetable import *;"
+        "t = Timetable({'math': schedule(episodes=6, group=3)}, steps=60, seed=3);"
         "print([(o.index, o.seed) for o in t.orders('math', 17)])"
     )
     printed = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
     here = [(order.index, order.seed) for order in _table("math").orders("math", 17)]
     assert printed.strip() == repr(here)
@@ -112,7 +116,7 @@ def test_a_task_alone_is_the_same_as_in_a_mixture(num_games: int | None) -> None
 
 
 def test_an_annealed_share_of_experts_is_the_same_alone_and_mixed() -> None:
-    plan = TaskPlan(episodes=20, labels=True, expert_share=(1.0, 0.0))
+    plan = schedule(episodes=20, labels=True, expert_share=(1.0, 0.0))
     alone = Timetable({"a": plan}, steps=11, seed=0)
     mixed = Timetable({"b": PLANS["math"], "a": plan}, steps=22, seed=0)
     assert _task_orders(alone, "a", 7) == _task_orders(mixed, "a", 7)
@@ -139,7 +143,7 @@ def test_each_pass_plays_every_game_once_before_any_comes_again(num_games: int) 
 
 
 def test_passes_differ_from_seed_to_seed_and_from_task_to_task() -> None:
-    plan = TaskPlan(episodes=50)
+    plan = schedule(episodes=50)
     found = {
         (name, seed): tuple(
             order.index for order in Timetable({name: plan}, steps=1, seed=seed).orders(name, 50)
@@ -169,7 +173,7 @@ def test_a_group_plays_one_game_with_seeds_of_its_own() -> None:
 
 
 def test_a_last_group_may_be_short() -> None:
-    table = Timetable({"t": TaskPlan(episodes=5, group=2)}, steps=4, seed=0)
+    table = Timetable({"t": schedule(episodes=5, group=2)}, steps=4, seed=0)
     games = [[order.index for order in orders] for orders in _task_orders(table, "t", 12)]
     assert all(len(set(step)) == 3 and len(step) == 5 for step in games)
     assert sorted({game for step in games for game in step}) == list(range(12))
@@ -193,14 +197,14 @@ def test_seeds_never_repeat_over_a_run() -> None:
 def test_the_experts_share_is_exact_and_spread_evenly(
     episodes: int, share: float, experts: list[int]
 ) -> None:
-    plan = TaskPlan(episodes=episodes, labels=True, expert_share=(share, share))
+    plan = schedule(episodes=episodes, labels=True, expert_share=(share, share))
     orders = Timetable({"t": plan}, steps=1, seed=0).orders("t", None)
     assert [order.number for order in orders if order.actor == "expert"] == experts
     assert all(order.labels for order in orders)
 
 
 def test_without_labels_no_expert_acts() -> None:
-    plan = TaskPlan(episodes=4, expert_share=(1.0, 1.0))
+    plan = schedule(episodes=4, expert_share=(1.0, 1.0))
     orders = Timetable({"t": plan}, steps=1, seed=0).orders("t", None)
     assert {(order.actor, order.labels) for order in orders} == {("student", False)}
 
@@ -212,9 +216,9 @@ def test_no_tasks_are_refused() -> None:
 
 def test_a_guides_prefix_shrinks_by_a_cosine_from_all_to_nothing() -> None:
     """TrOPD: alpha(0) = 1, alpha(T / 2) = 1/2, alpha(T) = 0; on the task's own steps."""
-    plan = TaskPlan(episodes=4, guided_share=0.5)
+    plan = schedule(episodes=4, guided_share=0.5)
     alone = Timetable({"a": plan}, steps=5, seed=0)
-    mixed = Timetable({"b": TaskPlan(episodes=1), "a": plan}, steps=10, seed=0)
+    mixed = Timetable({"b": schedule(episodes=1), "a": plan}, steps=10, seed=0)
     guides = [[order.guide for order in orders] for orders in _task_orders(alone, "a", None)]
     assert [sum(g > 0 for g in step) for step in guides] == [2, 2, 2, 2, 0]
     assert [max(step) for step in guides] == pytest.approx(
@@ -225,7 +229,7 @@ def test_a_guides_prefix_shrinks_by_a_cosine_from_all_to_nothing() -> None:
 
 
 def test_guidance_can_end_before_the_run() -> None:
-    plan = TaskPlan(episodes=1, guided_share=1.0, guided_until=0.5)
+    plan = schedule(episodes=1, guided_share=1.0, guided_until=0.5)
     timetable = Timetable({"a": plan}, steps=9, seed=0)
     guides = [orders[0].guide for orders in _task_orders(timetable, "a", None)]
     assert guides[:5] == pytest.approx([1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0.0])
@@ -235,10 +239,10 @@ def test_guidance_can_end_before_the_run() -> None:
 class TestWindows:
     def test_a_task_starts_late_ends_early_and_has_a_cap(self) -> None:
         plans = {
-            "always": TaskPlan(episodes=1),
-            "late": TaskPlan(episodes=1, start=3),
-            "early": TaskPlan(episodes=1, end=5),
-            "capped": TaskPlan(episodes=1, most=2),
+            "always": schedule(episodes=1),
+            "late": schedule(episodes=1, start=3),
+            "early": schedule(episodes=1, end=5),
+            "capped": schedule(episodes=1, most=2),
         }
         table = Timetable(plans, steps=12, seed=0)
         names = [task for (task,) in _walk(table)]
@@ -247,7 +251,7 @@ class TestWindows:
         assert names.count("capped") == table.turn("capped") == 2
 
     def test_a_step_without_any_task_is_refused_before_the_run(self) -> None:
-        plans = {"a": TaskPlan(episodes=1, most=2), "b": TaskPlan(episodes=1, end=4)}
+        plans = {"a": schedule(episodes=1, most=2), "b": schedule(episodes=1, end=4)}
         with pytest.raises(ValueError, match="no task is left for step 4 of 9"):
             Timetable(plans, steps=9, seed=0)
 
@@ -256,7 +260,7 @@ class TestPlanningAhead:
     @pytest.mark.parametrize("ahead", [1, 2, 5])
     def test_steps_planned_early_are_the_steps_planned_in_time(self, ahead: int) -> None:
         """Tasks, games and seeds, where the policy does not hang on what steps did."""
-        plans = PLANS | {"third": TaskPlan(episodes=5, start=4, end=20, most=6)}
+        plans = PLANS | {"third": schedule(episodes=5, start=4, end=20, most=6)}
         for policy in (Alternate([*plans]), Weighted([*plans], {"math": 2.5}), Mixed()):
             early, in_time = (
                 Timetable(plans, steps=25, seed=1, make_policy=lambda p=policy: copy.deepcopy(p))
@@ -277,7 +281,7 @@ class TestPlanningAhead:
 
     def test_a_token_budget_holds_though_open_steps_are_guessed(self) -> None:
         """Steps of one task train 10 times as much as the other's."""
-        plans = {name: TaskPlan(episodes=1) for name in ("long", "short")}
+        plans = {name: schedule(episodes=1) for name in ("long", "short")}
         table = Timetable(plans, steps=440, seed=0, make_policy=lambda: TokenBudget([*plans], {}))
         spent, size = Counter[str](), {"long": 1000.0, "short": 100.0}
         while len(table.history) < 440:
@@ -308,7 +312,7 @@ class TestRoutes:
 
     def test_the_count_goes_on_from_step_to_step(self) -> None:
         """Of 4 episodes a step thirds are not whole; of 3 steps they are."""
-        plan = TaskPlan(episodes=4, teachers={"a": 2.0, "b": 1.0})
+        plan = schedule(episodes=4, teachers={"a": 2.0, "b": 1.0})
         table = Timetable({"math": plan}, steps=9, seed=0)
         taught = Counter(
             order.teacher for orders in _task_orders(table, "math", 5) for order in orders

@@ -97,7 +97,7 @@ def test_the_doctor_finds_each_of_them_sound(
 ) -> None:
     from tutelage.distill.doctor import examination
 
-    monkeypatch.setattr(examination, "_environments", lambda _: iter(()))
+    monkeypatch.setattr(examination, "_environments", lambda *_: iter(()))
     data = configure(*engines)
     for teacher in data["teachers"].values():
         if teacher.get("engine") == "server":

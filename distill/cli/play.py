@@ -121,11 +121,12 @@ def _required(info: Mapping[str, Any], key: str, policy: str) -> Any:
 
 def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     """A student's greedy replies, over the whole history."""
+    from tutelage.distill.config.sections import ContextConfig
     from tutelage.distill.engines.transformers import TransformersEngine
     from tutelage.distill.models.conversations import stop_ids
     from tutelage.distill.models.loading import load_model, load_tokenizer
     from tutelage.scheduler.chat import Chat
-    from tutelage.scheduler.contexts import Context, ContextSettings, Reply
+    from tutelage.scheduler.contexts import Context, Reply
     from tutelage.scheduler.engine import Completion, Request
     from tutelage.scheduler.episodes import GREEDY
 
@@ -133,7 +134,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     chat = Chat(tokenizer, stop_ids=stop_ids(reference))
     model = load_model(reference, dtype="float32", device="auto")
     engine = TransformersEngine(model, vocabulary=len(tokenizer))
-    context = Context(chat, ContextSettings(repeat_task=True))
+    context = Context(chat, ContextConfig(repeat_task=True).settings())
 
     def reply(observation: str, info: Mapping[str, Any]) -> str:
         context.observe(observation, info)

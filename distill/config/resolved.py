@@ -62,21 +62,21 @@ def resolved(
         )
     seen = {key: value for key, value in task.env_args.items() if key != "expert"}
     return TaskSettings(
-        rollout=_played(how, task.env, task.env_args),
-        evaluation=_played(how, task.env, seen | task.eval_args),
+        rollout=played(how, task.env, task.env_args),
+        evaluation=played(how, task.env, seen | task.eval_args),
         lost=how.lost,
         objective=built,
         options=objective.options,
         mask_tokens=objective.mask_tokens,
         weight=task.weight,
-        schedule=_schedule(task, labels=built.needs.generated_by == "expert"),
+        schedule=scheduled(task, labels=built.needs.generated_by == "expert"),
         guide=next(iter(task.teachers), None)
         if task.guidance is not None and task.guidance.by == "teacher"
         else None,
     )
 
 
-def _played(how: RolloutConfig, env: str, env_args: Mapping[str, Any]) -> TaskRollout:
+def played(how: RolloutConfig, env: str, env_args: Mapping[str, Any]) -> TaskRollout:
     return TaskRollout(
         env=env,
         env_args=env_args,
@@ -86,7 +86,7 @@ def _played(how: RolloutConfig, env: str, env_args: Mapping[str, Any]) -> TaskRo
     )
 
 
-def _schedule(task: TaskConfig, *, labels: bool) -> TaskPlan:
+def scheduled(task: TaskConfig, *, labels: bool) -> TaskPlan:
     share, guidance = task.expert_share, task.guidance
     return TaskPlan(
         episodes=task.episodes,

@@ -25,6 +25,7 @@ from tutelage.distill.config.values import (
 )
 from tutelage.distill.objectives import build
 from tutelage.envs.names import unknown
+from tutelage.envs.worker import MAX_OBSERVATION
 from tutelage.scheduler.contexts import ContextSettings
 
 
@@ -128,7 +129,7 @@ class RolloutConfig(Section):
     """Seconds that an environment may take for one batch of steps."""
     attempts: Positive = 3
     """At an episode whose environment died or hung."""
-    max_observation: Positive = 1_000_000
+    max_observation: Positive = MAX_OBSERVATION
     """Characters of one observation: a million fill the longest contexts there are. A longer one is
     a fault of the environment: its episode is dropped and counted."""
     lost: Share = 0.5

@@ -18,7 +18,7 @@ from tutelage.envs.grading import judge
 from tutelage.envs.grading import pool as grading_pool
 from tutelage.envs.grading.pool import Allowance
 from tutelage.envs.pool import START_SECONDS, Act, EnvironmentPool, Failed, Observed, Reset
-from tutelage.envs.worker import Undecided, num_episodes
+from tutelage.envs.worker import MAX_OBSERVATION, Undecided, num_episodes
 
 GOLDS = 20
 """Gold answers that are graded against themselves."""
@@ -78,7 +78,9 @@ def _deadly(
 ) -> Finding | None:
     """A fault that an examination in this process would not survive: found in another one."""
     try:
-        with EnvironmentPool(env_id, env_args, processes=1, timeout=timeout) as pool:
+        with EnvironmentPool(
+            env_id, env_args, processes=1, timeout=timeout, max_observation=MAX_OBSERVATION
+        ) as pool:
             pool.send([Reset(episode=0, seed=3)])
             (answer,) = pool.receive()
             if isinstance(answer, Observed):
