@@ -26,6 +26,7 @@ from tutelage.distill.plan.memory import Need
 from tutelage.distill.plan.plan import Plan, make_plan
 from tutelage.distill.plan.tasks import score_bytes
 from tutelage.distill.student.optimizers import Optimizer
+from tutelage.distill.teachers.transport import CompactScores
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -362,13 +363,12 @@ def test_imitation_sends_no_scores() -> None:
 
 @pytest.mark.parametrize("name", ["local_support", "full_vocabulary"])
 def test_score_bytes_are_those_that_travel(name: str) -> None:
-    transport = pytest.importorskip("tutelage.distill.teachers.transport")
     objective = build(name)
     ids_N = torch.arange(5)
     scores = TeacherScores.from_logits(
         torch.randn(5, 100), ids_N, k=objective.needs.k, keep_full=objective.needs.full
     )
-    assert transport.CompactScores.pack(scores, teacher="").nbytes == 5 * (
+    assert CompactScores.pack(scores, teacher="").nbytes == 5 * (
         score_bytes(objective.needs, 100) or 0
     )
 

@@ -16,11 +16,12 @@ import torch
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.models.dtypes import TOLERANCE
 from tutelage.distill.objectives import Needs, TeacherScores, build
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.teachers.answers import unpack_answer
-from tutelage.distill.teachers.identity import TOLERANCE, Identity, digest_of
+from tutelage.distill.teachers.identity import Identity, digest_of
 from tutelage.distill.teachers.service import Answer, Ask, TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row

@@ -127,11 +127,11 @@ def _model(model: Footprint) -> list[str]:
 
 
 def _environments(plan: Plan, name: str) -> str:
-    processes, cluster = plan.settings[name].rollout.processes, plan.config.cluster
+    processes = plan.settings[name].rollout.processes
     if not processes:
         return "with the rollouts"
-    workers = cluster.workers if cluster else 1
-    return f"{2 * processes * workers} processes"  # one pool for training, one for evaluation
+    pools = 2 * plan.config.workers  # each worker's: one for training, one for evaluation
+    return f"{pools * processes} processes"
 
 
 def _memory(plan: Plan) -> Table:

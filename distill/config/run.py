@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -196,6 +196,17 @@ class RunConfig(Section):
                 f" and with schedule.max_staleness {stale} the learner's weights are no longer"
                 " those that played: set max_staleness 0, or rollout.engine transformers"
             )
+
+    @property
+    def workers(self) -> int:
+        """How many engines play."""
+        return self.cluster.workers if self.cluster else 1
+
+    @property
+    def rollout_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the weights that play."""
+        own = self.vllm.dtype if self.rollout.engine == "vllm" else None
+        return own or self.student.dtype
 
     def policy(self) -> Policy:
         """A new policy, with nothing recorded."""

@@ -239,6 +239,10 @@ class OptimizerConfig(Section):
     """Several tasks in one update: task gives each its own mean, so that short answers are not
     drowned by long chains; all is one mean over everything."""
 
+    def micro_tokens_on(self, device: str) -> int:
+        """`micro_tokens`, or what it is where none is given. device: `cpu`, `cuda:1`."""
+        return self.micro_tokens or (2048 if device == "cpu" else 16_384)
+
 
 class LearnerConfig(Section):
     """The student's weights, gradients and optimizer state over several processes of this machine
@@ -277,6 +281,15 @@ class EvaluationConfig(Section):
     """Greedy decoding, and sampling as rollout says."""
     live_modes: Modes = ("greedy",)
     """While training: one mode takes half the time."""
+
+    def due(self, done: int) -> bool:
+        """Whether the student is examined after so many steps."""
+        return self.every > 0 and done % self.every == 0
+
+    def rounds(self, steps: int) -> int:
+        """How often a run of so many steps plays `episodes` of each task."""
+        live = steps // self.every if self.every else 0
+        return live * len(self.live_modes) + self.final * len(self.modes)
 
 
 class CheckpointConfig(Section):

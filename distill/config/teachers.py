@@ -97,6 +97,11 @@ class VllmConfig(Section):
     """True: no CUDA graphs; none: graphs on a GPU, and none on the CPU, where compiling takes
     longer than it gains."""
 
+    def cache_bytes(self, *, on_cpu: bool) -> int | None:
+        """Of `kv_cache_gib`; None: what gpu_memory_utilization leaves."""
+        size = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
+        return None if size is None else int(size * (1 << 30))
+
 
 class TeacherConfig(Section):
     """Who scores. Every engine has some of the keys below; what belongs to another is refused."""

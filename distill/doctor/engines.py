@@ -15,15 +15,13 @@ from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.doctor.numbers import Score, check_teacher_on_student
+from tutelage.distill.models.dtypes import ROWS_TOLERANCE
 from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.teachers.build import check_teachers, load_teacher
 from tutelage.distill.teachers.service import Teacher
 from tutelage.envs.errors import one_line
 from tutelage.scheduler.episodes import Row
-
-WITHIN = {"float32": 2e-3, "bfloat16": 0.1}
-"""Nats, in the mean, by which two engines may differ on the same weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +45,7 @@ def examine_engine(
     played: the student's rows of the tasks that it teaches."""
     subject, settings = f"teachers.{name}", config.teachers[name]
     check = Check(subject, f"engine: {settings.engine}")
-    within = WITHIN[settings.dtype]
+    within = ROWS_TOLERANCE[settings.dtype]
     own = config.model_copy(update={"teachers": {name: settings}})
     teacher: Teacher | None = None
     try:

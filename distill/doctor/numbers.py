@@ -21,6 +21,7 @@ from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models.batches import pack
+from tutelage.distill.models.dtypes import ROWS_TOLERANCE
 from tutelage.distill.objectives import Needs, Objective, TeacherScores, Tokens
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.student.laws import bias
@@ -50,8 +51,8 @@ class Probe:
 def tolerance(model: Any, other: str | None = None) -> float:
     """Nats by which two computations of one log-probability may differ in the mean. other: the
     dtype of the second, where it is not the model's."""
-    half = model.dtype in (torch.bfloat16, torch.float16) or other == "bfloat16"
-    return 0.1 if half else 2e-3
+    own = str(model.dtype).removeprefix("torch.")
+    return max(ROWS_TOLERANCE[own], ROWS_TOLERANCE[other or own])
 
 
 def greedy_probes(model: Any, prompt: Sequence[int], *, vocabulary: int) -> list[Probe]:

@@ -19,7 +19,7 @@ from tutelage.scheduler.rollouts import TaskRollout
 def worker_weights(config: RunConfig, model: Any, vocabulary: int) -> Weights:
     """What workers in other processes load."""
     if config.rollout.engine == "vllm":
-        dtype = config.vllm.dtype or config.student.dtype
+        dtype = config.rollout_dtype
         weights = sync.weights_of(model, vocabulary)
         return sync.packed(weights, sync.probe_of(model, vocabulary), dtype=dtype)
     return {name: array_of(tensor) for name, tensor in model.state_dict().items()}

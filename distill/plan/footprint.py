@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tutelage.distill.config.sections import StudentConfig
+from tutelage.distill.models.dtypes import BYTES
 from tutelage.distill.models.loading import (
     BUILTIN,
     at_key,
@@ -24,8 +25,6 @@ from tutelage.distill.models.loading import (
     student_settings,
 )
 from tutelage.distill.plan.published import PUBLISHED
-
-BYTES = {"float32": 4, "bfloat16": 2}
 
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z0-9])")
 
@@ -69,6 +68,18 @@ class Footprint:
     def weights(self, dtype: str) -> int | None:
         """Bytes."""
         return None if self.parameters is None else self.parameters * BYTES[dtype]
+
+    def optimizer_state(self, name: str, dtype: str) -> tuple[int | None, int | None]:
+        """Bytes, at least and at most, that the optimizer keeps: AdamW two moments of a parameter;
+        Muon one, of the hidden matrices."""
+        weights = self.weights(dtype)
+        if weights is None or name == "adamw":
+            twice = None if weights is None else 2 * weights
+            return twice, twice
+        if self.shape is None:
+            return weights, 2 * weights
+        kept = 2 * weights - self.shape.hidden_matrices * BYTES[dtype]
+        return kept, kept
 
 
 def footprint(reference: str) -> Footprint:

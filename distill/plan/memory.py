@@ -11,9 +11,10 @@ import torch
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import VllmConfig
+from tutelage.distill.models.dtypes import BYTES
 from tutelage.distill.models.loading import device_of
 from tutelage.distill.objectives.scores import CHUNK
-from tutelage.distill.plan.footprint import BYTES, Footprint
+from tutelage.distill.plan.footprint import Footprint
 from tutelage.distill.plan.tasks import TaskForecast
 from tutelage.distill.student.learner import DENSE_VOCABULARY
 
@@ -47,7 +48,7 @@ def learner_needs(
         Need(device=device, what="gradients", least=weights, most=weights, knob="dtype"),
         _optimizer_need(config, student, device),
     ]
-    micro = config.optimizer.micro_tokens or (2048 if device.startswith("cpu") else 16_384)
+    micro = config.optimizer.micro_tokens_on(device)
     longest = max(micro, student.shape.context) if student.shape else None  # a row goes whole
     least = min(micro, max(task.tokens for task in tasks))
     shape, again = student.shape, config.optimizer.recompute
@@ -95,15 +96,10 @@ def _over_ranks(config: RunConfig, alone: Sequence[Need], weights: int | None) -
 
 
 def _optimizer_need(config: RunConfig, student: Footprint, device: str) -> Need:
-    """AdamW keeps two moments of a parameter; Muon one, of the hidden matrices."""
-    weights, width = student.weights(config.student.dtype), BYTES[config.student.dtype]
-    most = None if weights is None else 2 * weights
-    if config.optimizer.name == "adamw":
-        what, least = "optimizer: AdamW, two moments", most
-    else:
-        what, least = "optimizer: Muon, one moment; AdamW", weights
-        if student.shape is not None and most is not None:
-            least = most = most - student.shape.hidden_matrices * width
+    name = config.optimizer.name
+    least, most = student.optimizer_state(name, config.student.dtype)
+    what = "AdamW, two moments" if name == "adamw" else "Muon, one moment; AdamW"
+    what = f"optimizer: {what}"
     return Need(device=device, what=what, least=least, most=most, knob="optimizer.name")
 
 
@@ -145,12 +141,11 @@ def rollout_needs(
     """The engine's weights, where they are not the learner's own, and its sessions' keys and
     values: of their replies alone, or of whole contexts."""
     device, width = device_name(config.student.device), BYTES[config.student.dtype]
-    workers = config.cluster.workers if config.cluster else 1
+    workers = config.workers
     vllm = config.rollout.engine == "vllm"
-    dtype = (config.vllm.dtype if vllm else None) or config.student.dtype
     found = []
     if config.cluster is not None or vllm:
-        weights = student.weights(dtype)
+        weights = student.weights(config.rollout_dtype)
         copies = None if weights is None else weights * workers
         found.append(
             Need(
@@ -199,7 +194,7 @@ def _sessions(config: RunConfig, task: TaskSettings, workers: int) -> tuple[int,
     """(episodes in flight in one engine, tokens of the replies that its cache holds of each)."""
     how, section = task.rollout, config.evaluation
     played = task.schedule.episodes
-    if section.every or section.final:
+    if section.rounds(config.steps):
         played = (
             how.max_live * workers if section.episodes == "all" else max(played, section.episodes)
         )
@@ -251,7 +246,7 @@ def guide_needs(
 ) -> list[Need]:
     """A teacher that plays prefixes keeps keys and values as an engine does: of its share of what
     is in flight, or, if others end before, of all guided episodes at once."""
-    workers = config.cluster.workers if config.cluster else 1
+    workers = config.workers
     found = []
     for name, task in settings.items():
         if task.guide is None:
@@ -279,10 +274,8 @@ def _vllm_need(
 ) -> Need:
     """What vLLM's engines set aside for keys and values: a size, or the rest of their share. Each
     of tensor_parallel_size workers does: on a GPU of its own, or all in the CPU's memory."""
-    size, room = options.kv_cache_gib, memory_here(device)
-    if size is None and device == "cpu":
-        size = 1.0
-    kept = None if size is None else int(size * (1 << 30))
+    size, room = options.cache_bytes(on_cpu=device == "cpu"), memory_here(device)
+    kept = size
     if kept is None and room is not None and weights is not None:
         kept = max(0, int(room * options.gpu_memory_utilization) - weights // engines)
     if kept is not None:
@@ -303,7 +296,7 @@ def process_needs(config: RunConfig) -> Need:
         count += config.cluster.workers + len(config.teachers)
     engines = [one.vllm for one in config.teachers.values() if one.engine == "vllm"]
     if config.rollout.engine == "vllm":
-        engines += [config.vllm] * (config.cluster.workers if config.cluster else 1)
+        engines += [config.vllm] * config.workers
     sizes = [one.tensor_parallel_size for one in engines if one is not None]
     count += sum(size for size in sizes if size > 1)
     return Need(

@@ -114,8 +114,7 @@ def reply_tokens(task: TaskSettings) -> int:
 def evaluated(config: RunConfig) -> int | None:
     """Episodes that one task plays for evaluation."""
     section = config.evaluation
-    times = config.steps // section.every * len(section.live_modes) if section.every else 0
-    times += len(section.modes) if section.final else 0
+    times = section.rounds(config.steps)
     if section.episodes == "all":
         return None if times else 0
     return times * section.episodes

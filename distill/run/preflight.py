@@ -76,8 +76,9 @@ def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
 def check_room(config: RunConfig) -> None:
     """Raises ConfigError where the disk has no room for one checkpoint: the weights, and what the
     optimizer keeps of each of them."""
-    weights = student_footprint(config.student).weights(config.student.dtype) or 0
-    need = weights * (3 if config.optimizer.name == "adamw" else 2)
+    student, dtype = student_footprint(config.student), config.student.dtype
+    state, _ = student.optimizer_state(config.optimizer.name, dtype)
+    need = (student.weights(dtype) or 0) + (state or 0)
     if (free := shutil.disk_usage(config.run).free) < need:
         raise ConfigError(
             f"run: {config.run} has {free / 2**20:,.0f} MiB free, and one checkpoint takes"

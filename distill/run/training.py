@@ -204,7 +204,7 @@ class Run:
         if self.record.pending is None:
             return
         done, scores = self.record.pending[0] + 1, dict[str, float]()
-        if self.config.evaluation.every and done % self.config.evaluation.every == 0:
+        if self.config.evaluation.due(done):
             scores = score_metrics(self.evaluate(self.config.evaluation.live_modes))
         self.record.write(scores)
 

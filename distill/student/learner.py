@@ -70,7 +70,7 @@ class Learner:
         self.version = 0
         self.whole = True  # False: an update failed after some of its optimizer steps
         self._fault = ""  # the first token of an optimizer step whose loss is no number
-        self._micro_tokens = config.micro_tokens or (2048 if model.device.type == "cpu" else 16_384)
+        self._micro_tokens = config.micro_tokens_on(model.device.type)
         self.optimizer = Optimizer(model, config, self._orthogonalized)
         self._layers = recomputing(model) if config.recompute else []
 

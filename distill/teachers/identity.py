@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.models.dtypes import TOLERANCE
 from tutelage.distill.models.loading import resolve
 from tutelage.envs.errors import first_line
 from tutelage.evaluation.files import write_json
@@ -30,11 +31,6 @@ FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 
 ROWS, TOKENS = 2, 33
 """Of the exam: two rows of one given token and 32 scored ones."""
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Nats, in the mean over the exam's numbers, by which one teacher may differ from itself. Other
-kernels and devices move float32 by 1e-5 or so and bfloat16 by some 1e-2; other weights by whole
-nats."""
 
 UNIFORM = 1e-4
 """A first load is refused when the exam's mean entropy is this share, or less, below ln V. Lost

@@ -37,8 +37,6 @@ CURE = (
     " transformers"
 )
 
-GIB = 1 << 30
-
 
 class EngineFailure(RuntimeError):
     """The engine broke while it worked: what it holds is lost."""
@@ -114,9 +112,6 @@ def start(
         on_cpu = platform.is_cpu()
         if on_cpu and syncs:
             keep_unpacked()
-        cache = options.kv_cache_gib
-        if cache is None and on_cpu:
-            cache = 1.0  # vLLM would take half of the machine's memory
         eager = on_cpu if options.enforce_eager is None else options.enforce_eager
         arguments = {
             "model": model,
@@ -126,7 +121,8 @@ def start(
             "generation_config": "vllm",  # the checkpoint's own would cut max_tokens
             "tensor_parallel_size": options.tensor_parallel_size,
             "gpu_memory_utilization": options.gpu_memory_utilization,
-            "kv_cache_memory_bytes": None if cache is None else int(cache * GIB),
+            # on the CPU vLLM itself would take half of the machine's memory
+            "kv_cache_memory_bytes": options.cache_bytes(on_cpu=on_cpu),
             "max_model_len": options.max_model_len,
             "max_num_batched_tokens": options.max_num_batched_tokens,
             # on the CPU half a prompt of a request with a seed ends the engine: vLLM would take the

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from tutelage.distill.engines.vllm.processes import has_workers
+from tutelage.distill.models.dtypes import TOLERANCE
 from tutelage.distill.models.weights import array_of, weight_of
 
 PROBE_TOKENS = 64
@@ -32,10 +33,6 @@ ALIGNED = 64
 
 PATIENCE = 300.0
 """Seconds that a worker process has for its part of a sync: vLLM's own limit of a step."""
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Nats, by the engine's dtype, that the mean over the probe may be off. In float32 on the CPU it is
-1e-6; in bfloat16 another order of summation shows in the second digit."""
 
 MOVED = 0.1
 """Share of the tolerance by which the learner must have moved before an engine that says exactly
