@@ -1,5 +1,5 @@
-"""Refusing an unknown name, with the nearest known one in the message: the same word spelled
-otherwise, another word for the same thing, or one that looks alike.
+"""Finds the known name that an unknown one was meant to be, for error messages: the same word
+spelled otherwise, another word for the same thing, or a word that looks alike.
 """
 
 from __future__ import annotations
@@ -93,11 +93,13 @@ SYNONYMS: tuple[str, ...] = (
     "num_key_value_heads kv_heads num_kv_heads n_kv_heads",
     "max_position_embeddings context context_length max_seq_len n_positions block_size",
 )
-"""Words for one thing, ours and other people's; a message may suggest any that is known there."""
+"""Each line has words for one thing, ours and other libraries'. A message suggests the one that is
+a known name where the unknown one stood.
+"""
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that was most likely meant; None: nothing is near."""
+    """The known name that was most likely meant, or None if none is near."""
     names = sorted(known)
     if same := synonym(name, names):
         return same
@@ -107,6 +109,7 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
 
 def synonym(name: object, known: Iterable[str]) -> str | None:
     """The known name that is the same but for its spelling, or another word for it; or None."""
+    # Reversed, because the last of equal keys wins: of names spelled alike the first by alphabet.
     spelled = {_plain(one): one for one in sorted(known, reverse=True)}
     word = _plain(name)
     groups = [group for group in _GROUPS if word in group]

@@ -1,5 +1,5 @@
-"""Environments of other people: where the module that registers one is looked for, and what to say
-of one that cannot be made.
+"""Other people's environments: where Python looks for the module that registers one, and the
+message for one that cannot be made.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _beside: list[str] = []
 
 
 class Absent(ValueError):
-    """An environment cannot be made, since something is not on this machine: a file, a data set, a
-    package. What was asked for may be right.
+    """An environment cannot be made because this machine lacks a file, a data set or a package. Its
+    id and its options may be right.
     """
 
 
 def look_beside(folder: Path | str) -> None:
-    """From here on `module:Id-v0` is found in `folder` too, after all that is installed: nothing
-    there takes the place of a package. Environments' processes look where this one does.
+    """Let Python find the module of `module:Id-v0` in `folder` too, after everything installed, so
+    that no file there hides a package. Environments' processes look where this one does.
     """
     entry = str(Path(folder).resolve())
     if entry not in _beside:
@@ -30,12 +30,12 @@ def look_beside(folder: Path | str) -> None:
 
 
 def beside() -> tuple[str, ...]:
-    """The folders of `look_beside`, for processes that do not start from this one's sys.path."""
+    """The folders of `look_beside`, for processes without this one's sys.path (Ray's workers)."""
     return tuple(_beside)
 
 
 def refusal(env_id: str, error: BaseException) -> tuple[str, bool]:
-    """(why the environment cannot be made, in one line; whether that is something's absence)."""
+    """(why the environment cannot be made, in one line; whether this machine lacks something)."""
     if isinstance(error, SystemExit):
         return f"it calls sys.exit({error.code!r}) while it is made", False
     absent = isinstance(error, FileNotFoundError | ImportError | ConnectionError)

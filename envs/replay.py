@@ -1,10 +1,10 @@
-"""Episodes that outlive their process: led to where they were, they go on as if nothing had
-happened.
+"""A pool whose episodes survive the loss of their process: each is replayed up to where it was.
 
-What led an episode there is known: its seed and its actions. So its player sees nothing of a fault,
-neither an order that changed nor a batch that was smaller, which would show in the last bits of
-what an engine says. Nobody knows whose fault it was when a process dies; an episode's last attempt
-is made while nothing else is on the way, so that only its own fault can cost it.
+When a process dies or hangs, this pool resets its episodes in other processes and repeats their
+actions. The caller sees nothing of the fault: answers keep their order and batches their size, on
+which the last bits of what an engine computes depend. When a process dies, nobody knows which of
+its episodes is to blame; so the last attempt at an episode runs while no other request is under
+way, and only its own fault can end it.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from dataclasses import replace
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 
 SHARED = ("died", "timeout")
-"""Reasons for which all episodes of a process are lost, whoever is to blame."""
+"""Failures that cost a process all its episodes, whichever of them is to blame."""
 
 
 class _Life:
-    """One episode: what was asked of it, and how far its present instance has come."""
+    """One episode: its requests, and how many of them its present instance has answered."""
 
     def __init__(self, reset: Reset) -> None:
-        self.asked: list[Reset | Act] = [reset]
+        self.requests: list[Reset | Act] = [reset]
         self.seen: list[str] = []  # the observations that were passed on
-        self.attempt, self.at = reset.attempt, 0  # at: how many requests its instance has answered
-        self.alone = False
-        self.lost = False  # its instance is gone, and nobody needed it since
+        self.attempt, self.answered = reset.attempt, 0
+        self.alone = False  # the last attempt: no other request may be under way
+        self.lost = False  # its instance is gone, and no request has needed it since
 
     @property
     def awaited(self) -> bool:
-        return len(self.seen) < len(self.asked)
+        """Whether the caller waits for an answer."""
+        return len(self.seen) < len(self.requests)
 
     def repeats(self, result: Observed) -> bool:
-        """Whether an answer that was passed on before is the same again."""
+        """Whether a replayed answer is the one that was passed on before."""
         ended = result.terminated or result.truncated
-        return not ended and result.observation == self.seen[self.at]
+        return not ended and result.observation == self.seen[self.answered]
 
 
 class ReplayingPool:
     """An environment pool with the same calls, in which `Failed` is final: no attempt is left, or
-    (reason `differs`) the environment does not repeat itself, and the episode must begin anew.
+    (reason `differs`) the replay gave another observation, and the episode must begin anew.
 
     Args:
         pool: the environments; not closed here.
-        attempts: at an episode.
+        attempts: how often an episode is tried at most.
     """
 
     def __init__(self, pool: EnvironmentPool, *, attempts: int) -> None:
@@ -68,8 +69,8 @@ class ReplayingPool:
             if isinstance(request, Reset):
                 self._lives[request.episode] = _Life(request)
             else:
-                self._lives[request.episode].asked.append(request)
-        self._ask([request.episode for request in requests])
+                self._lives[request.episode].requests.append(request)
+        self._send([request.episode for request in requests])
 
     def abandon(self, episodes: Iterable[int]) -> None:
         """See EnvironmentPool.abandon."""
@@ -90,8 +91,8 @@ class ReplayingPool:
                 break
         return answers
 
-    def _ask(self, episodes: Iterable[int]) -> None:
-        """Send the next request of each, or let it wait until nothing else is on the way."""
+    def _send(self, episodes: Iterable[int]) -> None:
+        """Send the next request of each; a last attempt waits until nothing else is under way."""
         now = []
         for episode in episodes:
             if not self._lives[episode].alone:
@@ -103,18 +104,18 @@ class ReplayingPool:
 
     def _next(self, episode: int) -> Reset | Act:
         life = self._lives[episode]
-        if life.lost:
-            life.lost, life.at = False, 0
-        return life.asked[life.at]
+        if life.lost:  # a new instance begins with the reset
+            life.lost, life.answered = False, 0
+        return life.requests[life.answered]
 
     def _differs(self, episode: int) -> Failed:
         life = self._lives.pop(episode)
         self._pool.abandon([episode])
-        detail = "its process was lost, and led there again it answered otherwise"
+        detail = "its process was lost, and the replay of its actions gave another observation"
         return Failed(episode=episode, reason="differs", detail=detail, attempts=life.attempt)
 
     def _settle(self, results: Sequence[Observed | Failed]) -> list[Observed | Failed]:
-        """The answers that somebody waits for; what leads other episodes there is asked for."""
+        """The answers that the caller waits for; replays in between get their next request."""
         failures = [result for result in results if isinstance(result, Failed)]
         gone = {failure.episode for failure in failures}
         answers: list[Observed | Failed] = []
@@ -123,30 +124,33 @@ class ReplayingPool:
             life = self._lives.get(result.episode)
             if life is None or isinstance(result, Failed):
                 continue
-            if life.at == len(life.seen):
+            if life.answered == len(life.seen):  # new; else it is a replay's, which nobody awaits
                 life.seen.append(result.observation)
                 answers.append(result)
             elif not life.repeats(result):
                 answers.append(self._differs(result.episode))
                 continue
-            life.at += 1
+            life.answered += 1
             if life.awaited and result.episode not in gone:
                 further.append(result.episode)
-        # To blame are those that owed the process an answer; where none did, all that are needed.
+        # Episodes that the process owed an answer are blamed: theirs counts as an attempt. If it
+        # owed none, every episode that is still needed is.
         known = any(not failure.idle for failure in failures if failure.reason in SHARED)
         for failure in failures:
             answers += self._fail(failure, further, spare=failure.idle and known)
-        self._ask(further)
+        self._send(further)
         return answers
 
     def _fail(self, failure: Failed, further: list[int], *, spare: bool) -> list[Failed]:
-        """Another attempt, which joins `further`; or the failure, if that was the last."""
+        """Nothing, and another attempt in `further`; or the failure, if that was the last attempt.
+        spare: another episode is to blame, so this one loses no attempt.
+        """
         life = self._lives.get(failure.episode)
         if life is None:
             return []
         life.lost = True
         if not life.awaited:
-            return []  # nobody may ever need it again
+            return []  # perhaps it is abandoned next: replay it only once it is needed
         if not spare and life.attempt == self._most:
             del self._lives[failure.episode]
             return [replace(failure, attempts=life.attempt)]

@@ -1,4 +1,4 @@
-"""Which game or problem a reset begins: options["index"], or one drawn at random."""
+"""Chooses the game or problem that a reset begins: options["index"], or one drawn at random."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chosen_index(options: Mapping[str, Any] | None, count: int, rng: np.random.G
     index = options.get("index")
     if index is None:
         return int(rng.integers(count))
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
+    if isinstance(index, bool) or not hasattr(index, "__index__"):  # NumPy's integers have it
         raise ValueError(f"index {index!r} is no whole number")
     if not 0 <= int(index) < count:
         raise ValueError(f"index {index} is outside 0..{count - 1}")

@@ -102,7 +102,7 @@ CAN_CONTAIN: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 
 LAMP: Final = "DeskLamp"
 LAMP_SPOTS: Final = frozenset({"Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable"})
-"""Where a desk lamp may stand, as in the released games. The table has none: it stays put."""
+"""Where a lamp may stand in the released games. CAN_CONTAIN has none: nobody can move a lamp."""
 
 
 def _words(text: str) -> frozenset[str]:

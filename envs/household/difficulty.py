@@ -9,13 +9,14 @@ from tutelage.envs.names import unknown
 
 
 def _known(name: str, known: Iterable[str], what: str) -> str:
+    """`name`, if it is one of the `known` names of a `what`."""
     if name not in known:
         raise ValueError(unknown(what, name, known))
     return name
 
 
 def _at_least(least: int, name: str, value: int | None) -> None:
-    if value is None and name != "instances":
+    if value is None and name != "instances":  # of which a game needs the number, see games.py
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} {value!r} should be a whole number from {least}")

@@ -1,12 +1,12 @@
-"""ALFWorld's text game, played natively: TextWorld's bytes, a thousand times faster.
+"""Plays ALFWorld's text game natively: TextWorld's texts, byte for byte, a thousand times faster.
 
-The rules are those of ALFRED's domain and grammar, written out in Python. What was copied on
-purpose:
+The rules are those of ALFRED's domain and grammar, written out in Python. Quirks that were copied
+on purpose:
 
 - A command counts only if it equals one of the admissible ones after `strip()`; all else is
   "Nothing happens.".
-- Every list is in the order of the identifiers. Numbers were given counting down, hence "drawer 4,
-  a drawer 3, ...".
+- Every list is in the order of the PDDL identifiers, which ALFWorld's demangler numbers downwards:
+  hence "drawer 4, a drawer 3, ...".
 - Locations may be shared by receptacles: "go to" works only towards another location, and
   everything that stands at a location is within reach (`examine`, `open`, `take` and `move` name
   the receptacle).
@@ -37,18 +37,19 @@ NOTHING_HAPPENS = "Nothing happens."
 
 _CLEANERS_OF_DOMAIN = {  # SHA-256 of the domain's text -> the receptacle types that clean
     "f1473041ed01da514de1f87adfd7ef0804862361f83ccf63c75e43633b0eb280": frozenset(
-        {"sinkbasintype"}
+        {"sinkbasintype"}  # alfworld's package
     ),
     "0af55e7f92d12b09d28515aa730e4d03fddd17228ef1fd7b18a3ee8ba49b27b9": frozenset(
-        {"sinktype", "sinkbasintype"}
+        {"sinktype", "sinkbasintype"}  # the released games
     ),
 }
-_GRAMMARS = {  # SHA-256 of the grammar's text without the goal
+# SHA-256 of the grammar's text without the goal. A text of any other hash may have other rules.
+_GRAMMARS = {
     "c294eb280206a4428664cdb4e2037e267e86de5b7fa862212718a961513a7de4",  # alfworld's package
     "10da93e13b58e1a6039723f5d4a59ceae7c60772515bfab9fc603bafa7f8ee06",  # the released games
 }
 _GOAL_OPENS, _GOAL_CLOSES = '"rhs": "Your task is to: ', '"\n'
-# A goal with one of these is code to TextWorld's grammar.
+# TextWorld's grammar would read a goal with one of these characters as code.
 _GRAMMAR_SIGNS = frozenset(';|"<>[]#{}\\\n\r\t')
 _KNIVES = frozenset({"knifetype", "butterknifetype"})
 _MICROWAVES = frozenset({"microwavetype"})
@@ -74,8 +75,8 @@ Available commands:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Game:
-    """Plain data of one game: the texts of `game.tw-pddl` (the goal already in the grammar), and
-    what came along with them.
+    """Plain data of one game: the texts of its `game.tw-pddl` (the goal already filled into the
+    grammar), its walkthrough, and its `traj_data.json`.
     """
 
     name: str
@@ -121,7 +122,7 @@ class NativeEngine:
     def reset(self, game: Game) -> View:
         """Start the game.
 
-        Raises UnsupportedGame (a ValueError) if it isn't one that this engine plays to the byte.
+        Raises UnsupportedGame (a ValueError) for a game whose texts would differ from TextWorld's.
         """
         try:
             self._cleaners = _cleaners(game.domain)
@@ -140,7 +141,9 @@ class NativeEngine:
         return self._view
 
     def step(self, command: str) -> View:
-        """Carry out the command, or let nothing happen. A won game plays on, as in TextWorld."""
+        """Carry out an admissible command; any other changes nothing. A won game can be played
+        further, as in TextWorld.
+        """
         command = command.strip()
         action = self._actions.get(command)
         if action is not None:
@@ -152,9 +155,9 @@ class NativeEngine:
         return self._view
 
     def close(self) -> None:
-        """Nothing to release; here for the engines that hold something."""
+        """This engine has nothing to release; TextWorld's has."""
 
-    # --- what experts may ask
+    # --- what experts may read
 
     @property
     def holding(self) -> str | None:
@@ -228,7 +231,7 @@ class NativeEngine:
         for o in state.contents[r]:
             if reachable and held is None and o in world.pickupable:
                 actions[f"take {names[o]} from {name}"] = partial(self._take, o, r)
-            if o in world.toggleable:
+            if o in world.toggleable:  # the domain asks for no open receptacle
                 actions[f"use {names[o]}"] = partial(self._use, o)
         if held is not None:
             self._offer_held_at(held, r, actions)
@@ -250,6 +253,7 @@ class NativeEngine:
         world, names = self.world, self.world.names
         actions[f"examine {names[held]}"] = partial(self._examine, held)
         if world.object_types.get(held, frozenset()) & _KNIVES:
+            # Whatever lies at this location, also in a closed receptacle: so the domain has it.
             for o in self.state.lying.get(self.state.location, ()):
                 if o in world.sliceable:
                     actions[f"slice {names[o]} with {names[held]}"] = partial(self._slice, o, held)
@@ -274,7 +278,7 @@ class NativeEngine:
 
     def _take(self, o: str, r: str) -> str:
         state = self.state
-        state.contents[r].remove(o)
+        state.contents[r].remove(o)  # if the problem puts it into a second one, it stays there
         state.taken.add((o, r))
         state.lying.get(state.location, set()).discard(o)
         state.holding = o
@@ -349,7 +353,7 @@ class NativeEngine:
         if not here:
             room = _listed([f"a {names[r]}" for r in self.world.receptacles] if everywhere else [])
             return f"You are in the middle of a room. Looking quickly around you, you see {room}."
-        moved = [
+        moved = [  # only these: the grammar asks for "taken from here" and "lying here"
             f"a {names[o]}"
             for o in sorted(self.state.lying.get(self.state.location, ()))
             for r in here
@@ -371,7 +375,7 @@ class NativeEngine:
         if clean or (warmth and is_sliced):
             looks = " and ".join(filter(None, [warmth, "clean" if clean else ""]))
             return f"This is a {looks} {'sliced ' if is_sliced else ''}{name}."
-        if warmth:
+        if warmth:  # alone it is "cold", beside another state "cool": so the grammar has it
             return f"This is a {'hot' if hot else 'cold'} {name}."
         if o in world.toggleable and o in state.toggled:
             return f"This {name} is on."
@@ -417,7 +421,7 @@ def _cleaners(domain: str) -> frozenset[str]:
     return cleaners
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # grammars differ in their goal only
 def _task(grammar: str) -> str:
     """The goal text in the grammar; the rest of the grammar must be one of the two known texts."""
     before, opens, rest = grammar.partition(_GOAL_OPENS)

@@ -1,8 +1,8 @@
-"""A household of text as a Gymnasium environment, over any sequence of games.
+"""Makes a Gymnasium environment of any sequence of household games.
 
 Observations are the engine's texts and actions are its commands. The reward is 1.0 on the step that
-wins, which also ends the episode; `max_steps` cuts it off, counting commands that did nothing, as
-ALFWorld's own limit does.
+wins, which also ends the episode. `max_steps` cuts an episode off; like ALFWorld's own limit it
+counts commands that did nothing, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TASK_TYPES = (
     "pick_two_obj_and_place",
 )
 ENGINES = ("native", "textworld")
-EXPERTS = {  # loaded when asked for: one needs alfworld
+EXPERTS = {  # imported only when used: handcoded needs alfworld
     "explorer": "tutelage.envs.household.expert:Explorer",
     "planner": "tutelage.envs.household.expert:Planner",
     "handcoded": "tutelage.envs.household.handcoded:Handcoded",
@@ -36,7 +36,7 @@ EXPERTS = {  # loaded when asked for: one needs alfworld
 
 
 class Games(Protocol):
-    """Where the games come from; a game that can't be read raises when it is asked for."""
+    """Where the games come from; reading a broken game raises."""
 
     def __len__(self) -> int: ...
 
@@ -60,8 +60,8 @@ class HouseholdGameEnv(gym.Env[str, str]):
         games: what `reset(options={"index": i})` chooses from; without an index, one is drawn.
         expert: put an expert's action into info["expert_action"]: "explorer" (also True), "planner"
             (knows hidden places) or "handcoded" (ALFWorld's own; needs the `alfworld` extra).
-        engine: "native", or "textworld" (ALFWorld's stock engine; the same bytes, slowly; needs the
-        `alfworld` extra).
+        engine: "native", or "textworld" (ALFWorld's stock engine: the same texts, slowly; needs the
+            `alfworld` extra).
         max_steps: commands an episode, those that did nothing included.
         render_mode: None or "ansi", which returns the episode's transcript.
 
@@ -124,7 +124,8 @@ class HouseholdGameEnv(gym.Env[str, str]):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Carry out a command. Anything that isn't an admissible one answers "Nothing happens.".
 
-        A "<think>" before it is the chat template's: who has no thoughts goes on with the command.
+        A leading "<think>" is removed: some chat templates write it before every reply, and a model
+        that does not think writes its command right after it.
         """
         game = self._game
         if game is None:
@@ -137,7 +138,7 @@ class HouseholdGameEnv(gym.Env[str, str]):
         self._transcript += [f"> {command}", view.observation]
         truncated = not view.won and self._steps >= self._max_steps
         if view.won or truncated:
-            self._game = None
+            self._game = None  # from here on `step` raises, where the engine would play on
         return view.observation, float(view.won), view.won, truncated, self._info(game, view)
 
     def render(self) -> str | None:  # type: ignore[override]  # Gymnasium has no type for text

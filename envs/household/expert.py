@@ -1,4 +1,4 @@
-"""The explorer: an expert that searches a household as a player must, and can be imitated.
+"""The explorer: an expert that searches a household as a player must, so that it can be imitated.
 
 It knows what a player knows: the task's sentence, the texts and the admissible commands so far.
 From these it keeps a belief (what lies where, what is open, what it holds, what it has changed) and
@@ -32,6 +32,7 @@ _CONTENTS: Final = re.compile(
     r"(?:On the (.+?), you see|The (.+?) is open\. In it, you see) (.*?)\."
 )
 _TAKEN: Final = re.compile(r"You pick up the (.+?) from the (.+?)\.")
+# Older releases of the games say "put ... in/on".
 _MOVED: Final = re.compile(r"You (?:move|put) the (.+?) (?:to|in/on) the (.+?)\.")
 _CHANGED: Final = re.compile(r"You (clean|heat|cool) the (.+?) using the ")
 _NAME: Final = re.compile(r"\ban? (\w+ \d+)")
@@ -54,7 +55,7 @@ class Belief:
         self.held: str | None = None
         self.changes: dict[str, set[str]] = {}  # object -> the verbs whose effect it shows
         self.lamps: dict[str, str] = {}  # lamp -> the receptacle it stands on
-        self.visited: set[str] = set()  # a lamp can be used, so is noticed, where one stands
+        self.visited: set[str] = set()  # searched for lamps: at one, `use` is admissible at once
         self.here: tuple[str, ...] = ()
         self.admissible: frozenset[str] = frozenset()
         self.update(view)
@@ -100,11 +101,14 @@ class Belief:
             self.contents.setdefault(moved[2], []).append(moved[1])
         if changed := _CHANGED.search(text):
             shown = self.changes.setdefault(changed[2], set())
+            # Heating undoes cooling and the other way round; nothing undoes cleaning.
             shown -= {"heat", "cool"} if changed[1] != "clean" else set()
             shown.add(changed[1])
 
     def _reach_into(self, receptacle: str) -> None:
-        """An empty hand's `take` commands show what a receptacle holds, also one beside it."""
+        """With an empty hand the `take` commands show what a receptacle holds, also one that shares
+        the location and was never examined.
+        """
         suffix = f" from {receptacle}"
         known = self.contents.setdefault(receptacle, [])
         takes = (c for c in self.admissible if c.startswith("take ") and c.endswith(suffix))
@@ -162,6 +166,7 @@ class Explorer:
         belief, goal = self.belief, self._destination()
         verb = CHANGES.get(self.task.task_type, ("", ""))[0]
         two = self.task.task_type == "pick_two_obj_and_place"
+        # One of the two that lies at the goal already stays there.
         seen = [(r, o) for r, o in belief.places_of(self.task.target) if not (two and r == goal)]
         if not seen:
             return self._explore(lambda kind: self.task.target in _HOMES.get(kind, ()))
@@ -218,7 +223,7 @@ class Explorer:
     # --- what the phases share
 
     def _explore(self, plausible: Callable[[str], bool], *, for_lamp: bool = False) -> str:
-        """Go on looking: plausible places first, then open ones, each group in listing order."""
+        """Keep looking: plausible places first, then open ones, each group in listing order."""
         belief = self.belief
         known = belief.visited if for_lamp else belief.contents
         unknown = [r for r in belief.receptacles if r not in known]

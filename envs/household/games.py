@@ -1,4 +1,4 @@
-"""Household games made from a seed alone: no download, no simulator, each proven solvable.
+"""Makes household games from a seed alone: no download, no simulator, each proven solvable.
 
 `make_game(index, split, difficulty)` draws a goal, then a room around it, writes both as the PDDL
 problem that ALFWorld's engine plays, and replays a walkthrough of it in the engine before the game
@@ -58,6 +58,7 @@ _WORDINGS: Final = {  # ALFWorld's own templates
     "pick_two_obj_and_place": ("put two {o} in {r}", "find two {o} and put them in {r}"),
 }
 _CHANGEABLE: Final = {"clean": CLEANABLE, "heat": HEATABLE, "cool": COOLABLE}
+# Beyond AI2-THOR's scene numbers (1 to 430), so that no game is named as a released one.
 _FLOOR_PLANS: Final = {"kitchen": 1001, "living": 1201, "bed": 1301, "bath": 1401}
 
 
@@ -85,7 +86,7 @@ def make_game(
             continue
         game = _write_game(rng, goal, world)
         if _search_cost(goal, world) + len(game.walkthrough) > TURNS:
-            continue  # no luck needed: who looks everywhere before acting must still win in time
+            continue  # a player who looks everywhere before acting must still win in time
         if wins_by_walkthrough(game):
             return game
     raise ValueError(
@@ -143,8 +144,8 @@ def _goals(task_type: str, room: str, unseen: bool) -> tuple[list[Goal], list[fl
         if task_type == "look_at_obj_in_light":
             places = {LAMP: 1.0} if homes else {}
         else:
-            # There must be another class of place to find it in, and putting it back into the
-            # appliance would make the change look like an accident.
+            # The target must start in another class of place than its goal (see _may_start_in), and
+            # putting it back into the appliance would make the change look like an accident.
             places = {
                 r: rooms.RECEPTACLES[room][r][0] for r in homes if r != appliance and len(homes) > 1
             }
@@ -248,7 +249,7 @@ def _may_start_in(goal: Goal, kind: str, receptacle: str, knobs: Difficulty) -> 
         return _holds(receptacle, kind)
     if not knobs.closed and receptacle in OPENABLE:
         return False
-    # Where a target belongs it needn't be looked for: it never starts there.
+    # A target that started where it belongs would leave nothing to do.
     return _holds(receptacle, kind) and receptacle != goal.place
 
 
@@ -369,5 +370,5 @@ def _digest(value: object) -> int:
 
 
 def _share(value: object) -> float:
-    """The value's place in [0, 1)."""
+    """A number in [0, 1) that depends on nothing but the value, evenly spread over values."""
     return _digest(value) / 2**64

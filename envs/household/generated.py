@@ -11,7 +11,7 @@ from tutelage.envs.household.env import HouseholdGameEnv
 from tutelage.envs.household.games import SPLITS, TURNS, make_game
 from tutelage.envs.names import unknown
 
-TRAIN_GAMES: Final = 1_000_000  # made when they are asked for: as good as no end
+TRAIN_GAMES: Final = 1_000_000  # each is made when it is played: as good as infinitely many
 HELD_OUT_GAMES: Final = 200  # an interval of +-4 % at 90 % success
 TINY_TURNS: Final = 30  # the explorer needs 8 on average and 16 at most
 _OPTIONS: Final = (

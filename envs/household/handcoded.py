@@ -4,9 +4,9 @@ It explores as a player does, in the style of ALFWorld's AlfredExpert wrapper: i
 "look", and so is every action that turns out not to be admissible. It wins 80 to 90 % of the
 released games, of pick_two 17 %.
 
-It asks the engine for facts (what it holds, what is hot, what lies in the goal), which a view
-doesn't show; they come from a game that is played along here. Where ALFWorld's expert gives up or
-trips over a state of the learner's making, this one says "look".
+It needs facts (what it holds, what is hot, what lies in the goal) that a view doesn't show: they
+come from an engine in here, which plays the same commands. Where ALFWorld's expert gives up or
+raises in a state that only a learner gets into, this one says "look".
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Handcoded:
 
     @contextmanager
     def _own_random(self) -> Iterator[None]:
-        """Lend it the module-wide generator that it draws from, and put everybody else's
-        state back.
+        """ALFWorld's expert draws from Python's global generator: meanwhile that one has this
+        episode's state, and afterwards everybody else's again.
         """
         others = random.getstate()
         random.setstate(self._random)

@@ -1,11 +1,11 @@
-"""The planner: a shortest plan from any state, by an expert that knows the whole household.
+"""The planner: an expert that knows the whole household and finds a shortest plan from any state.
 
 It sees through closed doors, so it is an upper bound and a teacher of the last steps, not of
 searching. A breadth-first search over the few things that can matter replaces Fast Downward: where
 the player stands, what is in hand, where the targets are and what was done to them, which doors are
-open. Whatever is interchangeable is left out (the tenth empty drawer is as good as the first), and
-walking twice in a row. A plan takes a millisecond where the blind planner can take minutes, and is
-as short: tests compare it with the walkthroughs that Fast Downward made for the released games.
+open. It leaves out whatever is interchangeable (the tenth empty drawer is as good as the first) and
+two walks in a row. A plan takes a millisecond where Fast Downward's blind search can take minutes,
+and is as short: tests compare it with Fast Downward's walkthroughs of the released games.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from tutelage.envs.household.world import State, World
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """What the search tells apart. `places` and `changed` follow the order of the targets."""
+    """A state of the search. `places` follows the order of the targets."""
 
     location: str
     held: str | None
@@ -95,13 +95,14 @@ class _Search:
         special |= {world.receptacles[r] for r in self.appliances}
         self.destinations = self._distinct(lambda r: self._kind(r) == task.place, special)
         special |= {world.receptacles[r] for r in self.destinations}
-        # What is in hand may be in the way; only then does anything go where it does not belong.
+        # What is in hand may be in the way: the one case in which something is put where it does
+        # not belong.
         in_hand = state.holding
         self.dumps = self._distinct(lambda r: world.fits(in_hand, r), special) if in_hand else set()
         self.by_location: dict[str, list[str]] = {}
         for r in sorted(self.sources | self.appliances | self.destinations | self.dumps):
             self.by_location.setdefault(world.receptacles[r], []).append(r)
-        for location in self.lamps.values():
+        for location in self.lamps.values():  # by any of its receptacles one gets there
             self.by_location.setdefault(location, list(world.at[location][:1]))
 
     def shortest(self) -> list[str]:

@@ -1,6 +1,6 @@
-"""A household on paper: what is to be done, what stands and lies where, and both as PDDL.
+"""Describes a household (the goal, what stands and lies where) and writes it as a PDDL problem.
 
-The PDDL problem is what ALFWorld's engine plays. Its text follows from goal and world alone.
+ALFWorld's engine plays such a problem. Its text depends on goal and world alone.
 """
 
 from collections import Counter
@@ -59,7 +59,9 @@ class World:
 
 
 def problem_text(goal: Goal, world: World) -> str:
-    """The PDDL problem. Equal goals in equal worlds give equal texts: the text is the identity."""
+    """The PDDL problem. Equal goals in equal worlds give equal texts: games.py hashes the text to
+    name a game and to choose its split.
+    """
     places = {receptacle: f"loc_bar_{n}" for n, receptacle in enumerate(world.receptacles, 1)}
     start = f"loc_bar_{len(places) + 1}"
     counts = Counter(thing.kind for thing in (*world.receptacles, *world.objects))

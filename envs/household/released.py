@@ -131,8 +131,8 @@ def _playable(folder: Path, wanted: tuple[str, ...]) -> Iterator[Path]:
             yield file
 
 
-# Both questions are asked of 3,553 games, so they open as little as they can. A broken file passes,
-# so that playing it names it, where dropping it would hide it.
+# These two run for each of 3,553 games, so they open as little as they can. A broken file passes
+# both: `reset` then raises with its name, where leaving it out would hide it.
 
 
 def _is_of(file: Path, wanted: tuple[str, ...]) -> bool:

@@ -1,8 +1,8 @@
-"""TextWorld's own engine behind the native engine's interface: the reference, and the cure for
+"""TextWorld's own engine behind the native engine's interface: the reference, and the way to play
 games of other grammars.
 
-Slow (over a second for a new game, 20 steps a second) and not thread-safe; needs the `alfworld`
-extra.
+It is slow (over a second for a new game, 20 steps a second) and not thread-safe, and needs the
+`alfworld` extra.
 """
 
 from __future__ import annotations

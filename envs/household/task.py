@@ -1,4 +1,4 @@
-"""The task's sentence, understood: one of ALFWorld's templates with an object and a place in it."""
+"""Reads the task's sentence: one of ALFWorld's templates with an object and a place in it."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _TASK: Final = re.compile(r"Your task is to: (.*?)\.?\s*$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The task's sentence, understood. `place` is a receptacle class, or the lamp's."""
+    """What the sentence says. `place` is a receptacle class, or the lamp's."""
 
     task_type: str
     target: str

@@ -1,11 +1,11 @@
-"""An ALFRED problem in PDDL, read once into a `World`: the things of one household and its goal.
+"""Reads an ALFRED problem in PDDL into a `World`: the things of one household and its goal.
 
-Read here: objects and their types, the initial facts, names as ALFWorld's demangler gives them, and
-the goal. Identifiers are lower-cased, as Fast Downward does. Everything is checked against the one
-domain that the native engine knows; a problem outside it is refused, never guessed at.
+A world has objects and their types, the initial facts, names as ALFWorld's demangler gives them,
+and the goal. Identifiers are lower-cased, as Fast Downward does. Everything is checked against the
+one domain that the native engine knows; a problem outside it is refused, never guessed at.
 
-Left out: type hierarchies, costs, distances, and goals over facts that no text and no action looks
-at (`checked`, `isOn`).
+Left out: type hierarchies, costs, distances, and goals over facts that no text and no action
+depends on (`checked`, `isOn`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ _CHANGING: dict[
 
 
 class UnsupportedGame(ValueError):
-    """A game that the native engine can't play to the byte; the message says why and what to do."""
+    """The native engine can't play this game as TextWorld does; the message says why, and what to
+    do.
+    """
 
 
 class State:
@@ -215,7 +217,7 @@ Facts = Mapping[str, set[tuple[str, ...]]]
 
 
 def _nested(text: str) -> Expression:
-    lines = text.lower().replace("?", " ?").split("\n")
+    lines = text.lower().replace("?", " ?").split("\n")  # "a?b" is two tokens to Fast Downward
     stack: list[list[Expression]] = [[]]
     for token in _TOKEN.findall("\n".join(line.split(";", 1)[0] for line in lines)):
         if token == "(":
@@ -273,10 +275,12 @@ def _facts(init: list[Expression], types: Mapping[str, str]) -> Facts:
 
 
 def _ones(facts: Facts, predicate: str) -> frozenset[str]:
+    """The things of which a predicate of one argument holds."""
     return frozenset(fact[0] for fact in facts.get(predicate, ()))
 
 
 def _grouped(facts: Facts, predicate: str, value: int = 0, key: int = 1) -> dict[str, list[str]]:
+    """A predicate's facts by their argument at `key`: the sorted arguments at `value`."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for fact in facts.get(predicate, ()):
         insort(groups[fact[key]], fact[value])
@@ -303,9 +307,8 @@ def _start(facts: Facts) -> str:
 
 
 def _names(identifiers: Iterable[str]) -> dict[str, str]:
-    """Names as ALFWorld's demangler makes them:
-
-    per class, numbers count down over the sorted identifiers.
+    """Names as ALFWorld's demangler makes them: the numbers of a class count down over its sorted
+    identifiers.
     """
     ordered = sorted(identifiers)
     count: defaultdict[str, int] = defaultdict(int)
@@ -323,7 +326,7 @@ def _names(identifiers: Iterable[str]) -> dict[str, str]:
 
 
 def _class_of(identifier: str) -> str:
-    kind, bar, _ = identifier.partition("_bar_")
+    kind, bar, _ = identifier.partition("_bar_")  # ALFRED's own code for "|"
     for code, sign in (("_minus_", "-"), ("_plus_", "+"), ("_dot_", "."), ("_comma_", ",")):
         kind = kind.replace(code, sign)
     return kind + "basin" if bar and "basin" in identifier else kind
@@ -331,7 +334,7 @@ def _class_of(identifier: str) -> str:
 
 # --- the goal
 
-Node = Goal | bool  # True and False where the initial facts settle it for good
+Node = Goal | bool  # a bool where the initial facts decide it and no action can change it
 
 
 def _all(nodes: Iterable[Node]) -> Node:
@@ -370,8 +373,8 @@ def _negation(node: Node) -> Node:
 
 
 class _Grounding:
-    """A goal formula with its variables filled in: what can never change is settled here, the rest
-    becomes closures.
+    """Fills in the variables of a goal formula: what no action can change is decided here, the rest
+    becomes functions of the state.
 
     Quantifiers range over the objects that the constant facts of their body leave possible, so that
     a formula over a hundred objects and thirty receptacles comes down to a handful of atoms.
@@ -437,6 +440,7 @@ class _Grounding:
         bound: Mapping[str, str],
         free: Mapping[str, str],
     ) -> list[str]:
+        # In PDDL everything is an `object`, whatever its own type.
         values = {v for v, its in self._types.items() if kind in (its, "object")}
         known = {variable: value for variable, value in bound.items() if variable not in free}
         for predicate, *arguments in needed:
@@ -456,8 +460,8 @@ class _Grounding:
 
 
 def _needed(formula: Expression, hidden: frozenset[str] = frozenset()) -> Iterator[list[str]]:
-    """The atoms that must hold for the formula to hold and speak of no variable that it binds
-    itself.
+    """The atoms without which the formula can't hold, except those over variables that the formula
+    itself binds.
     """
     head, *rest = formula
     if head == "and":

@@ -1,4 +1,4 @@
-"""Arithmetic problems made from nothing but (split, index), for students of about a million
+"""Makes arithmetic problems from nothing but (split, index), for students of about a million
 parameters.
 
 Every kind asks for one non-negative integer, so the exact tier of the grader decides it, a guess
@@ -26,9 +26,7 @@ from tutelage.envs.names import unknown
 SPLITS = ("train", "valid", "test")
 TRAIN_PROBLEMS = 2**31 - 1  # indexes, not distinct questions: training draws with replacement
 HELD_OUT_PROBLEMS = 500  # a Wilson interval of about +-2 points at 95 %
-PATIENCE = (
-    2000  # draws of a kind without a new question after which its held-out share counts as used up
-)
+PATIENCE = 2000  # draws of a kind without a new question, and its held-out share counts as used up
 
 Range = tuple[int, int]
 
@@ -253,7 +251,8 @@ PRESETS: Mapping[str, Mapping[str, Size]] = {
         "sub": Size(digits=(3, 5)),
     },
 }
-# What a kind that a preset leaves out uses when it is asked for by name.
+# For a kind that `kinds` names and the preset leaves out: its size in the easiest preset that has
+# it.
 _SIZES = {**PRESETS["hard"], **PRESETS["medium"], **PRESETS["easy"]}
 
 

@@ -1,4 +1,4 @@
-"""DAPO-Math-17K as it is published (BytedTsinghua-SIA), and files in the same layout: verl's.
+"""Reads DAPO-Math-17K as it is published (BytedTsinghua-SIA), and files in the same layout, verl's.
 
 A row has `prompt`, a list of one message, and `reward_model.ground_truth`. The published parquet
 file repeats each of its 17 thousand problems about a hundred times, wraps them in an instruction to
@@ -38,16 +38,17 @@ def english(place: str, rows: Iterable[Row]) -> Iterator[Row]:
     seen: set[tuple[str, str]] = set()
     repeated = chinese = 0
     for where, row in rows:
-        asked = _prompt(where, row.get("prompt")), _truth(where, row.get("reward_model"))
-        if asked in seen:
+        prompt, answer = _prompt(where, row.get("prompt")), _truth(where, row.get("reward_model"))
+        if (prompt, answer) in seen:
             repeated += 1
             continue
-        seen.add(asked)
-        problem = asked[0].removeprefix(PREFIX).removesuffix(SUFFIX)
+        seen.add((prompt, answer))
+        # Exact strings: str.strip(characters) would eat letters of the problem.
+        problem = prompt.removeprefix(PREFIX).removesuffix(SUFFIX)
         if _CHINESE.search(problem):
             chinese += 1
             continue
-        yield where, {"problem": problem, "answer": asked[1]}
+        yield where, {"problem": problem, "answer": answer}
     log.warning("%s: left out %d repeated rows and %d Chinese problems", place, repeated, chinese)
 
 

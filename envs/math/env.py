@@ -1,8 +1,7 @@
 """`tutelage/Math-v0`: one problem, one response, one grade.
 
-`reset` gives the prompt, `step` takes the whole response and ends the episode with reward 1.0 or
-0.0.
-Problems come by index from a source: generated arithmetic (the default) or a file.
+`reset` returns the prompt; `step` takes the whole response and ends the episode, with reward 1.0 or
+0.0. Problems come by index from a source: generated arithmetic (the default) or a file.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class AnyText(spaces.Text):
     """
 
     def __init__(self) -> None:
-        # Samples are short; `contains` is what the checkers and wrappers ask.
+        # Samples are short; checkers and wrappers call `contains`, which has a bound of its own.
         super().__init__(max_length=64, min_length=0, charset=string.printable)
 
     def contains(self, x: Any) -> bool:
@@ -130,6 +129,7 @@ class MathEnv(gym.Env[str, str]):
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self._current = self._problems[chosen_index(options, self.num_episodes, self.np_random)]
+        # Not str.format: a prompt with \boxed{} has braces that are TeX.
         return self._prompt.replace("{problem}", self._current.question), self._info(self._current)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -143,7 +143,9 @@ class MathEnv(gym.Env[str, str]):
         return said, float(verdict.correct), True, False, info
 
     def _judge(self, action: str, problem: Problem) -> Verdict:
-        """A machine under load makes no answer wrong: it makes an episode that must be repeated."""
+        """The grade. Where a busy machine gave none, the answer is not wrong: Undecided makes the
+        caller repeat the episode.
+        """
         verdict = judge(
             action,
             problem.answer,

@@ -1,7 +1,7 @@
-"""Mathematics problems from files and data sets: JSONL, parquet, `datasets` folders, the hub.
+"""Reads mathematics problems from files and data sets: JSONL, parquet, `datasets` folders, the hub.
 
-Everything is read and checked once, at the start: a broken row is named with its place before
-anything is trained, not met in the middle of a run.
+Everything is read and checked once, at the start: the error for a broken row names its place before
+anything is trained, not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _missing(where: str, column: str, row: Mapping[str, Any]) -> str:
 
 
 NOTHING = frozenset({"nan", "null", "<na>", "nat"})
-"""What tables write where there is nothing, once it has become text."""
+"""How tables spell an empty cell once it has become text."""
 
 
 def _text(where: str, column: str, value: Any) -> str:
@@ -172,7 +172,7 @@ def _gold(where: str, text: str, gold_format: str) -> str:
 
 
 def _unique(place: str, placed: Iterable[tuple[str, Problem]]) -> list[Problem]:
-    """The first of each text; repeats that disagree about the answer are reported."""
+    """The first problem of each text. A warning tells of repeats with another answer."""
     kept: dict[str, Problem] = {}
     repeats, conflicts = 0, []
     for where, problem in placed:
@@ -245,7 +245,7 @@ _FOREIGN = {
 
 
 def _check_bytes(path: Path, begin: bytes) -> None:
-    """Raises ValueError where a file begins as what is no JSON."""
+    """Raises ValueError where a file begins as another format does."""
     for mark, cure in _FOREIGN.items():
         if begin.startswith(mark):
             raise ValueError(f"{path} is {cure}")
@@ -266,7 +266,7 @@ def _parsed(where: str, text: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, no key of which stands in it twice: which one was meant is unknown."""
+    """A JSON object; ValueError where a key stands in it twice: json would keep the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
