@@ -17,7 +17,8 @@ import torch
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.models.dtypes import TOLERANCE
-from tutelage.distill.objectives import Needs, TeacherScores, build
+from tutelage.distill.objectives import Needs, build
+from tutelage.distill.objectives import scores as objective_scores
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.teachers.answers import unpack_answer
@@ -343,13 +344,13 @@ def test_a_score_is_looked_at_twice_as_logits_and_in_its_message(
     teacher = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
     service = TeacherService("one", teacher, digest="d")
     looks: list[int] = []
-    look = TeacherScores._check_values
+    look = objective_scores._check_values
 
-    def counted(scores: TeacherScores) -> None:
-        looks.append(len(scores))
-        look(scores)
+    def counted(parts: Sequence[tuple[str, torch.Tensor]], vocabulary: int) -> None:
+        looks.append(len(parts[0][1]))
+        look(parts, vocabulary)
 
-    monkeypatch.setattr(TeacherScores, "_check_values", counted)
+    monkeypatch.setattr(objective_scores, "_check_values", counted)
     ask = Ask(teacher="one", rows=rows, needs=objective.needs)
     scores = unpack_answer(ask, service.answer(ask), vocabulary=VOCABULARY)
     assert looks == [64] + [2] * 32

@@ -64,30 +64,12 @@ class TeacherScores:
                 f"teacher full_NV has {self.full_NV.shape[1]} columns for a vocabulary of"
                 f" {self.vocabulary}"
             )
-        for name, tensor in self.tensors():
+        parts = self.tensors()
+        for name, tensor in parts:
             if len(tensor) != len(self):
                 raise ValueError(f"teacher {name} is of {len(tensor)} tokens, not {len(self)}")
         if not checked:
-            self._check_values()
-
-    def _check_values(self) -> None:
-        for name, tensor in self.tensors():
-            if name.partition("_N")[0].endswith("ids"):
-                if tensor.numel() and (tensor.max() >= self.vocabulary or tensor.min() < 0):
-                    raise ValueError(
-                        f"teacher {name}: a support id lies outside the vocabulary of"
-                        f" {self.vocabulary}: the teacher's tokenizer or its padded embedding"
-                        " differs from the student's"
-                    )
-                continue
-            bad = torch.isnan(tensor) | (tensor == torch.inf)
-            if bad.any():
-                where = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"teacher {name} at {where} is {tensor[tuple(where)].item()}: a log-probability"
-                    " is at most 0 or -inf; check the teacher's weights (tutelage eval on its own"
-                    " task) and its dtype"
-                )
+            _check_values(parts, self.vocabulary)
 
     def __len__(self) -> int:
         return len(self.sampled_N)
@@ -201,3 +183,23 @@ class TeacherScores:
         """The fields that are there, by name."""
         found = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
+
+
+def _check_values(parts: Sequence[tuple[str, torch.Tensor]], vocabulary: int) -> None:
+    """Raises ValueError for what no teacher says."""
+    for name, tensor in parts:
+        if not tensor.numel():
+            continue
+        if name.partition("_N")[0].endswith("ids"):
+            if tensor.max() >= vocabulary or tensor.min() < 0:
+                raise ValueError(
+                    f"teacher {name}: a support id lies outside the vocabulary of {vocabulary}: the"
+                    " teacher's tokenizer or its padded embedding differs from the student's"
+                )
+        elif not tensor.max() < torch.inf:  # the largest of some numbers and NaN is NaN
+            where = (~(tensor < torch.inf)).nonzero()[0].tolist()
+            raise ValueError(
+                f"teacher {name} at {where} is {tensor[tuple(where)].item()}: a log-probability is"
+                " at most 0 or -inf; check the teacher's weights (tutelage eval on its own task)"
+                " and its dtype"
+            )
