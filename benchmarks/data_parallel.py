@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
-from tutelage.distill.models.loading import load_student, prepare_process
+from tutelage.distill.models.loading import prepare_process
 from tutelage.distill.objectives import build
-from tutelage.distill.student.build import rank_model
+from tutelage.distill.student.build import rank_student
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
-from tutelage.distill.student.sharded import DataParallelLearner, Setup
+from tutelage.distill.student.sharded import Setup, start
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 VOCABULARY = 2048
@@ -40,13 +40,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     student = StudentConfig(model=_save(options), device="cpu")
-    given: dict[str, Any] = {"vocabulary": VOCABULARY, "config": OptimizerConfig(), "steps": 100}
-    make_model = partial(rank_model, student, 0)
+    given: dict[str, Any] = {"config": OptimizerConfig(), "steps": 100}
+    make_student = partial(rank_student, student, 0, VOCABULARY)
     count = options.processes
-    over = DataParallelLearner(
-        Setup(make_model=make_model, processes=count, timeout=600.0, threads=1, **given)
+    over = start(
+        Setup(make_student=make_student, processes=count, timeout=600.0, threads=1, **given)
     )
-    alone = Learner(load_student(student, seed=0), **given)
+    alone = Learner(make_student(0), **given)
     lessons, courses = _lessons(options), {"t": Course(objective=build("imitation"))}
     seconds: dict[int, list[float]] = {1: [], count: []}
     for step in range(1 + options.repeat):  # the first warms up

@@ -33,6 +33,7 @@ from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.engines.vllm.engine import make_engine
 from tutelage.distill.models.loading import load_model, load_tokenizer
+from tutelage.distill.models.student import Student
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import Episode, Order, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker
@@ -194,11 +195,11 @@ def main() -> None:
                 vocabulary=size,
                 dtype="float32",
                 max_live=chosen.live,
-                learner=model,
+                student=Student(model, vocabulary=size),
             )
             inner.load(None, 0)
         else:
-            inner = TransformersEngine(model, vocabulary=size)
+            inner = TransformersEngine(Student(model, vocabulary=size))
         engine = Watched(inner, long=chosen.reply is not None)
         how = played_so(
             RolloutConfig(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.models.student import Student
 from tutelage.distill.run import checkpoints
 from tutelage.distill.run.journal import Journal
 from tutelage.evaluation import files, run_folder
@@ -35,9 +36,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _save(folder: Path, step: int, model: Any, tokenizer: Any, *, keep: int = 9) -> Path:
+    student, state = _student(model), {"step": step}
     return checkpoints.save(
-        folder, step=step, model=model, tokenizer=tokenizer, state={"step": step}, keep=keep
+        folder, step=step, student=student, tokenizer=tokenizer, state=state, keep=keep
     )
+
+
+def _student(model: Any) -> Student:
+    return Student(model, vocabulary=model.config.vocab_size)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -56,12 +62,12 @@ class TestSaving:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         state = {"step": 4, "optimizer": optimizer.state_dict(), "position": 123}
         path = checkpoints.save(
-            folder, step=4, model=model, tokenizer=tokenizer, state=state, keep=1
+            folder, step=4, student=_student(model), tokenizer=tokenizer, state=state, keep=1
         )
         assert path == folder / "000004" == run_folder.newest(folder)
         assert checkpoints.load_state(path) == state
         other = make_model(seed=8)
-        checkpoints.load_weights(path, other)
+        _student(other).load(path)
         for name, tensor in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], tensor), name
 
@@ -249,7 +255,7 @@ class TestLoading:
         path = _save(folder, 1, make_model(**other, seed=5), tokenizer)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with pytest.raises(ConfigError, match=named) as refused:
-            checkpoints.load_weights(path, model)
+            _student(model).load(path)
         assert str(path) in str(refused.value) and "\n" not in str(refused.value)
         assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
@@ -263,7 +269,7 @@ class TestLoading:
         one, other = (AutoModelForCausalLM.from_config(settings) for _ in range(2))
         path = _save(folder, 1, one, tokenizer)
         assert "lm_head.weight" not in load_file(path / "model.safetensors")
-        checkpoints.load_weights(path, other)
+        _student(other).load(path)
         assert torch.equal(other.lm_head.weight, one.lm_head.weight)
         assert other.lm_head.weight is other.model.embed_tokens.weight
 
@@ -332,21 +338,21 @@ class TestDamage:
         DAMAGES[damage](two / "000002" / name)
         if (name, damage) == (run_folder.SUMS, "gone"):  # nothing else is wrong
             with pytest.warns(UserWarning, match=r"000002 has no SHA256SUMS.*taken as it is"):
-                found = checkpoints.load_newest(two, make_model(seed=3))
+                found = checkpoints.load_newest(two, _student(make_model(seed=3)))
             assert found is not None and found[0].name == "000002"
             return
         if name == run_folder.STATE and damage in ("gone", "a folder"):  # half-copied: no number
-            found = checkpoints.load_newest(two, make_model(seed=3))
+            found = checkpoints.load_newest(two, _student(make_model(seed=3)))
         else:
             with pytest.warns(UserWarning, match=rf"000002 is damaged \(.*{name}.*set aside as"):
-                found = checkpoints.load_newest(two, make_model(seed=3))
+                found = checkpoints.load_newest(two, _student(make_model(seed=3)))
             assert (two / ".000002.damaged").is_dir()
         assert found is not None and found[0].name == "000001"
         assert found[1] == before
 
     def test_what_somebody_puts_beside_is_no_harm(self, two: Path, make_model: Make) -> None:
         (two / "000002" / "NOTES.md").write_text("the good one")
-        found = checkpoints.load_newest(two, make_model(seed=3))
+        found = checkpoints.load_newest(two, _student(make_model(seed=3)))
         assert found is not None and found[0].name == "000002"
 
     def test_the_only_one_is_left_where_it_is(
@@ -358,7 +364,7 @@ class TestDamage:
         with pytest.raises(
             RuntimeError, match=r"000001 is damaged \(model\.safetensors is not"
         ) as no:
-            checkpoints.load_newest(folder, model)
+            checkpoints.load_newest(folder, _student(model))
         assert "put it back from a copy" in str(no.value) and "\n" not in str(no.value)
         assert _contents(folder) == before
 
@@ -371,7 +377,7 @@ class TestDamage:
         os.truncate(state, size if size >= 0 else state.stat().st_size - 1)
         (two / "000002" / run_folder.SUMS).unlink()
         with pytest.warns(UserWarning) as warned:
-            found = checkpoints.load_newest(two, make_model(seed=3))
+            found = checkpoints.load_newest(two, _student(make_model(seed=3)))
         assert found is not None and found[0].name == "000001"
         said = [str(one.message) for one in warned]
         assert "000002 has no SHA256SUMS" in said[0] and "000002 is damaged (" in said[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,12 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
-from tutelage.distill.models.loading import load_student
 from tutelage.distill.objectives import Objective, build
 from tutelage.distill.run.observers import Observer
-from tutelage.distill.student.build import rank_model
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.lessons import Course, Lesson
-from tutelage.distill.student.sharded import DataParallelLearner, Setup, split
+from tutelage.distill.student.ranks import split
+from tutelage.distill.student.sharded import Setup, start
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row, SamplingLaw
 
@@ -51,25 +51,30 @@ class Pair:
         self, folder: Path, *, sparse: bool = False, timeout: float = 60.0, **options: Any
     ) -> None:
         self._given: dict[str, Any] = {
-            "vocabulary": VOCABULARY,
             "config": OptimizerConfig(**({"lr": 1e-3, "micro_tokens": 45} | options)),
             "steps": 10,
-            "dense_vocabulary": 0 if sparse else VOCABULARY,
         }
-        self._student = StudentConfig(model=str(folder), device="cpu")
-        make_model = partial(rank_model, self._student, 0)
-        self.over_two = DataParallelLearner(
-            Setup(make_model=make_model, processes=2, timeout=timeout, threads=1, **self._given)
+        student = StudentConfig(model=str(folder), device="cpu")
+        make = "trapped:gathered" if sparse else "tutelage.distill.student.build:rank_student"
+        self._make_student = partial(resolve_name(make), student, 0, VOCABULARY)
+        self.over_two = start(
+            Setup(
+                make_student=self._make_student,
+                processes=2,
+                timeout=timeout,
+                threads=1,
+                **self._given,
+            )
         )
         self._fresh = self.over_two.optimizer_state()
         for group in self._fresh["parts"][0]["param_groups"]:
             group["eps"] = SMOOTH
 
-    def reset(self) -> tuple[Learner, DataParallelLearner]:
+    def reset(self) -> tuple[Learner, Learner]:
         """Both as at first."""
-        alone = Learner(load_student(self._student, seed=0), **self._given)
+        alone = Learner(self._make_student(0), **self._given)
         alone.restore(copy.deepcopy(self._fresh), version=0)
-        self.over_two.copy.load_state_dict(alone.model.state_dict())
+        self.over_two.student.model.load_state_dict(alone.student.model.state_dict())
         self.over_two.restore(self._fresh, version=0)
         return alone, self.over_two
 
@@ -100,6 +105,12 @@ TRAP = """
 import os, signal, time
 
 from tutelage.distill.objectives import Needs
+from tutelage.distill.models.student import Student
+from tutelage.distill.student.build import rank_student
+
+def gathered(*given):
+    student = rank_student(*given)
+    return Student(student.model, vocabulary=student.vocabulary, dense_vocabulary=0)
 
 class Trap:
     name, needs = "trap", Needs()
@@ -180,7 +191,7 @@ def _assert_same_updates(
 ) -> None:
     """Every metric of every task is the same over several updates, and the weights after them."""
     alone, over_two = pair.reset()
-    moved = {name: tensor.clone() for name, tensor in alone.model.state_dict().items()}
+    moved = {name: tensor.clone() for name, tensor in alone.student.model.state_dict().items()}
     for step in range(STEPS):
         one, two = (
             learner.update(lessons(learner), courses, seed=step, progress=step / STEPS)
@@ -190,7 +201,7 @@ def _assert_same_updates(
         for task in one:
             assert two[task] == pytest.approx(one[task], rel=SAME, abs=SAME)
             assert step or one[task]["optimizer/grad_norm"] > 1e-3
-    own, theirs = alone.model.state_dict(), over_two.copy.state_dict()
+    own, theirs = alone.student.model.state_dict(), over_two.student.model.state_dict()
     for name in own:
         torch.testing.assert_close(theirs[name], own[name], rtol=SAME, atol=SAME, msg=name)
     assert any((own[name] - moved[name]).abs().max() > 1e-3 for name in own)
@@ -272,7 +283,7 @@ def test_a_state_goes_on_under_another_number_of_processes(
     lessons = _lessons(here, student_rows, teacher, objective)
     for step in range(2):
         here.update(lessons, courses, seed=step)
-    there.copy.load_state_dict(here.copy.state_dict())
+    there.student.model.load_state_dict(here.student.model.state_dict())
     there.restore(copy.deepcopy(here.optimizer_state()), version=here.version)
     for step in range(2, 4):
         one, two = (learner.update(lessons, courses, seed=step) for learner in (here, there))
@@ -345,10 +356,10 @@ def test_a_process_that_ends_or_hangs_is_named_and_none_is_left(
 ) -> None:
     learner = pair(lost=how, timeout=6.0).over_two
     lessons = [Lesson(task="t", row=row, scores=None, mask_T=row.chosen_T) for row in student_rows]
-    (rank,) = learner._others
+    (rank,) = learner._ranks._others._ranks  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=said):
         learner.update(lessons, {"t": Course(objective=trap(how))}, seed=0)
-    assert not learner.whole
+    assert not learner.intact
     with pytest.raises(ProcessLookupError):
         os.kill(rank.pid, 0)
     with pytest.raises(RuntimeError, match="run the same command again"):

@@ -28,6 +28,7 @@ from tutelage.distill.doctor import texts as tokenizers
 from tutelage.distill.doctor.examination import examine_teacher
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models.loading import load_model
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, TeacherScores, build
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.envs.grading import Verdict
@@ -52,9 +53,13 @@ def model(make_model: Callable[..., Any]) -> Any:
     return make_model(vocabulary=SIZE, padding=3, scale=0.5).requires_grad_(False)
 
 
+def _student(model: Any) -> Student:
+    return Student(model, vocabulary=SIZE)
+
+
 @pytest.fixture(scope="module")
 def probes(model: Any) -> list[models.Probe]:
-    return models.greedy_probes(model, PROMPT, vocabulary=SIZE)
+    return models.greedy_probes(_student(model), PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +162,9 @@ def test_a_confident_teacher_in_bfloat16_is_checked_as_well(tokenizer: Any) -> N
     model = load_model("builtin:arithmetic", dtype="bfloat16", device="cpu")
     size = len(tokenizer)
     teacher = TransformersTeacher(model, vocabulary=size)
-    probes = models.greedy_probes(model, Chat(tokenizer).opening("12+34="), vocabulary=size)
+    probes = models.greedy_probes(
+        Student(model, vocabulary=size), Chat(tokenizer).opening("12+34=")
+    )
     recorded_T = probes[0].row.logprobs_T
     assert np.isfinite(recorded_T).sum() == models.GREEDY_TOKENS  # an EOS does not end it
     assert np.nanmean(recorded_T) > -0.3
@@ -241,9 +248,9 @@ def test_scores_that_change_are_named(
 
 
 def test_recorded_log_probabilities_must_be_the_learners(model: Any, rows: list[Row]) -> None:
-    _level(models.check_engine("tasks.x", model, rows, vocabulary=SIZE), "ok", "on 36 tokens")
+    _level(models.check_engine("tasks.x", _student(model), rows), "ok", "on 36 tokens")
     tempered = [replace(row, logprobs_T=row.logprobs_T * 0.9) for row in rows]
-    found = models.check_engine("tasks.x", model, tempered, vocabulary=SIZE)
+    found = models.check_engine("tasks.x", _student(model), tempered)
     _level(found, "fault", "apart by")
 
 
@@ -264,11 +271,11 @@ def test_a_student_has_nothing_to_learn_from_itself(
     name: str, options: dict[str, Any], model: Any, make_model: Callable[..., Any], rows: list[Row]
 ) -> None:
     objective = build(name, **options)
-    found = models.check_self_distillation("tasks.x", model, rows, objective, vocabulary=SIZE)
+    found = models.check_self_distillation("tasks.x", _student(model), rows, objective)
     _level(found, "ok", f"{name}: |log q - log pi| = ")
     other = make_model(vocabulary=SIZE, padding=3, scale=0.5, seed=1)
     score = TransformersTeacher(other, vocabulary=SIZE).score
-    found = models.self_distilled("tasks.x", model, score, rows, objective, vocabulary=SIZE)
+    found = models.self_distilled("tasks.x", _student(model), score, rows, objective)
     _level(found, "fault", "not 0")
 
 

@@ -309,9 +309,12 @@ def test_a_model_is_evaluated_while_the_run_goes_on(tmp_path: Path, models: dict
 def test_no_room_for_a_checkpoint_is_told_before_a_model_loads(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tutelage.distill.run import assembly, preflight
+    from tutelage.distill.run import preflight
+    from tutelage.distill.student import build as student_building
 
-    monkeypatch.setattr(assembly, "load_student", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        student_building, "load_student", lambda *_, **__: pytest.fail("it was loaded")
+    )
 
     class Small:
         free = 2**18

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.rounding import FORWARD_SUMS, rounding
 from tutelage.distill.engines.transformers import FORWARD, TransformersEngine, _parts
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import DenseStudent, SparseStudent
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, SamplingLaw
@@ -33,7 +34,7 @@ def model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def engine(model: Any) -> TransformersEngine:
-    return TransformersEngine(model, vocabulary=VOCABULARY)
+    return TransformersEngine(Student(model, vocabulary=VOCABULARY))
 
 
 def _request(session: int, ids: Sequence[int], **options: Any) -> Request:
@@ -238,8 +239,8 @@ class TestSessions:
         return histories, logprobs
 
     def test_cached_turns_equal_fresh_sessions_with_the_whole_prompt(self, model: Any) -> None:
-        cached = TransformersEngine(model, vocabulary=VOCABULARY)
-        fresh = TransformersEngine(model, vocabulary=VOCABULARY)
+        cached = TransformersEngine(Student(model, vocabulary=VOCABULARY))
+        fresh = TransformersEngine(Student(model, vocabulary=VOCABULARY))
         ids, logprobs = self._talk(cached, 5, fresh=False)
         fresh_ids, fresh_logprobs = self._talk(fresh, 5, fresh=True)
         assert ids == fresh_ids
@@ -287,7 +288,9 @@ class TestBatches:
 
     @staticmethod
     def _alone(model: Any, request: Request) -> Completion:
-        return _run(TransformersEngine(model, vocabulary=VOCABULARY), [request])[request.session]
+        return _run(TransformersEngine(Student(model, vocabulary=VOCABULARY)), [request])[
+            request.session
+        ]
 
     def _assert_as_alone(
         self, model: Any, requests: Sequence[Request], found: dict[int, Completion]
@@ -340,7 +343,7 @@ class TestBatches:
             assert all((sizes[0] - sizes[i]) * (len(sizes) - i) <= FORWARD for i in cuts)
 
     def test_prefill_in_parts(self, model: Any) -> None:
-        engine = TransformersEngine(model, vocabulary=VOCABULARY, prefill_tokens=64)
+        engine = TransformersEngine(Student(model, vocabulary=VOCABULARY), prefill_tokens=64)
         requests = [_request(i, prompt) for i, prompt in enumerate(_prompts([20] * 7 + [3] * 4))]
         self._assert_as_alone(model, requests, _run(engine, requests))
 
@@ -530,7 +533,7 @@ class TestLimits:
         model = make_model(vocabulary=20, padding=12, seed=2)
         with torch.no_grad():
             model.lm_head.weight[20:] = 10 * model.lm_head.weight[:12].sign()
-        engine = TransformersEngine(model, vocabulary=20)
+        engine = TransformersEngine(Student(model, vocabulary=20))
         requests = [_request(i, [5, 6, 7], seed=i) for i in range(40)]
         requests.append(_request(40, [5, 6, 7], law=GREEDY))
         with torch.no_grad():
@@ -569,7 +572,7 @@ class TestWeights:
         self, make_model: Callable[..., Any]
     ) -> None:
         other = make_model(seed=5)
-        engine = TransformersEngine(make_model(), vocabulary=VOCABULARY)
+        engine = TransformersEngine(Student(make_model(), vocabulary=VOCABULARY))
         (prompt,) = _prompts([6])
         reply = _run(engine, [_request(1, prompt)])[1].ids
         weights = {name: tensor.numpy() for name, tensor in other.state_dict().items()}
@@ -582,7 +585,7 @@ class TestWeights:
     def test_shared_weights_are_seen_after_a_load(self, make_model: Callable[..., Any]) -> None:
         """None: the learner trains the same model in place."""
         model = make_model()
-        engine = TransformersEngine(model, vocabulary=VOCABULARY)
+        engine = TransformersEngine(Student(model, vocabulary=VOCABULARY))
         (prompt,) = _prompts([6])
         _run(engine, [_request(1, prompt)])
         with torch.no_grad():
@@ -592,7 +595,7 @@ class TestWeights:
 
     def test_missing_weights_are_named(self, make_model: Callable[..., Any]) -> None:
         model = make_model()
-        engine = TransformersEngine(model, vocabulary=VOCABULARY)
+        engine = TransformersEngine(Student(model, vocabulary=VOCABULARY))
         weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         del weights["lm_head.weight"]
         with pytest.raises(ValueError, match=r"lack 'lm_head\.weight'"):
@@ -609,7 +612,7 @@ class TestWeights:
         model = make_model()
         with torch.no_grad():
             model.lm_head.weight[3, 0] = torch.nan
-        engine = TransformersEngine(model, vocabulary=VOCABULARY)
+        engine = TransformersEngine(Student(model, vocabulary=VOCABULARY))
         engine.submit(_request(1, [5, 6]))
         with pytest.raises(FloatingPointError, match="NaN"):
             engine.step()

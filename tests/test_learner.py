@@ -13,6 +13,7 @@ import torch
 
 from tests.rounding import UPDATE_SUMS, rounding
 from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import (
     DenseStudent,
     Needs,
@@ -75,7 +76,8 @@ def _learner(model: Any, *, steps: int = 10, sparse: bool = False, **options: An
     """Plain gradients are what is looked at: no clipping unless asked."""
     config = OptimizerConfig(**({"clip": 1e9, "micro_tokens": 4096} | options))
     dense = 0 if sparse else VOCABULARY
-    return Learner(model, vocabulary=VOCABULARY, config=config, steps=steps, dense_vocabulary=dense)
+    student = Student(model, vocabulary=VOCABULARY, dense_vocabulary=dense)
+    return Learner(student, config=config, steps=steps)
 
 
 def _ids(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
@@ -855,15 +857,15 @@ def test_a_minibatch_is_an_update_of_its_own_at_the_steps_learning_rate(
     by_hand, once = (_learner(make_model(seed=1), lr=1e-2) for _ in range(2))
     metrics = _update(split, lessons, objective, seed=0)
     found = [_update(by_hand, lessons[part::2], objective, seed=0) for part in (0, 1)]
-    for name, tensor in by_hand.model.state_dict().items():
-        assert torch.equal(split.model.state_dict()[name], tensor), name
+    for name, tensor in by_hand.student.model.state_dict().items():
+        assert torch.equal(split.student.model.state_dict()[name], tensor), name
     assert metrics["loss/mean"] == pytest.approx(sum(f["loss/mean"] for f in found) / 2)
     assert metrics["tokens/trained"] == sum(f["tokens/trained"] for f in found)
     assert (split.version, by_hand.version) == (1, 2)
     _update(whole, lessons, objective, seed=0)  # larger than the step: one update
     _update(once, lessons, objective, seed=0)
-    for name, tensor in once.model.state_dict().items():
-        assert torch.equal(whole.model.state_dict()[name], tensor), name
+    for name, tensor in once.student.model.state_dict().items():
+        assert torch.equal(whole.student.model.state_dict()[name], tensor), name
 
 
 class TestNumbersThatAreNone:

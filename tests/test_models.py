@@ -17,6 +17,7 @@ from tutelage.distill.config.sections import StudentConfig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models.architecture import check_architecture, check_forward, window_of
 from tutelage.distill.models.loading import load_model, load_student, load_tokenizer
+from tutelage.distill.models.student import Student
 
 SMALL: dict[str, Any] = {
     "vocab_size": 101,
@@ -115,15 +116,21 @@ def test_a_model_that_looks_ahead_is_found_by_its_forward(
 def test_a_model_with_states_of_its_own_plays_nowhere() -> None:
     model = _model("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8)
     with pytest.raises(ConfigError, match="cannot be played token by token"):
-        TransformersEngine(model, vocabulary=101)
+        TransformersEngine(Student(model, vocabulary=101))
 
 
 def test_a_sliding_window_bounds_what_is_played() -> None:
     """The engine's mask knows no window: within one, it is the model's own."""
     assert (
-        TransformersEngine(_model("mistral", sliding_window=16), vocabulary=101).max_context == 16
+        TransformersEngine(
+            Student(_model("mistral", sliding_window=16), vocabulary=101)
+        ).max_context
+        == 16
     )
-    assert TransformersEngine(_model("qwen2", sliding_window=16), vocabulary=101).max_context == 64
+    assert (
+        TransformersEngine(Student(_model("qwen2", sliding_window=16), vocabulary=101)).max_context
+        == 64
+    )
     assert window_of(_settings("mistral", sliding_window=None)) is None
 
 
@@ -133,7 +140,7 @@ def test_a_student_from_scratch_is_looked_at_too(kind: str) -> None:
     init.pop("pad_token_id")
     config = StudentConfig(init={"model_type": kind} | init, tokenizer="builtin:vocabulary")
     with pytest.raises(ConfigError, match=r"^student\.init"):
-        load_student(config, seed=0)
+        load_student(config, seed=0, vocabulary=101)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.models.student import Student
 from tutelage.distill.student import muon
 from tutelage.distill.student.muon import ITERATIONS, Muon, orthogonalized, precision
 from tutelage.distill.student.optimizers import Optimizer
@@ -129,7 +130,7 @@ def test_muon_needs_no_torch_that_has_one(
 ) -> None:
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     model = make_model(seed=1)
-    optimizer = Optimizer(model, OptimizerConfig(name="muon", lr=1e-3))
+    optimizer = Optimizer(Student(model, vocabulary=101), OptimizerConfig(name="muon", lr=1e-3))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     optimizer.step(1e-3)

@@ -17,7 +17,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import load_config, parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models import loading as models
-from tutelage.distill.models.loading import recomputing
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import TeacherScores, build
 from tutelage.distill.plan import footprint, memory
 from tutelage.distill.plan import plan as planning
@@ -152,7 +152,7 @@ def test_the_count_is_that_of_the_loaded_model(
     assert found.shape is not None
     assert found.shape.rows == len(tokenizer) + 7
     section = load_config(DEMO, ["optimizer.name=muon"]).optimizer
-    muon = Optimizer(model, section)._parts[1]
+    muon = Optimizer(Student(model, vocabulary=len(tokenizer)), section)._parts[1]
     by_muon = sum(p.numel() for group in muon.param_groups for p in group["params"])
     assert found.shape.hidden_matrices == by_muon
 
@@ -163,7 +163,7 @@ def test_activations_are_what_autograd_keeps(
 ) -> None:
     """With recomputing, what one layer keeps comes on top: it is there in the backward alone."""
     model = make_model(layers=4)
-    for layer in recomputing(model) if recompute else []:
+    for layer in Student(model, vocabulary=101).recomputing() if recompute else []:
         layer.training = True
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}

@@ -475,9 +475,11 @@ class TestBeforeAnythingLoads:
         options: dict[str, Any],
         said: str,
     ) -> None:
-        from tutelage.distill.run import assembly
+        from tutelage.distill.student import build as student_building
 
-        monkeypatch.setattr(assembly, "load_student", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr(
+            student_building, "load_student", lambda *_, **__: pytest.fail("loaded")
+        )
         with pytest.raises(ConfigError, match=said):
             Run(configure("run", _settings(served("one", **options))))
 

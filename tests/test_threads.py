@@ -14,6 +14,7 @@ import torch
 
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models import threads
+from tutelage.distill.models.student import Student
 from tutelage.distill.models.threads import READ, WORK, cores, fitting, matrix_size
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import GREEDY
@@ -98,7 +99,7 @@ def test_the_size_is_that_of_hidden_matrices(make_model: Callable[..., Any]) -> 
     sizes = [32 * 32] * 2 + [32 * 16] * 2 + [32 * 64] * 3
     for tied in (False, True):
         model = make_model(vocabulary=5000, tied=tied)
-        assert matrix_size(model) == sum(sizes) / len(sizes)
+        assert matrix_size(Student(model, vocabulary=5000)) == sum(sizes) / len(sizes)
 
 
 def test_rollouts_share_out_what_is_worth_it(
@@ -106,7 +107,7 @@ def test_rollouts_share_out_what_is_worth_it(
 ) -> None:
     """A prompt of many tokens on both threads, the tokens after it on one."""
     model = make_model()
-    monkeypatch.setattr(threads, "WORK", int(matrix_size(model) * 50))
+    monkeypatch.setattr(threads, "WORK", int(matrix_size(Student(model, vocabulary=101)) * 50))
     seen = []
     inner = model.base_model.forward
 
@@ -114,7 +115,7 @@ def test_rollouts_share_out_what_is_worth_it(
         seen.append((given["input_ids"].numel(), torch.get_num_threads()))
         return inner(*args, **given)
 
-    engine = TransformersEngine(model, vocabulary=101)
+    engine = TransformersEngine(Student(model, vocabulary=101))
     engine.load(None, 0)
     monkeypatch.setattr(model.base_model, "forward", forward)
     ids = tuple(range(1, 61))

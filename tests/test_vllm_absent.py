@@ -13,8 +13,9 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.doctor.examination import examine
 from tutelage.distill.engines.vllm import start
-from tutelage.distill.run import assembly, training
+from tutelage.distill.run import training
 from tutelage.distill.run.training import Run
+from tutelage.distill.student import build as student_building
 
 
 def _config(folder: Path, **sections: Any) -> RunConfig:
@@ -41,7 +42,7 @@ def test_it_is_said_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.Mon
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(assembly, "load_student", never)
+    monkeypatch.setattr(student_building, "load_student", never)
     monkeypatch.setattr(training, "load_tokenizer", never)
     said = r"rollout\.engine=vllm: vllm is not installed: .*pip install 'tutelage\[vllm\]'"
     with pytest.raises(ConfigError, match=said):

@@ -125,6 +125,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     from tutelage.distill.engines.transformers import TransformersEngine
     from tutelage.distill.models.conversations import stop_ids
     from tutelage.distill.models.loading import load_model, load_tokenizer
+    from tutelage.distill.models.student import Student
     from tutelage.scheduler.chat import Chat
     from tutelage.scheduler.contexts import Context, Reply
     from tutelage.scheduler.engine import Completion, Request
@@ -133,7 +134,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
     tokenizer = load_tokenizer(reference)
     chat = Chat(tokenizer, stop_ids=stop_ids(reference))
     model = load_model(reference, dtype="float32", device="auto")
-    engine = TransformersEngine(model, vocabulary=len(tokenizer))
+    engine = TransformersEngine(Student(model, vocabulary=len(tokenizer)))
     context = Context(chat, ContextConfig(repeat_task=True).settings())
 
     def reply(observation: str, info: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from tutelage.distill.models.loading import (
     prepare_process,
     student_tokenizer,
 )
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs
 from tutelage.distill.run.preflight import check_devices
 from tutelage.distill.teachers.identity import exam_rows
@@ -141,47 +142,45 @@ def _student(
     """Findings on the student; fills `played`."""
     size = len(tokenizer)
     try:
-        model = load_student(config.student, seed=config.seed)
+        student = load_student(config.student, seed=config.seed, vocabulary=size)
     except ConfigError as error:
         yield _absent("student", "weights", config.student.model, error)
         return
-    rows = model.get_output_embeddings().weight.shape[0]
-    yield texts.check_padding("student", rows, size)
+    yield texts.check_padding("student", student.rows, size)
     told = stop_ids(config.student.model)
     ends = texts.check_end_of_turn("student", tokenizer, told, config.date)
     yield ends
-    if rows < size or ends.level == "fault":
+    if student.rows < size or ends.level == "fault":
         return
     for name, task in settings.items():
         subject = f"tasks.{name}"
-        engine = TransformersEngine(model, vocabulary=size)
+        engine = TransformersEngine(student)
         found = _play(config, name, task.rollout, engine, tokenizer)
         if isinstance(found, Finding):
             yield found
             continue
         played[name] = found
-        yield numbers.check_engine(subject, model, found.rows, vocabulary=size)
-        yield numbers.check_self_distillation(
-            subject, model, found.rows, task.objective, vocabulary=size
-        )
+        yield numbers.check_engine(subject, student, found.rows)
+        yield numbers.check_self_distillation(subject, student, found.rows, task.objective)
     if config.rollout.engine == "vllm":
-        yield from _vllm(config, settings, model, tokenizer)
-    del model
+        yield from _vllm(config, settings, student, tokenizer)
+    del student
     _free()
 
 
-def _vllm(config: RunConfig, settings: Settings, model: Any, tokenizer: Any) -> Iterator[Finding]:
+def _vllm(
+    config: RunConfig, settings: Settings, student: Student, tokenizer: Any
+) -> Iterator[Finding]:
     """Whether vLLM takes the student's weights and says of its own tokens what the student does."""
-    size = len(tokenizer)
     check = Check("student", "vllm and learner")
     try:
-        engine = make_engine(config, rollouts_of(settings), model, size)
+        engine = make_engine(config, rollouts_of(settings), student)
         engine.load(None, 0)
     except (ConfigError, RuntimeError) as error:
         cure = "see the vllm section; rollout.engine=transformers needs none of it"
         yield check.fault(one_line(error), cure)
         return
-    within = numbers.tolerance(model, config.vllm.dtype)
+    within = numbers.tolerance(student, config.vllm.dtype)
     for name, task in settings.items():
         found = _play(config, name, task.rollout, engine, tokenizer)
         if isinstance(found, Finding):
@@ -189,9 +188,8 @@ def _vllm(config: RunConfig, settings: Settings, model: Any, tokenizer: Any) -> 
             continue
         yield numbers.check_engine(
             f"tasks.{name}",
-            model,
+            student,
             found.rows,
-            vocabulary=size,
             within=within,
             check="vllm and learner",
         )
@@ -313,7 +311,7 @@ def examine_teacher(
     on from; size: the tokenizer's."""
     within = numbers.tolerance(model)
     try:
-        probes = numbers.greedy_probes(model, prompt, vocabulary=size)
+        probes = numbers.greedy_probes(Student(model, vocabulary=size), prompt)
         rows = [probe.row for probe in probes]
         scores = teacher.score(rows, Needs(k=1))
     except ConfigError as error:  # such as a context that is too short

@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.doctor.findings import Check, Finding
 from tutelage.distill.engines.transformers import TransformersEngine
-from tutelage.distill.models.batches import pack
+from tutelage.distill.models.batches import Batch, pack
 from tutelage.distill.models.dtypes import ROWS_TOLERANCE
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, Objective, TeacherScores, Tokens
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 from tutelage.distill.student.laws import bias
-from tutelage.distill.student.learner import Learner
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, NOT_CHOSEN, Row, SamplingLaw
@@ -55,10 +54,10 @@ def tolerance(model: Any, other: str | None = None) -> float:
     return max(ROWS_TOLERANCE[own], ROWS_TOLERANCE[other or own])
 
 
-def greedy_probes(model: Any, prompt: Sequence[int], *, vocabulary: int) -> list[Probe]:
-    """What the model itself goes on with after `prompt`, greedily: two rows of unequal length, the
-    longer one with a second reply inside its prompt, so that padding and gaps are met too."""
-    engine = TransformersEngine(model, vocabulary=vocabulary)
+def greedy_probes(student: Student, prompt: Sequence[int]) -> list[Probe]:
+    """What a model, given as a student, goes on with after `prompt`, greedily: two rows of unequal
+    length, the longer one with a second reply inside its prompt: padding and gaps are met too."""
+    engine = TransformersEngine(student)
     ids = list(prompt)[: min(PROMPT_TOKENS, engine.max_context - GREEDY_TOKENS)]
     engine.submit(
         Request(
@@ -77,19 +76,18 @@ def greedy_probes(model: Any, prompt: Sequence[int], *, vocabulary: int) -> list
     inside = range(max(1, len(ids) // 2), max(1, len(ids) // 2) + min(4, len(ids) // 4))
     short = GREEDY_TOKENS // 2
     return [
-        _probe(model, ids, said, logprobs, inside, vocabulary),
-        _probe(model, ids, said[:short], logprobs[:short], range(0), vocabulary),
+        _probe(student, ids, said, logprobs, inside),
+        _probe(student, ids, said[:short], logprobs[:short], range(0)),
     ]
 
 
 @torch.no_grad()
 def _probe(
-    model: Any,
+    student: Student,
     prompt: Sequence[int],
     said: Sequence[int],
     logprobs: Sequence[float],
     inside: range,
-    vocabulary: int,
 ) -> Probe:
     ids_T = np.asarray([*prompt, *said], dtype=np.int32)
     turns_T = np.full(len(ids_T), NOT_CHOSEN, dtype=np.int32)
@@ -100,8 +98,7 @@ def _probe(
     row = Row(
         ids_T=ids_T, turns_T=turns_T, logprobs_T=logprobs_T, branches_T=np.zeros_like(turns_T)
     )
-    logits_TV = model(input_ids=torch.from_numpy(ids_T).long()[None].to(model.device)).logits[0]
-    after_TV = logits_TV[:, :vocabulary].float().log_softmax(-1).cpu()
+    after_TV = student.plain_logprobs(torch.from_numpy(ids_T)).cpu()
     first_1V = torch.full_like(after_TV[:1], math.nan)  # nothing predicts the first token
     return Probe(row=row, logprobs_TV=torch.cat([first_1V, after_TV[:-1]]))
 
@@ -268,29 +265,26 @@ def check_law(subject: str, objective: Objective, law: SamplingLaw) -> Finding:
 
 def check_engine(
     subject: str,
-    model: Any,
+    student: Student,
     rows: Sequence[Row],
     *,
-    vocabulary: int,
     within: float | None = None,
     check: str = "engine and learner",
 ) -> Finding:
     """Whether the learner gives sampled tokens the log-probabilities that the engine recorded: what
     importance ratios and rewards are made of. within: nats, in the mean; None: `tolerance`."""
     checked = Check(subject, check)
-    learner = _learner(model, vocabulary)
     gaps = []
     with torch.no_grad():
-        for batch in pack(rows, max_tokens=2048, device=model.device):
-            student = learner.student(batch.hidden(model))
-            own_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
+        for batch in _packed(rows, student):
+            own_N = student.view(batch).logprobs_at(batch.targets_N[:, None])[:, 0]
             gaps.append((own_N - batch.behaviour_N)[batch.behaviour_N.isfinite()].abs().cpu())
     gap_N = torch.cat(gaps)
     if not len(gap_N):
         return checked.note("no token was sampled by the student")
     mean, most = float(gap_N.mean()), float(gap_N.max())
     text = f"apart by {mean:.0e} nats in the mean, {most:.0e} at most, on {len(gap_N)} tokens"
-    if not mean <= (tolerance(model) if within is None else within):
+    if not mean <= (tolerance(student) if within is None else within):
         return checked.fault(
             text,
             "every importance ratio is off by that: compare the engine's positions, cache and"
@@ -300,12 +294,12 @@ def check_engine(
 
 
 def check_self_distillation(
-    subject: str, model: Any, rows: Sequence[Row], objective: Objective, *, vocabulary: int
+    subject: str, student: Student, rows: Sequence[Row], objective: Objective
 ) -> Finding:
     """The student as its own teacher, through scoring and objective as in training: nothing is
     left to learn, so the divergence, or the reward of a policy gradient, must be 0."""
-    teacher = TransformersTeacher(model, vocabulary=vocabulary)
-    return self_distilled(subject, model, teacher.score, rows, objective, vocabulary=vocabulary)
+    teacher = TransformersTeacher(student.model, vocabulary=student.vocabulary)
+    return self_distilled(subject, student, teacher.score, rows, objective)
 
 
 DIVERGENCES = ("local_support", "full_vocabulary")
@@ -314,52 +308,48 @@ DIVERGENCES = ("local_support", "full_vocabulary")
 
 @torch.no_grad()
 def self_distilled(
-    subject: str,
-    model: Any,
-    score: Score,
-    rows: Sequence[Row],
-    objective: Objective,
-    *,
-    vocabulary: int,
+    subject: str, student: Student, score: Score, rows: Sequence[Row], objective: Objective
 ) -> Finding:
     """See `check_self_distillation`; `score` is the student's own, however computed."""
     check = Check(subject, "self-distillation")
     if not objective.needs.teacher:
         return check.ok(f"{objective.name} has no teacher")
-    learner = _learner(model, vocabulary)
-    needs = objective.needs
-    asked = learner.own_support(rows, needs.student_k) if needs.student_k else None
+    needs, batches, asked = objective.needs, _packed(rows, student), None
+    if needs.student_k:
+        own_ids: dict[int, torch.Tensor] = {}
+        for batch in batches:
+            own_ids |= batch.by_row(student.view(batch).top_k(needs.student_k).int().cpu())
+        asked = [own_ids[i].numpy() for i in range(len(rows))]
     scores = score(rows, needs, asked)
     losses, rewards = [], []
-    for batch in pack(rows, max_tokens=2048, device=model.device):
-        student = learner.student(batch.hidden(model))
-        own = TeacherScores.join([scores[i] for i in batch.members]).to(model.device)
-        logprobs_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
+    for batch in batches:
+        view = student.view(batch)
+        own = TeacherScores.join([scores[i] for i in batch.members]).to(student.device)
+        logprobs_N = view.logprobs_at(batch.targets_N[:, None])[:, 0]
         rewards.append((own.sampled_N - logprobs_N).abs())
         loss_N, _ = objective(
-            student,
+            view,
             own,
             batch.targets_N,
             logprobs_N,
-            generator=torch.Generator(model.device).manual_seed(0),
+            generator=torch.Generator(student.device).manual_seed(0),
             tokens=Tokens(law_N=logprobs_N),
         )
         losses.append(loss_N.abs())
     loss, reward = float(torch.cat(losses).mean()), float(torch.cat(rewards).mean())
-    found = f"{objective.name}: |log q - log pi| = {reward:.0e}"
+    text = f"{objective.name}: |log q - log pi| = {reward:.0e}"
     distance = all(rule.name in DIVERGENCES for rule in objective.rules)
     if distance:
-        found += f", loss = {loss:.0e}"
+        text += f", loss = {loss:.0e}"
     left = max(reward, loss) if distance else reward
-    if not left <= tolerance(model):
+    if not left <= tolerance(student):
         return check.fault(
-            f"{found} nats of the student to itself, not 0",
+            f"{text} nats of the student to itself, not 0",
             "teacher and learner read the rows differently (positions, mask, temperature, dtype),"
             " or the scores lose precision on their way",
         )
-    return check.ok(f"{found} nats of the student to itself")
+    return check.ok(f"{text} nats of the student to itself")
 
 
-def _learner(model: Any, vocabulary: int) -> Learner:
-    """For its view of the student; it trains nothing here."""
-    return Learner(model, vocabulary=vocabulary, config=OptimizerConfig(), steps=1)
+def _packed(rows: Sequence[Row], student: Student) -> list[Batch]:
+    return pack(rows, max_tokens=2048, device=student.device)

@@ -11,18 +11,17 @@ from tutelage.distill.engines.vllm import sync
 from tutelage.distill.engines.vllm.engine import WANTED
 from tutelage.distill.engines.vllm.engine import make_engine as make_vllm_engine
 from tutelage.distill.engines.vllm.start import require_vllm
+from tutelage.distill.models.student import Student
 from tutelage.distill.models.weights import array_of
 from tutelage.scheduler.engine import Engine, Weights
 from tutelage.scheduler.rollouts import TaskRollout
 
 
-def worker_weights(config: RunConfig, model: Any, vocabulary: int) -> Weights:
+def worker_weights(config: RunConfig, student: Student) -> Weights:
     """What workers in other processes load."""
     if config.rollout.engine == "vllm":
-        dtype = config.rollout_dtype
-        weights = sync.weights_of(model, vocabulary)
-        return sync.packed(weights, sync.probe_of(model, vocabulary), dtype=dtype)
-    return {name: array_of(tensor) for name, tensor in model.state_dict().items()}
+        return sync.packed(*sync.source(student), dtype=config.rollout_dtype)
+    return {name: array_of(tensor) for name, tensor in student.weights().items()}
 
 
 def check_rollout_engine(config: RunConfig) -> None:
@@ -32,13 +31,12 @@ def check_rollout_engine(config: RunConfig) -> None:
         require_vllm(WANTED)
 
 
-def make_engine(
-    config: RunConfig, rollouts: Mapping[str, TaskRollout], model: Any, vocabulary: int
-) -> Engine:
-    """The engine that plays these, beside the learner's model in this process."""
+def make_engine(config: RunConfig, rollouts: Mapping[str, TaskRollout], student: Student) -> Engine:
+    """The engine that plays these, beside the learner in this process."""
     if config.rollout.engine == "vllm":
-        return vllm_engine(config, rollouts, model.config, vocabulary, learner=model)
-    return TransformersEngine(model, vocabulary=vocabulary)
+        settings, vocabulary = student.settings, student.vocabulary
+        return vllm_engine(config, rollouts, settings, vocabulary, student=student)
+    return TransformersEngine(student)
 
 
 def vllm_engine(
@@ -47,7 +45,7 @@ def vllm_engine(
     settings: Any,
     vocabulary: int,
     *,
-    learner: Any = None,
+    student: Student | None = None,
 ) -> Engine:
     return make_vllm_engine(
         settings,
@@ -55,5 +53,5 @@ def vllm_engine(
         vocabulary=vocabulary,
         dtype=config.student.dtype,
         max_live=max(how.max_live for how in rollouts.values()),
-        learner=learner,
+        student=student,
     )

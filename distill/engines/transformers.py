@@ -20,6 +20,7 @@ import torch
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.models.architecture import context_of, window_of
+from tutelage.distill.models.student import Student
 from tutelage.distill.models.threads import fitting, matrix_size
 from tutelage.distill.models.weights import weight_of
 from tutelage.envs.errors import one_line
@@ -98,33 +99,33 @@ class SlotCache:
 
 
 @torch.inference_mode()
-def check_cache(model: Any) -> None:
+def check_cache(student: Student) -> None:
     """Refuse a model that keeps something else than keys and values of every position: states of
     its own, or none at all.
 
     Raises:
         ConfigError: it fails over our cache, or reads two tokens otherwise with it than without.
     """
-    ids_1T = torch.tensor([[1, 2]], device=model.device)
-    ids_1T %= model.get_input_embeddings().weight.shape[0]
-    mask_B1QP = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=model.device)
+    ids_1T = torch.tensor([[1, 2]], device=student.device)
+    ids_1T %= student.rows
+    mask_B1QP = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=student.device)
     cache, parts = SlotCache(), []
     cache.reserve(1, 2)
-    who = f"{type(model).__name__} (type {model.config.model_type!r})"
+    who = f"{type(student.model).__name__} (type {student.settings.model_type!r})"
     cure = "choose a student whose layers attend, such as llama or qwen2, or rollout.engine=vllm"
     try:
         for t in range(2):
-            cache.positions_BQ, cache.reach = torch.tensor([[t]], device=model.device), t + 1
+            cache.positions_BQ, cache.reach = torch.tensor([[t]], device=student.device), t + 1
             parts.append(
-                model.base_model(
+                student.hidden(
                     input_ids=ids_1T[:, t : t + 1],
                     attention_mask=mask_B1QP[..., : t + 1],
                     position_ids=cache.positions_BQ,
                     past_key_values=cache,
                     use_cache=True,
-                ).last_hidden_state
+                )
             )
-        whole_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state.float()
+        whole_1TD = student.hidden(input_ids=ids_1T, use_cache=False).float()
     except Exception as error:  # transformers' models raise what comes
         raise ConfigError(
             f"{who} cannot be played token by token here ({one_line(error):.300}): {cure}"
@@ -158,23 +159,20 @@ class TransformersEngine:
     """Generates with a transformers causal language model, shared with the learner or loaded apart.
 
     Args:
-        model: a causal LM. Its weights are used as they are at each call: a shared model needs no
-            copy.
-        vocabulary: ids at or above it (the embedding's padding) are never sampled and take no
-            probability.
+        student: its weights are used as they are at each call: a shared one needs no copy. A
+            teacher's model that plays comes as a student, too.
         prefill_tokens: at most about this many tokens go through one prefill forward.
     """
 
     lockstep = True
 
-    def __init__(self, model: Any, *, vocabulary: int, prefill_tokens: int = 16_384) -> None:
-        self.model, self.version = model, 0
-        self._vocabulary, self._prefill_tokens = vocabulary, prefill_tokens
-        self._matrix_size = matrix_size(model)
+    def __init__(self, student: Student, *, prefill_tokens: int = 16_384) -> None:
+        self._student, self.version = student, 0
+        self._prefill_tokens, self._matrix_size = prefill_tokens, matrix_size(student)
         # A layer that looks back over a window alone would be given more: our mask has none.
-        context = context_of(model.config)
-        self.max_context = min(context, window_of(model.config) or context)
-        check_cache(model)
+        context = context_of(student.settings)
+        self.max_context = min(context, window_of(student.settings) or context)
+        check_cache(student)
         self._cache = SlotCache()
         self._sessions: dict[int, _Session] = {}
         self._free: list[int] = []
@@ -195,13 +193,8 @@ class TransformersEngine:
                 f"{self.pending} requests are in flight: load weights between rollouts"
             )
         if weights is not None:
-            own = self.model.state_dict()
-            if missing := sorted(set(own) - set(weights)):
-                raise ValueError(
-                    f"weights for version {version} lack {missing[0]!r} and {len(missing) - 1} more"
-                )
-            for name, tensor in own.items():
-                tensor.copy_(weight_of(weights[name]))
+            tensors = {name: weight_of(array) for name, array in weights.items()}
+            self._student.take(tensors, version=version)
         self._sessions.clear()
         self._free = list(range(self._cache.slots))
         self._batch.clear()
@@ -306,7 +299,7 @@ class TransformersEngine:
         token."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
         rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
-        device = self.model.device
+        device = self._student.device
         lengths = [len(chunk) for chunk in chunks]
         past = [len(row.session.cached) for row in rows]
         width, reach = max(lengths), max(p + n for p, n in zip(past, lengths, strict=True))
@@ -321,16 +314,15 @@ class TransformersEngine:
         self._cache.slots_B = torch.tensor(slots, device=device) if anywhere else None
         self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
         with fitting(self._matrix_size, ids_BQ.size):
-            hidden_BQD = self.model.base_model(
+            hidden_BQD = self._student.hidden(
                 input_ids=torch.from_numpy(ids_BQ).to(device),
                 attention_mask=mask_B1QP,
                 position_ids=positions_BQ,
                 past_key_values=self._cache,
                 use_cache=True,
-            ).last_hidden_state
+            )
             last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-            logits_BV = self.model.get_output_embeddings()(last_BD)[:, : self._vocabulary].float()
-            sampled = _sample(logits_BV, rows)
+            sampled = _sample(self._student.logits(last_BD).float(), rows)
         self.prefilled_tokens += sum(lengths) if width > 1 else 0
         for row, chunk, token, logprob, law in zip(rows, chunks, *sampled, strict=True):
             if row.done:

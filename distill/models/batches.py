@@ -41,6 +41,11 @@ class Batch:
         chosen: torch.Tensor = hidden_BTD[self.rows_N, self.sources_N]
         return chosen
 
+    def by_row(self, values_N: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Each row's part of what was found of the batch's tokens."""
+        counts = torch.bincount(self.rows_N, minlength=len(self.members)).tolist()
+        return dict(zip(self.members, values_N.split(counts), strict=True))
+
     def locate(self, n: int) -> tuple[int, int]:
         """(which of the rows, how many of its chosen tokens stand before) of the token n."""
         row = self.rows_N[n]

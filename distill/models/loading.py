@@ -20,6 +20,7 @@ from tutelage.distill.models.architecture import (
     check_weights,
 )
 from tutelage.distill.models.scratch import scratch_settings
+from tutelage.distill.models.student import Student
 from tutelage.distill.models.threads import cores
 from tutelage.envs.errors import one_line
 from tutelage.evaluation.run_folder import STATE, SUMS, WEIGHTS, Damaged, check
@@ -173,8 +174,13 @@ def _more(names: Sequence[Any]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def load_student(config: StudentConfig, *, seed: int) -> Any:
-    """The student's model: from a checkpoint, or from scratch with weights drawn from `seed`."""
+def load_student(config: StudentConfig, *, seed: int, vocabulary: int) -> Student:
+    """What learns: the student over the tokenizer's ids, as it is before its first update."""
+    return Student(load_initial(config, seed=seed), vocabulary=vocabulary)
+
+
+def load_initial(config: StudentConfig, *, seed: int) -> Any:
+    """The model that the student begins as: a checkpoint's, or one of weights drawn from `seed`."""
     if config.model is not None:
         return load_model(config.model, dtype=config.dtype, device=config.device)
     from transformers import AutoModelForCausalLM
@@ -198,25 +204,6 @@ def _checked(model: Any, who: str) -> Any:
     check_weights(model, who)
     check_forward(model, who)
     return model
-
-
-def recomputing(model: Any) -> list[Any]:
-    """Let the model's layers compute what is inside them again in the backward, instead of keeping
-    it. Returns them: each does so while its own `training` is set. The modules inside it stay in
-    evaluation mode, without dropout.
-
-    Raises:
-        ConfigError: it has no layers that can.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"optimizer.recompute: {type(model).__name__} has no layers that can: set it to false"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return layers
 
 
 def student_settings(config: StudentConfig) -> Any:

@@ -7,9 +7,10 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from tutelage.distill.models.student import Student
 
 WORK = 1 << 23
 """Multiplications in a layer's matrix, on average over a model's, from which on a second thread
@@ -31,12 +32,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def matrix_size(model: Any) -> float:
+def matrix_size(student: Student) -> float:
     """Of a layer's matrices, on average, in numbers. On a GPU no thread does their work."""
-    if model.device.type != "cpu":
+    if student.device.type != "cpu":
         return math.inf
-    embedding = model.get_input_embeddings().weight
-    found = [p for p in model.base_model.parameters() if p.ndim == 2 and p is not embedding]
+    found = student.hidden_matrices()
     return sum(p.numel() for p in found) / max(1, len(found))
 
 

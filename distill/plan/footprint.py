@@ -24,6 +24,7 @@ from tutelage.distill.models.loading import (
     resolve,
     student_settings,
 )
+from tutelage.distill.models.student import Student
 from tutelage.distill.plan.published import PUBLISHED
 
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z0-9])")
@@ -31,7 +32,8 @@ _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z0-9])")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What memory hangs on, beside the weights. `hidden_matrices`: parameters that Muon takes."""
+    """What memory depends on, beside the weights. trainable: parameters that an optimizer moves;
+    hidden_matrices: those of them that Muon takes."""
 
     layers: int
     hidden: int
@@ -39,6 +41,7 @@ class Shape:
     cache: int  # numbers that one token leaves in the key-value cache
     rows: int  # of the embedding
     context: int  # positions
+    trainable: int
     hidden_matrices: int
 
     def activations(self, *, recompute: bool) -> int:
@@ -69,16 +72,20 @@ class Footprint:
         """Bytes."""
         return None if self.parameters is None else self.parameters * BYTES[dtype]
 
+    def gradients(self, dtype: str) -> int | None:
+        """Bytes; as many as each of the optimizer's moments."""
+        return self.weights(dtype) if self.shape is None else self.shape.trainable * BYTES[dtype]
+
     def optimizer_state(self, name: str, dtype: str) -> tuple[int | None, int | None]:
         """Bytes, at least and at most, that the optimizer keeps: AdamW two moments of a parameter;
         Muon one, of the hidden matrices."""
-        weights = self.weights(dtype)
-        if weights is None or name == "adamw":
-            twice = None if weights is None else 2 * weights
+        moment = self.gradients(dtype)
+        if moment is None or name == "adamw":
+            twice = None if moment is None else 2 * moment
             return twice, twice
         if self.shape is None:
-            return weights, 2 * weights
-        kept = 2 * weights - self.shape.hidden_matrices * BYTES[dtype]
+            return moment, 2 * moment
+        kept = 2 * moment - self.shape.hidden_matrices * BYTES[dtype]
         return kept, kept
 
 
@@ -145,14 +152,14 @@ def _measured(reference: str, settings: Any) -> Footprint:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     text = settings.get_text_config()
-    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    parameters = list(model.parameters())
+    student = Student(model, vocabulary=text.vocab_size)
+    trainable = {id(p): p.numel() for p in student.trainable()}
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = (getattr(text, "num_key_value_heads", None) or heads) * size
     return Footprint(
         reference=reference,
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(p.numel() for p in model.parameters()),
         shape=Shape(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -160,6 +167,7 @@ def _measured(reference: str, settings: Any) -> Footprint:
             cache=2 * text.num_hidden_layers * kept,
             rows=text.vocab_size,
             context=text.max_position_embeddings,
-            hidden_matrices=sum(p.numel() for p in parameters if p.ndim == 2 and id(p) not in ends),
+            trainable=sum(trainable.values()),
+            hidden_matrices=sum(trainable.get(id(p), 0) for p in student.hidden_matrices()),
         ),
     )

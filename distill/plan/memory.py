@@ -13,10 +13,10 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.models.dtypes import BYTES
 from tutelage.distill.models.loading import device_of
+from tutelage.distill.models.student import DENSE_VOCABULARY
 from tutelage.distill.objectives.scores import CHUNK
 from tutelage.distill.plan.footprint import Footprint
 from tutelage.distill.plan.tasks import TaskForecast
-from tutelage.distill.student.learner import DENSE_VOCABULARY
 
 LIBRARIES = 400_000_000
 """Bytes of a process that holds Python, torch and transformers (measured: 375 MB with the demo's
@@ -43,9 +43,10 @@ def learner_needs(
 ) -> list[Need]:
     device, width = device_name(config.student.device), BYTES[config.student.dtype]
     weights = student.weights(config.student.dtype)
+    gradients = student.gradients(config.student.dtype)
     found = [
         Need(device=device, what="student: weights", least=weights, most=weights, knob="dtype"),
-        Need(device=device, what="gradients", least=weights, most=weights, knob="dtype"),
+        Need(device=device, what="gradients", least=gradients, most=gradients, knob="dtype"),
         _optimizer_need(config, student, device),
     ]
     micro = config.optimizer.micro_tokens_on(device)

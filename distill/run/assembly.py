@@ -13,11 +13,12 @@ from tutelage.distill.engines.build import make_engine, vllm_engine, worker_weig
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models.conversations import spoken
 from tutelage.distill.models.loading import (
-    load_student,
+    load_initial,
     load_tokenizer,
     student_settings,
     student_tokenizer,
 )
+from tutelage.distill.models.student import Student
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.teachers.build import make_teacher
 from tutelage.distill.teachers.service import Answer, Ask, TeacherService
@@ -40,7 +41,7 @@ def make_placement(
     rollouts = rollouts_of(tasks)
     guiding = {name: task.guide for name, task in tasks.items() if task.guide in config.teachers}
     if config.cluster is None:
-        engine = make_engine(config, rollouts, learner.copy, vocabulary)
+        engine = make_engine(config, rollouts, learner.student)
         teachers = {
             name: make_teacher(name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
@@ -56,7 +57,7 @@ def make_placement(
             name: partial(make_teacher, name, teacher, vocabulary)
             for name, teacher in config.teachers.items()
         },
-        weights=partial(worker_weights, config, learner.copy, vocabulary),
+        weights=partial(worker_weights, config, learner.student),
     )
 
 
@@ -81,8 +82,8 @@ def _make_worker(
         settings = student_settings(config.student)
         engine = vllm_engine(config, rollouts, settings, vocabulary)
     else:
-        model = load_student(config.student, seed=config.seed)
-        engine = TransformersEngine(model, vocabulary=vocabulary)
+        model = load_initial(config.student, seed=config.seed)
+        engine = TransformersEngine(Student(model, vocabulary=vocabulary))
     teachers = {
         name: make_teacher(name, config.teachers[name], vocabulary)
         for name in set(guiding.values())
@@ -96,6 +97,6 @@ def _guides(
 ) -> dict[str, Engine]:
     """An engine over the teacher's own weights for each task that it guides."""
     return {
-        task: TransformersEngine(teachers[name].model, vocabulary=vocabulary)
+        task: TransformersEngine(Student(teachers[name].model, vocabulary=vocabulary))
         for task, name in guiding.items()
     }

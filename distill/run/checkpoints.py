@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.models.student import Student
 from tutelage.envs.errors import first_line
 from tutelage.evaluation.files import WriteError, write_text
 from tutelage.evaluation.run_folder import (
     STATE,
     SUMS,
-    WEIGHTS,
     Damaged,
     check,
     complete,
@@ -43,7 +43,7 @@ def save(
     folder: Path,
     *,
     step: int,
-    model: Any,
+    student: Student,
     tokenizer: Any,
     state: Mapping[str, Any],
     keep: int,
@@ -59,7 +59,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tidy(folder)
-        model.save_pretrained(partial, max_shard_size="10000GB")  # one model.safetensors
+        student.save(partial)
         tokenizer.save_pretrained(partial)
         torch.save(_with_tensors(dict(state)), partial / STATE)
         write_text(partial / SUMS, _sums(partial))
@@ -103,9 +103,9 @@ def _room(folder: Path) -> str:
         return ""
 
 
-def load_newest(folder: Path, model: Any) -> tuple[Path, dict[str, Any]] | None:
-    """Put the newest readable checkpoint's weights into `model`; (its folder, its state), or None
-    where there is no checkpoint.
+def load_newest(folder: Path, student: Student) -> tuple[Path, dict[str, Any]] | None:
+    """Let the student take the newest readable checkpoint's weights; (its folder, its state), or
+    None where there is no checkpoint.
 
     A damaged one is set aside with a warning, and the one before it taken: what follows that is the
     same to the byte.
@@ -116,7 +116,7 @@ def load_newest(folder: Path, model: Any) -> tuple[Path, dict[str, Any]] | None:
     """
     while (checkpoint := newest(folder)) is not None:
         try:
-            return checkpoint, _load(checkpoint, model)
+            return checkpoint, _load(checkpoint, student)
         except Damaged as error:
             fault = f"{checkpoint} is damaged ({error})"
         if len(complete(folder)) == 1:
@@ -135,12 +135,12 @@ def load_newest(folder: Path, model: Any) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _load(checkpoint: Path, model: Any) -> dict[str, Any]:
+def _load(checkpoint: Path, student: Student) -> dict[str, Any]:
     """Raises Damaged for what cannot be read, whatever torch and safetensors make of it."""
     check(checkpoint)
     try:
         state = load_state(checkpoint)
-        load_weights(checkpoint, model)
+        student.load(checkpoint)
     except ConfigError:
         raise
     except Exception as error:
@@ -169,35 +169,6 @@ def _with_tensors(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_with_tensors(item) for item in value)
     return value
-
-
-def load_weights(checkpoint: Path, model: Any) -> None:
-    """Put a checkpoint's weights into `model`.
-
-    Raises:
-        ConfigError: the checkpoint is of another architecture or vocabulary.
-    """
-    from safetensors.torch import load_file
-
-    weights = load_file(checkpoint / WEIGHTS)
-    own = model.state_dict()
-    stored = {own[name].data_ptr() for name in weights if name in own}
-    for name in sorted({*weights, *own}):
-        there, here = weights.get(name), own.get(name)
-        if there is None and here is not None and here.data_ptr() in stored:
-            continue  # tied weights are stored once
-        if there is None or here is None or there.shape != here.shape:
-            raise ConfigError(
-                f"{checkpoint}: {name} has shape {_shape(there)} there and {_shape(here)} in this"
-                " run's student: the checkpoint is of another model or vocabulary; choose another"
-                " run folder"
-            )
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-
-
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "none" if tensor is None else str(tuple(tensor.shape))
 
 
 def _flush(folder: Path) -> None:

@@ -90,7 +90,7 @@ class Record:
 
     def _restore(self) -> tuple[int, int]:
         """(the first step to do, the bytes of metrics.jsonl that stand)."""
-        found = checkpoints.load_newest(self._checkpoints, self._learner.copy)
+        found = checkpoints.load_newest(self._checkpoints, self._learner.student)
         if found is None:
             return 0, 0
         checkpoint, state = found
@@ -144,7 +144,7 @@ class Record:
         checkpoints.save(
             self._checkpoints,
             step=done,
-            model=self._learner.copy,
+            student=self._learner.student,
             tokenizer=self._tokenizer,
             state={
                 "step": done,
@@ -165,7 +165,7 @@ class Record:
     def save_rest(self) -> None:
         """Save what was learned since the last checkpoint, unless an update was cut off."""
         done = len(self._timetable.history)
-        whole = self._learner.whole and self._learner.version == done
+        whole = self._learner.intact and self._learner.version == done
         newest = run_folder.newest(self._checkpoints)
         if done and whole and (newest is None or int(newest.name) != done):
             self._save(done)

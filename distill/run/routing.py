@@ -149,7 +149,7 @@ class Routing:
         for (task, places, ask), answer in zip(asks, answers, strict=True):
             answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor
             own_scores = scores.setdefault(task, [None] * len(rows[task]))
-            unpacked = unpack_answer(ask, answer, vocabulary=self._learner.vocabulary)
+            unpacked = unpack_answer(ask, answer, vocabulary=self._learner.student.vocabulary)
             for place, sent, scored in zip(places, answer.scores, unpacked, strict=True):
                 own_scores[place] = sent, scored
         return scores, answers

@@ -11,6 +11,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import StudentConfig
 from tutelage.distill.models.loading import device_of, load_student
+from tutelage.distill.models.student import Student
 from tutelage.distill.models.threads import cores
 from tutelage.distill.student.learner import Learner
 
@@ -21,24 +22,21 @@ def make_learner(config: RunConfig, vocabulary: int) -> Learner:
     Raises:
         ConfigError: more of them than GPUs.
     """
-    given: dict[str, Any] = {
-        "vocabulary": vocabulary,
-        "config": config.optimizer,
-        "steps": config.steps,
-    }
+    given: dict[str, Any] = {"config": config.optimizer, "steps": config.steps}
     if config.learner.processes == 1:
-        return Learner(load_student(config.student, seed=config.seed), **given)
+        student = load_student(config.student, seed=config.seed, vocabulary=vocabulary)
+        return Learner(student, **given)
     here = torch.cuda.device_count()
     if device_of(config.student.device).type == "cuda" and here < config.learner.processes:
         raise ConfigError(
             f"learner.processes: {config.learner.processes} of them take a GPU each, and there are"
             f" {here}: lower it, or set student.device=cpu"
         )
-    from tutelage.distill.student.sharded import DataParallelLearner, Setup
+    from tutelage.distill.student.sharded import Setup, start
 
-    return DataParallelLearner(
+    return start(
         Setup(
-            make_model=partial(rank_model, config.student, config.seed),
+            make_student=partial(rank_student, config.student, config.seed, vocabulary),
             processes=config.learner.processes,
             timeout=config.learner.timeout,
             threads=learner_threads(config),
@@ -47,11 +45,12 @@ def make_learner(config: RunConfig, vocabulary: int) -> Learner:
     )
 
 
-def rank_model(student: StudentConfig, seed: int, rank: int) -> Any:
+def rank_student(student: StudentConfig, seed: int, vocabulary: int, rank: int) -> Student:
     """The student on the device of one of the learner's processes."""
     kind = device_of(student.device).type
     device = kind if kind == "cpu" else f"{kind}:{rank}"
-    return load_student(student.model_copy(update={"device": device}), seed=seed)
+    there = student.model_copy(update={"device": device})
+    return load_student(there, seed=seed, vocabulary=vocabulary)
 
 
 def learner_threads(config: RunConfig) -> int:

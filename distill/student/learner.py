@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils._pytree import tree_map_only
 
 from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.models.batches import Batch, pack
-from tutelage.distill.models.loading import recomputing
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import (
-    DenseStudent,
     Objective,
-    SparseStudent,
     StudentView,
     TeacherScores,
     Tokens,
@@ -33,51 +33,52 @@ from tutelage.distill.student.lessons import (
     joined_scores,
     refuse_empty_masks,
 )
-from tutelage.distill.student.muon import orthogonalized
 from tutelage.distill.student.optimizers import Optimizer
+from tutelage.distill.student.ranks import Alone, Ranks, split
 from tutelage.scheduler.episodes import Row, SamplingLaw
 
-T = TypeVar("T")
-
-DENSE_VOCABULARY = 8192
-"""Up to this many ids whole logits are faster than gathered ones, and small."""
+Question = Callable[[StudentView, Batch], torch.Tensor]
+"""What is asked of a batch's tokens [N, ...]; it travels to other ranks."""
 
 
 class Learner:
-    """Owns the student's weights and the optimizer's state.
+    """Owns the optimizer's state, and moves the student's weights.
 
-    What several ranks do together (sharded.py) is a small method here: `_sums`,
-    `_gathered`, `_each`, `_inside`, `_clip`, `_orthogonalized`.
+    A run speaks to rank 0's, which calls `learn`, `answer`, `state` and `resume` on every rank.
 
     Args:
-        model: a causal LM, trained in place.
-        vocabulary: ids that take probability.
-        config: the optimizer section. steps: of the whole run, for the learning rate's schedule.
-        dense_vocabulary: up to this size of vocabulary, whole logits; above it, gathered ones.
+        student: what trains, in place.
+        config: the optimizer section.
+        steps: of the whole run, for the learning rate's schedule.
+        ranks: those that it shares the work with; None: it is alone.
     """
 
     def __init__(
         self,
-        model: Any,
+        student: Student,
         *,
-        vocabulary: int,
         config: OptimizerConfig,
         steps: int,
-        dense_vocabulary: int = DENSE_VOCABULARY,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model, self.vocabulary, self._config, self._steps = model, vocabulary, config, steps
-        self._dense = vocabulary <= dense_vocabulary
+        self._student, self._config, self._steps = student, config, steps
+        self._ranks = ranks or Alone(student)
         self.version = 0
-        self.whole = True  # False: an update failed after some of its optimizer steps
+        self._cut_off = False  # an update failed after some of its optimizer steps
         self._fault = ""  # the first token of an optimizer step whose loss is no number
-        self._micro_tokens = config.micro_tokens_on(model.device.type)
-        self.optimizer = Optimizer(model, config, self._orthogonalized)
-        self._layers = recomputing(model) if config.recompute else []
+        self._micro_tokens = config.micro_tokens_on(student.device.type)
+        self.optimizer = Optimizer(student, config, self._ranks.orthogonalized)
+        self._layers = student.recomputing() if config.recompute else []
 
     @property
-    def copy(self) -> Any:
-        """A model with the student's weights, whole: to generate with and to save."""
-        return self.model
+    def student(self) -> Student:
+        """The student in one piece: to generate with and to save."""
+        return self._ranks.whole
+
+    @property
+    def intact(self) -> bool:
+        """Whether what was learned can be saved: no update was cut off, and all ranks are there."""
+        return not self._cut_off and self._ranks.alive
 
     def update(
         self,
@@ -110,13 +111,13 @@ class Learner:
         parts = [[pair for pair in drawn[i::count] if pair[0].mask_T.any()] for i in range(count)]
         own = {lesson.task: courses[lesson.task] for lesson in lessons}
         at = progress if isinstance(progress, Mapping) else dict.fromkeys(own, progress)
-        meters, norm = self._learn([part for part in parts if part], own, at, diagnose)
+        meters, norm = self._shared([part for part in parts if part], own, at, diagnose)
         shared = {
             "optimizer/grad_norm": norm,
             "optimizer/lr": self.learning_rate(self.version),
         }
         self.version += 1
-        self.whole = True
+        self._cut_off = False
         return {
             task: meter.means()
             | {"tokens/trained": float(sum(x.mask_T.sum() for x in lessons if x.task == task))}
@@ -124,66 +125,78 @@ class Learner:
             for task, meter in meters.items()
         }
 
-    def student(self, hidden_ND: torch.Tensor) -> StudentView:
-        """The student at the positions of `hidden_ND`, for an objective."""
-        head = self.model.get_output_embeddings()
-        if self._dense:
-            return DenseStudent(head(hidden_ND)[:, : self.vocabulary])
-        return SparseStudent(hidden_ND, head, vocabulary=self.vocabulary)
-
-    @torch.no_grad()
     def own_support(self, rows: Sequence[Row], k: int) -> list[npt.NDArray[np.int32]]:
         """The student's K most probable ids of each row's chosen tokens [N, K]: what a teacher is
         asked for when the support is the student's."""
-        found: dict[int, npt.NDArray[np.int32]] = {}
+        return [ids_NK.numpy() for ids_NK in self._asked(rows, partial(_top_k, k=k))]
 
-        def ask(batch: Batch) -> None:
-            ids_NK = self._inside(lambda: self.student(batch.hidden(self.model)).top_k(k))
-            counts = [int(rows[i].chosen_T.sum()) for i in batch.members]
-            parts = (part.numpy() for part in ids_NK.int().cpu().split(counts))
-            found.update(zip(batch.members, parts, strict=True))
-
-        self._each(self._packed(rows), ask)
-        return [found[i] for i in range(len(rows))]
-
-    @torch.no_grad()
     def law_logprobs(self, rows: Sequence[Row], law: SamplingLaw) -> list[torch.Tensor]:
         """Of each row's chosen tokens, the log-probability [N] that these weights give it under a
         sampling law, on the CPU: for engines that do not say."""
-        found: dict[int, torch.Tensor] = {}
-
-        def ask(batch: Batch) -> None:
-            said_N = self._inside(
-                lambda: self.student(batch.hidden(self.model)).law_logprobs_at(
-                    batch.targets_N, temperature=law.temperature, top_p=law.top_p
-                )
-            ).cpu()
-            counts = [int(rows[i].chosen_T.sum()) for i in batch.members]
-            found.update(zip(batch.members, said_N.split(counts), strict=True))
-
-        self._each(self._packed(rows), ask)
-        return [found[i] for i in range(len(rows))]
+        return self._asked(rows, partial(_under_law, law=law))
 
     def optimizer_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
-        return self.optimizer.state_dict()
+        state: dict[str, Any] = self._ranks.call(self, "state", [()] * self._ranks.count)[0]
+        return state
 
     def restore(self, optimizer_state: dict[str, Any], *, version: int) -> None:
-        """Go on from a checkpoint whose weights are in `copy`."""
-        self.optimizer.load_state_dict(optimizer_state)
-        self.version = version
+        """Go on from a checkpoint whose weights `student` has loaded."""
+        shapes = tree_map_only(
+            torch.Tensor, lambda x: x.to("meta") if x.ndim else x, optimizer_state
+        )
+        states = [optimizer_state, *[shapes] * (self._ranks.count - 1)]
+        self._ranks.call(self, "resume", [(state, version) for state in states])
 
     def close(self) -> None:
-        """Stop what was started."""
+        """End the other ranks."""
+        self._ranks.close()
 
-    def _learn(
+    def _shared(
         self,
         parts: Sequence[Sequence[Drawn]],
         courses: Mapping[str, Course],
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
-        """An optimizer step for each part; every task's meter, and the mean of the norms."""
+        """Let every rank learn from its share of each part; what `learn` returns, of them all."""
+        shares: list[list[list[Drawn]]] = [[] for _ in range(self._ranks.count)]
+        for part in parts:
+            own = split([len(lesson.row.ids_T) for lesson, _ in part], self._ranks.count)
+            for share, indices in zip(shares, own, strict=True):
+                share.append([part[i] for i in indices])
+        (meters, norm), *others = self._ranks.call(
+            self, "learn", [(self.version, share, courses, progress, diagnose) for share in shares]
+        )
+        for theirs, _ in others:
+            for task, meter in theirs.items():
+                meters[task].merge(meter)
+        return meters, norm
+
+    def _asked(self, rows: Sequence[Row], question: Question) -> list[torch.Tensor]:
+        """What the ranks answer of each row, in the rows' order."""
+        shares = split([len(row.ids_T) for row in rows], self._ranks.count)
+        parts = self._ranks.call(
+            self, "answer", [([rows[i] for i in share], question) for share in shares]
+        )
+        found = {
+            i: said
+            for share, part in zip(shares, parts, strict=True)
+            for i, said in zip(share, part, strict=True)
+        }
+        return [found[i] for i in range(len(rows))]
+
+    def learn(
+        self,
+        version: int,
+        parts: Sequence[Sequence[Drawn]],
+        courses: Mapping[str, Course],
+        progress: Mapping[str, float],
+        diagnose: bool,
+    ) -> tuple[dict[str, Meter], float]:
+        """On every rank: an optimizer step for each part; every task's meter of this rank's share,
+        and the mean of the norms."""
+        self.version = version
         meters = {task: Meter() for task in courses}
         for layer in self._layers:
             layer.training = True
@@ -192,7 +205,29 @@ class Learner:
         finally:
             for layer in self._layers:
                 layer.training = False
+        self._ranks.publish()
         return meters, sum(norms) / len(norms)
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], question: Question) -> list[torch.Tensor]:
+        """On every rank: what is asked of each row's chosen tokens [N, ...], on the CPU."""
+        found: dict[int, torch.Tensor] = {}
+
+        def ask(batch: Batch) -> None:
+            said_N = self._ranks.inside(lambda: question(self._student.view(batch), batch))
+            found.update(batch.by_row(said_N.cpu()))
+
+        self._ranks.each(self._packed(rows), ask)
+        return [found[i] for i in range(len(rows))]
+
+    def state(self) -> dict[str, Any]:
+        """On every rank: the optimizer's state in one piece, on rank 0."""
+        return self._ranks.joined(self.optimizer.state_dict())
+
+    def resume(self, optimizer_state: dict[str, Any], version: int) -> None:
+        """On every rank: take its part of what `restore` was given."""
+        self.optimizer.load_state_dict(self._ranks.adopted(optimizer_state))
+        self.version = version
 
     def _descend(
         self,
@@ -205,7 +240,7 @@ class Learner:
         """One optimizer step; the gradient's norm before clipping."""
         by_task = {task: [pair for pair in drawn if pair[0].task == task] for task in courses}
         own = [self._size([lesson for lesson, _ in pairs]) for pairs in by_task.values()]
-        sizes = dict(zip(by_task, self._sums(own), strict=True))
+        sizes = dict(zip(by_task, self._ranks.sums(own), strict=True))
         total = sum(sizes.values())
         floors = {
             task: self._entropy_floor(courses[task].objective, [lesson for lesson, _ in pairs])
@@ -235,63 +270,33 @@ class Learner:
 
         self.optimizer.zero_grad()
         self._fault = ""
-        self._each(passes, accumulate)
-        norm = self._clip()
+        self._ranks.each(passes, accumulate)
+        norm = self._ranks.clip(self.optimizer.parameters, self._config.clip)
         for task in (task for task in meters if sizes[task]):
-            value, weight = self._sums(meters[task].sums("loss/mean"))
+            value, weight = self._ranks.sums(meters[task].sums("loss/mean"))
             if not math.isfinite(value) or not math.isfinite(norm):
                 raise FloatingPointError(
                     f"task {task!r}: loss {value / weight}, gradient norm {norm} at update"
                     f" {self.version}{self._fault}: the weights are as they were; lower"
                     " optimizer.lr, or look at the step's episodes"
                 )
-        self.whole = False
+        self._cut_off = True  # until all of the update's steps are done
         self.optimizer.step(self.learning_rate(self.version))
         return norm
 
-    @torch.no_grad()
     def _entropy_floor(self, objective: Objective, lessons: Sequence[Lesson]) -> float:
         """What the objective makes of the student's entropies at all of the task's tokens that take
         loss in this optimizer step, on every rank. It takes a forward pass of its own: a floor of
         each micro-batch would be another objective with every other `micro_tokens`."""
-        found: list[torch.Tensor] = []
-
-        def look(batch: Batch) -> None:
-            entropy_N = self._inside(lambda: self.student(batch.hidden(self.model)).entropy())
-            masks = [lessons[i].mask_T[lessons[i].row.chosen_T] for i in batch.members]
-            found.append(entropy_N.cpu()[torch.from_numpy(np.concatenate(masks))])
-
-        self._each(self._packed([lesson.row for lesson in lessons]), look)
-        own = torch.cat(found).tolist() if found else []
-        return objective.entropy_floor(torch.tensor(self._gathered(own), dtype=torch.float64))
+        entropies = self.answer([lesson.row for lesson in lessons], _entropy)
+        own: list[float] = []
+        for lesson, entropy_N in zip(lessons, entropies, strict=True):
+            own += entropy_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])].tolist()
+        everyone = self._ranks.gathered(own)
+        return objective.entropy_floor(torch.tensor(everyone, dtype=torch.float64))
 
     def _packed(self, rows: Sequence[Row]) -> list[Batch]:
-        return pack(rows, max_tokens=self._micro_tokens, device=self.model.device)
-
-    def _sums(self, values: Sequence[float]) -> Sequence[float]:
-        """Of all ranks."""
-        return values
-
-    def _gathered(self, values: Sequence[float]) -> Sequence[float]:
-        """Those of all ranks, one after the other."""
-        return values
-
-    def _each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
-        """Do `work`, which is one pass through the model, on each item."""
-        for item in items:
-            work(item)
-
-    def _inside(self, function: Callable[[], T]) -> T:
-        """Call what uses the model's weights."""
-        return function()
-
-    def _clip(self) -> float:
-        """Clip the gradient; its norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip))
-
-    def _orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
-        """For Muon."""
-        return list(orthogonalized(matrices))
+        return pack(rows, max_tokens=self._micro_tokens, device=self._student.device)
 
     def _size(self, lessons: Sequence[Lesson]) -> float:
         """What a task's mean is over: its tokens that take loss, or its rows that have any."""
@@ -314,7 +319,7 @@ class Learner:
     ) -> None:
         """Add a batch's part of the gradient of `scale` times one task's mean loss, and its
         metrics."""
-        device = self.model.device
+        device = self._student.device
         masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x, _ in members]
         weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
         uniforms = [uniforms_T[x.row.chosen_T] for x, uniforms_T in members]
@@ -332,7 +337,7 @@ class Learner:
             scores = joined_scores([x for x, _ in members]).to(device)
 
         def forward() -> tuple[torch.Tensor, StudentView, torch.Tensor, dict[str, torch.Tensor]]:
-            student = self.student(batch.hidden(self.model))
+            student = self._student.view(batch)
             loss_N, metrics = objective(
                 student, scores, batch.targets_N, batch.behaviour_N, tokens=tokens
             )
@@ -340,7 +345,7 @@ class Learner:
             loss = (torch.where(weights_N > 0, loss_N, 0.0) * weights_N).sum()
             return scale * loss, student, loss_N.detach(), metrics
 
-        loss, student, loss_N, metrics = self._inside(forward)
+        loss, student, loss_N, metrics = self._ranks.inside(forward)
         if not self._fault and not loss.isfinite():
             self._fault = _named(batch, student, scores, torch.where(weights_N > 0, loss_N, 0.0))
         loss.backward()
@@ -403,3 +408,15 @@ def _named(
         f" (first at the chosen token {before} of a row, id {int(batch.targets_N[n])}: the"
         f" student's log-probability is {float(own_N[n]):.4g}{teachers})"
     )
+
+
+def _top_k(student: StudentView, batch: Batch, *, k: int) -> torch.Tensor:
+    return student.top_k(k).int()
+
+
+def _entropy(student: StudentView, batch: Batch) -> torch.Tensor:
+    return student.entropy()
+
+
+def _under_law(student: StudentView, batch: Batch, *, law: SamplingLaw) -> torch.Tensor:
+    return student.law_logprobs_at(batch.targets_N, temperature=law.temperature, top_p=law.top_p)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.models.student import Student
 from tutelage.distill.student.muon import Muon, Orthogonalize, orthogonalized
 
 
@@ -24,19 +25,17 @@ class Optimizer:
 
     def __init__(
         self,
-        model: Any,
+        student: Student,
         config: OptimizerConfig,
         orthogonalize: Orthogonalize = orthogonalized,
     ) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        hidden = [p for p in self.parameters if p.ndim == 2 and id(p) not in ends]
+        self.parameters = student.trainable()
+        hidden = {id(p) for p in student.hidden_matrices()} if config.name == "muon" else set()
+        by_muon = [p for p in self.parameters if id(p) in hidden]
         matrices = [p for p in self.parameters if p.ndim >= 2]
-        by_muon = hidden if config.name == "muon" else []
-        taken = {id(p) for p in by_muon}
         vectors = [p for p in self.parameters if p.ndim < 2]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in matrices if id(p) not in taken]},
+            {"params": [p for p in matrices if id(p) not in hidden]},
             {"params": vectors, "weight_decay": 0.0},
         ]
         self._parts: list[torch.optim.Optimizer] = [

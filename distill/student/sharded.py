@@ -11,18 +11,16 @@ does empty ones.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,107 +33,177 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.models.batches import pack
 from tutelage.distill.models.loading import prepare_process
-from tutelage.distill.student.diagnostics import Meter
-from tutelage.distill.student.learner import DENSE_VOCABULARY, Learner
-from tutelage.distill.student.lessons import Course, Drawn
-from tutelage.distill.student.muon import precision
+from tutelage.distill.models.student import Student
+from tutelage.distill.student.learner import Learner
+from tutelage.distill.student.muon import orthogonalized, precision
+from tutelage.distill.student.ranks import split
 from tutelage.envs.child import Child, Connection, Disconnected
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row, SamplingLaw
+from tutelage.scheduler.episodes import NOT_CHOSEN, Row
 
 T = TypeVar("T")
+
+START_SECONDS = 3600.0
+"""A rank may take this long to load its model."""
+
+PATIENCE = 5.0
+"""Seconds in which a rank that failed has ended, or has said why."""
+
+EMPTY = Row(
+    ids_T=np.zeros(2, dtype=np.int32),
+    turns_T=np.array([NOT_CHOSEN, 0], dtype=np.int32),
+    logprobs_T=np.zeros(2, dtype=np.float32),
+    branches_T=np.zeros(2, dtype=np.int32),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What every rank is made of. make_model: by rank, the same weights on the rank's device.
+    """What every rank is made of. make_student: by rank, the same weights on the rank's device.
     timeout: seconds for one collective, and for a rank's start and answers. threads: of a rank."""
 
-    make_model: Callable[[int], Any]
+    make_student: Callable[[int], Student]
     processes: int
     timeout: float
     threads: int
-    vocabulary: int
     config: OptimizerConfig
     steps: int
-    dense_vocabulary: int = DENSE_VOCABULARY
 
 
-class ShardedLearner(Learner):
-    """One rank's part. Its public methods are called on all ranks at once.
+def start(setup: Setup) -> Learner:
+    """Rank 0's learner, and the processes of the others. Where one of them died, failed or did not
+    answer in time, a RuntimeError names it, and from then on the learner is not `intact`.
+
+    Raises:
+        ConfigError: this torch cannot.
+    """
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(
+            f"learner.processes: {setup.processes} need a torch whose FSDP2 can sum gradients,"
+            f" and {torch.__version__} only averages them: use a newer one (2.13 is tested)"
+        )
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    others = Others(setup)
+    with others.watched("as they started"):
+        others.send([(number, store.port, setup) for number in range(1, setup.processes)])
+        student = setup.make_student(0)
+        whole = student.replica()
+        others.answers(START_SECONDS)  # they have loaded theirs
+    with others.watched("as they started"):
+        _join(0, store, student, setup)
+        learner = _learner(student, setup, whole=whole, others=others)
+        others.answers()
+    return learner
+
+
+class Others:
+    """The processes of the ranks from 1 on: started, called, explained and ended by rank 0."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._timeout, self._begun = setup.timeout, time.monotonic()
+        self._ranks = [
+            Child("tutelage.distill.student.sharded:serve") for _ in range(1, setup.processes)
+        ]
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._ranks)
+
+    def send(self, messages: Sequence[Any]) -> None:
+        """A message to each."""
+        for rank, message in zip(self._ranks, messages, strict=True):
+            rank.connection.send(message, timeout=self._timeout)
+
+    def answers(self, timeout: float | None = None) -> list[Any]:
+        """One of each."""
+        return [_opened(rank, timeout or self._timeout) for rank in self._ranks]
+
+    @contextlib.contextmanager
+    def watched(self, where: str) -> Iterator[None]:
+        """Whatever goes wrong inside ends them all; if that began with one of them, the error names
+        it."""
+        self._begun = time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            try:
+                if isinstance(error, (RuntimeError, OSError)):
+                    self._explain(where, error)
+            finally:
+                self.close()
+            raise
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+        self._ranks = []
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _explain(self, where: str, error: Exception) -> None:
+        """Raise what is at the bottom of an error that may be another rank's."""
+        found = [(*_reason(rank, error), rank) for rank in self._ranks]
+        _, reason, rank = min(found, key=lambda one: one[0])
+        number = 1 + self._ranks.index(rank)
+        if not reason and time.monotonic() - self._begun >= self._timeout:
+            reason = f"did not answer within learner.timeout = {self._timeout:g} s"
+        if reason:
+            raise RuntimeError(
+                f"learner rank {number} (process {rank.pid}) {reason}, {where}: run the"
+                " same command again"
+            ) from error
+
+
+class Sharded:
+    """A rank among several (see `Ranks`).
 
     Args:
-        model: whole; it is cut here.
+        student: whole; its model is cut here.
+        count: of the ranks.
+        whole: on rank 0, a copy of the student that stays in one piece. others: the other ranks.
     """
 
-    def __init__(self, model: Any, setup: Setup) -> None:
-        self._ranks = setup.processes
-        self._mesh: DeviceMesh = init_device_mesh(model.device.type, (setup.processes,))
-        self._root: Any = _sharded(model, self._mesh)
-        super().__init__(
-            model,
-            vocabulary=setup.vocabulary,
-            config=setup.config,
-            steps=setup.steps,
-            dense_vocabulary=setup.dense_vocabulary,
-        )
-
-    def learn(
+    def __init__(
         self,
-        version: int,
-        parts: Sequence[Sequence[Drawn]],
-        courses: Mapping[str, Course],
-        progress: Mapping[str, float],
-        diagnose: bool,
-    ) -> tuple[dict[str, Meter], float]:
-        """This rank's share of an update."""
-        self.version = version
-        found = super()._learn(parts, courses, progress, diagnose)
-        for own, whole in zip(self.model.parameters(), self._whole(), strict=True):
-            full = own.detach().full_tensor()
-            if whole is not None:
-                whole.copy_(full)
-        return found
+        student: Student,
+        count: int,
+        *,
+        whole: Student | None = None,
+        others: Others | None = None,
+    ) -> None:
+        self.count, self._student, self._whole, self._others = count, student, whole, others
+        self._mesh: DeviceMesh = init_device_mesh(student.device.type, (count,))
+        self._root: Any = _sharded(student.model, self._mesh)
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """As of one process, on rank 0; elsewhere its tensors are None."""
-        rank = dist.get_rank()
+    @property
+    def whole(self) -> Student:
+        if self._whole is None:
+            raise RuntimeError("rank 0 alone has the student in one piece")
+        return self._whole
 
-        def gathered(part: DTensor) -> torch.Tensor | None:
-            full = part.full_tensor()
-            return full.cpu() if rank == 0 else None
+    @property
+    def alive(self) -> bool:
+        return self._others is None or self._others.alive
 
-        return tree_map_only(DTensor, gathered, super().optimizer_state())
+    def call(self, learner: Learner, method: str, shares: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if self._others is None or not self._others.alive:
+            raise RuntimeError("the learner's processes have ended: run the same command again")
+        with self._others.watched(f"in {method}"):
+            self._others.send([(method, share) for share in shares[1:]])
+            alike: FloatingPointError | None = None
+            try:
+                mine = getattr(learner, method)(*shares[0])
+            except FloatingPointError as error:  # all ranks raise it, and stand ready again
+                alike = error
+            answers = self._others.answers()
+        if alike is not None:
+            raise alike
+        return [mine, *answers]
 
-    def restore(self, optimizer_state: dict[str, Any], *, version: int) -> None:
-        """Take the parts of rank 0's weights and of its optimizer's state; elsewhere that has the
-        shapes alone."""
-        with torch.no_grad():
-            for own, whole in zip(self.model.parameters(), self._whole(), strict=True):
-                source = torch.empty(own.shape, device="meta") if whole is None else whole
-                own.to_local().copy_(self._part(source.to(own.dtype)).to_local())
-        state = tree_map_only(
-            torch.Tensor, lambda x: self._part(x) if x.ndim else x, optimizer_state
-        )
-        super().restore(state, version=version)
-
-    def _part(self, whole: torch.Tensor, owner: int = 0) -> DTensor:
-        """This rank's part of the owner's tensor (elsewhere: of the meta device)."""
-        device = self.model.device
-        if whole.is_meta:
-            whole = torch.empty(whole.shape, dtype=whole.dtype, device=device)
-        return distribute_tensor(
-            whole.detach().to(device), self._mesh, [Shard(0)], src_data_rank=owner
-        )
-
-    def _whole(self) -> Sequence[torch.Tensor | None]:
-        """Where whole weights go to and come from."""
-        return [None for _ in self.model.parameters()]
-
-    def _sums(self, values: Sequence[float]) -> Sequence[float]:
+    def sums(self, values: Sequence[float]) -> Sequence[float]:
         return self._reduced(values, dist.ReduceOp.SUM)
 
-    def _gathered(self, values: Sequence[float]) -> Sequence[float]:
-        counts = [0.0] * self._ranks
+    def gathered(self, values: Sequence[float]) -> Sequence[float]:
+        counts = [0.0] * self.count
         counts[dist.get_rank()] = float(len(values))
         counts = self._reduced(counts, dist.ReduceOp.SUM)
         before = int(sum(counts[: dist.get_rank()]))
@@ -143,47 +211,93 @@ class ShardedLearner(Learner):
         room[before : before + len(values)] = values
         return self._reduced(room, dist.ReduceOp.SUM)
 
-    def _each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
+    def each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
         (most,) = self._reduced([len(items)], dist.ReduceOp.MAX)
-        super()._each(items, work)
+        for item in items:
+            work(item)
         for _ in range(int(most) - len(items)):
-            nothing = self._inside(self._nothing)
+            nothing = self.inside(self._nothing)
             if torch.is_grad_enabled():
                 nothing.backward()
         self._root.reshard()  # the weights outside the layers stay gathered between passes
 
-    def _nothing(self) -> torch.Tensor:
-        """A pass that adds zero to every gradient."""
-        (batch,) = pack([EMPTY], max_tokens=2, device=self.model.device)
-        student = self.student(batch.hidden(self.model))
-        return 0.0 * student.logprobs_at(batch.targets_N[:, None]).sum()
-
-    def _inside(self, function: Callable[[], T]) -> T:
+    def inside(self, function: Callable[[], T]) -> T:
         found: T = self._root(function)
         return found
 
-    def _clip(self) -> float:
-        norm: Any = torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.clip)
+    def clip(self, parameters: Sequence[torch.nn.Parameter], most: float) -> float:
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, most)
         return float(norm.full_tensor())
 
-    def _orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
+    def orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
         """Each on one rank, whole: they share the work, and make of a matrix what one process makes
         of it."""
-        shares = split([x.numel() * min(x.shape) for x in matrices], self._ranks)
+        shares = split([x.numel() * min(x.shape) for x in matrices], self.count)
         owners = {i: rank for rank, share in enumerate(shares) for i in share}
         own: dict[int, torch.Tensor] = {}
         for i, matrix in enumerate(matrices):
             whole = matrix.full_tensor()
             if owners[i] == dist.get_rank():
                 own[i] = whole
-        done = dict(zip(own, super()._orthogonalized(list(own.values())), strict=True))
+        done = dict(zip(own, orthogonalized(list(own.values())), strict=True))
         return [
             self._part(done.get(i, _shape_of(matrix)), owners[i])
             for i, matrix in enumerate(matrices)
         ]
 
+    def publish(self) -> None:
+        for own, whole in self._weights():
+            full = own.detach().full_tensor()
+            if whole is not None:
+                whole.detach().copy_(full)
+
+    def joined(self, state: dict[str, Any]) -> dict[str, Any]:
+        rank = dist.get_rank()
+
+        def gathered(part: DTensor) -> torch.Tensor | None:
+            full = part.full_tensor()
+            return full.cpu() if rank == 0 else None
+
+        found: dict[str, Any] = tree_map_only(DTensor, gathered, state)
+        return found if rank == 0 else {}
+
+    @torch.no_grad()
+    def adopted(self, state: dict[str, Any]) -> dict[str, Any]:
+        for own, whole in self._weights():
+            source = torch.empty(own.shape, device="meta") if whole is None else whole
+            own.to_local().copy_(self._part(source.to(own.dtype)).to_local())
+        found: dict[str, Any] = tree_map_only(
+            torch.Tensor, lambda x: self._part(x) if x.ndim else x, state
+        )
+        return found
+
+    def close(self) -> None:
+        if self._others is not None:
+            self._others.close()
+
+    def _weights(self) -> Iterator[tuple[Any, torch.Tensor | None]]:
+        """What trains: this rank's part of it, and where it is whole on rank 0."""
+        own = self._student.trainable()
+        whole = [None] * len(own) if self._whole is None else self._whole.trainable()
+        yield from zip(own, whole, strict=True)
+
+    def _part(self, whole: torch.Tensor, owner: int = 0) -> DTensor:
+        """This rank's part of the owner's tensor (elsewhere: of the meta device)."""
+        device = self._student.device
+        if whole.is_meta:
+            whole = torch.empty(whole.shape, dtype=whole.dtype, device=device)
+        return distribute_tensor(
+            whole.detach().to(device), self._mesh, [Shard(0)], src_data_rank=owner
+        )
+
+    def _nothing(self) -> torch.Tensor:
+        """A pass that adds zero to every gradient."""
+        (batch,) = pack([EMPTY], max_tokens=2, device=self._student.device)
+        student = self._student.view(batch)
+        return 0.0 * student.logprobs_at(batch.targets_N[:, None]).sum()
+
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
-        totals = torch.tensor(values, dtype=torch.float64, device=self.model.device)
+        totals = torch.tensor(values, dtype=torch.float64, device=self._student.device)
         dist.all_reduce(totals, how)
         return list(totals.tolist())
 
@@ -193,146 +307,8 @@ def _shape_of(matrix: DTensor) -> torch.Tensor:
     return torch.empty(matrix.shape, dtype=precision(matrix.device), device="meta")
 
 
-class DataParallelLearner(ShardedLearner):
-    """Rank 0: what the run sees. It starts the others, and stops them in `close`.
-
-    Where a rank died, failed or did not answer in time, a RuntimeError names it. From then on
-    nothing can be saved: `whole` is False.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-            raise ConfigError(
-                f"learner.processes: {setup.processes} need a torch whose FSDP2 can sum gradients,"
-                f" and {torch.__version__} only averages them: use a newer one (2.13 is tested)"
-            )
-        self._timeout, self._begun = setup.timeout, time.monotonic()
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._others = [
-            Child("tutelage.distill.student.sharded:serve") for _ in range(1, setup.processes)
-        ]
-        try:
-            for number, rank in enumerate(self._others, start=1):
-                rank.connection.send((number, store.port, setup), timeout=setup.timeout)
-            model = setup.make_model(0)
-            self._copy = copy.deepcopy(model).requires_grad_(False)
-            self._answers(START_SECONDS)  # they have loaded theirs
-            self._begun = time.monotonic()
-            _join(0, store, model, setup)
-            super().__init__(model, setup)
-            self._answers()
-        except BaseException as error:
-            self._explain("as they started", error)
-            raise
-
-    @property
-    def copy(self) -> Any:
-        return self._copy
-
-    def own_support(self, rows: Sequence[Row], k: int) -> list[npt.NDArray[np.int32]]:
-        return self._asked("own_support", rows, k)
-
-    def law_logprobs(self, rows: Sequence[Row], law: SamplingLaw) -> list[torch.Tensor]:
-        return self._asked("law_logprobs", rows, law)
-
-    def _asked(self, method: str, rows: Sequence[Row], wanted: Any) -> list[Any]:
-        """What the ranks say of each row, in the rows' order."""
-        shares = split([len(row.ids_T) for row in rows], self._ranks)
-        parts = self._together(method, [([rows[i] for i in share], wanted) for share in shares])
-        found = {
-            i: said
-            for share, part in zip(shares, parts, strict=True)
-            for i, said in zip(share, part, strict=True)
-        }
-        return [found[i] for i in range(len(rows))]
-
-    def optimizer_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._together("optimizer_state", [()] * self._ranks)[0]
-        return state
-
-    def restore(self, optimizer_state: dict[str, Any], *, version: int) -> None:
-        shapes = tree_map_only(
-            torch.Tensor, lambda x: x.to("meta") if x.ndim else x, optimizer_state
-        )
-        states = [optimizer_state, *[shapes] * len(self._others)]
-        self._together("restore", [(state,) for state in states], version=version)
-
-    def close(self) -> None:
-        for rank in self._others:
-            rank.kill()
-        self._others = []
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def _learn(
-        self,
-        parts: Sequence[Sequence[Drawn]],
-        courses: Mapping[str, Course],
-        progress: Mapping[str, float],
-        diagnose: bool,
-    ) -> tuple[dict[str, Meter], float]:
-        shares: list[list[list[Drawn]]] = [[] for _ in range(self._ranks)]
-        for part in parts:
-            own = split([len(lesson.row.ids_T) for lesson, _ in part], self._ranks)
-            for share, indices in zip(shares, own, strict=True):
-                share.append([part[i] for i in indices])
-        (meters, norm), *others = self._together(
-            "learn", [(self.version, share, courses, progress, diagnose) for share in shares]
-        )
-        for theirs, _ in others:
-            for task, meter in theirs.items():
-                meters[task].merge(meter)
-        return meters, norm
-
-    def _whole(self) -> Sequence[torch.Tensor | None]:
-        return list(self._copy.parameters())
-
-    def _together(self, method: str, shares: Sequence[tuple[Any, ...]], **common: Any) -> list[Any]:
-        """Call a method of ShardedLearner on every rank with its own share of the arguments."""
-        if not self._others:
-            raise RuntimeError("the learner's processes have ended: run the same command again")
-        self._begun = time.monotonic()
-        try:
-            for rank, share in zip(self._others, shares[1:], strict=True):
-                rank.connection.send((method, share, common), timeout=self._timeout)
-            alike: FloatingPointError | None = None
-            try:
-                mine = getattr(ShardedLearner, method)(self, *shares[0], **common)
-            except FloatingPointError as error:  # all ranks raise it, and stand ready again
-                alike = error
-            answers = self._answers()
-        except BaseException as error:
-            self.whole = False
-            self._explain(f"in {method}", error)
-            raise
-        if alike is not None:
-            raise alike
-        return [mine, *answers]
-
-    def _answers(self, timeout: float | None = None) -> list[Any]:
-        return [_opened(rank, timeout or self._timeout) for rank in self._others]
-
-    def _explain(self, where: str, error: BaseException) -> None:
-        """Stop the others, and raise what is at the bottom of an error that may be theirs."""
-        try:
-            if not isinstance(error, (RuntimeError, OSError)):
-                return
-            found = [(*_reason(rank, error), rank) for rank in self._others]
-            _, reason, rank = min(found, key=lambda one: one[0])
-            number = 1 + self._others.index(rank)
-            if not reason and time.monotonic() - self._begun >= self._timeout:
-                reason = f"did not answer within learner.timeout = {self._timeout:g} s"
-            if reason:
-                raise RuntimeError(
-                    f"learner rank {number} (process {rank.pid}) {reason}, {where}: run the"
-                    " same command again"
-                ) from error
-        finally:
-            self.close()
-
-
 class _Failed(RuntimeError):
-    """(rank, its own error as it told it)"""
+    """A rank told of an error that ended it: (the rank, the error in words)."""
 
 
 def _opened(rank: Child, timeout: float) -> Any:
@@ -343,8 +319,12 @@ def _opened(rank: Child, timeout: float) -> Any:
 
 
 def _reason(rank: Child, error: Exception) -> tuple[int, str]:
-    """(how far from the bottom, what happened to a rank): a death in silence explains the others'
-    errors, and so does an error of its own those of collectives. Of a rank that lives: nothing."""
+    """(its order among the suspects, what happened to a rank) behind an error here.
+
+    First comes a rank that died in silence: the others' collectives fail because it is gone. Then
+    one that told an error of its own, and after it RuntimeErrors, which may be such collectives'.
+    Last, and with nothing to say: a rank that lives.
+    """
     death = rank.ending(PATIENCE)
     fault = error.args[1] if isinstance(error, _Failed) and error.args[0] is rank else None
     with contextlib.suppress(Disconnected, TimeoutError):
@@ -352,20 +332,6 @@ def _reason(rank: Child, error: Exception) -> tuple[int, str]:
     if fault:
         return (2 if fault.startswith("RuntimeError") else 1), f"failed ({fault})"
     return (3, "") if death is None else (0, f"ended ({death})")
-
-
-PATIENCE = 5.0
-"""Seconds in which a rank that failed has ended, or has said why."""
-
-START_SECONDS = 3600.0
-"""A rank may take this long to load its model."""
-
-EMPTY = Row(
-    ids_T=np.zeros(2, dtype=np.int32),
-    turns_T=np.array([NOT_CHOSEN, 0], dtype=np.int32),
-    logprobs_T=np.zeros(2, dtype=np.float32),
-    branches_T=np.zeros(2, dtype=np.int32),
-)
 
 
 class _Root(nn.Module):
@@ -393,11 +359,11 @@ def _sharded(model: Any, mesh: DeviceMesh) -> Any:
     return root
 
 
-def _join(rank: int, store: Any, model: Any, setup: Setup) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)
+def _join(rank: int, store: Any, student: Student, setup: Setup) -> None:
+    if student.device.type == "cuda":
+        torch.cuda.set_device(student.device)
     dist.init_process_group(
-        "nccl" if model.device.type == "cuda" else "gloo",
+        "nccl" if student.device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=setup.processes,
@@ -405,20 +371,25 @@ def _join(rank: int, store: Any, model: Any, setup: Setup) -> None:
     )
 
 
+def _learner(student: Student, setup: Setup, **on_rank_0: Any) -> Learner:
+    ranks = Sharded(student, setup.processes, **on_rank_0)
+    return Learner(student, config=setup.config, steps=setup.steps, ranks=ranks)
+
+
 def serve(connection: Connection) -> None:
     """The life of a rank other than 0."""
     number, port, setup = connection.receive()
     try:
         prepare_process(setup.threads)
-        model = setup.make_model(number)
+        student = setup.make_student(number)
         connection.send((None, None))
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        _join(number, store, model, setup)
-        learner = ShardedLearner(model, setup)
+        _join(number, store, student, setup)
+        learner = _learner(student, setup)
         connection.send((None, None))
-        for method, share, common in connection:
+        for method, share in connection:
             try:
-                connection.send((None, _answer(learner, method, share, common)))
+                connection.send((None, getattr(learner, method)(*share)))
             except FloatingPointError:
                 connection.send((None, None))
     except Disconnected:
@@ -428,19 +399,3 @@ def serve(connection: Connection) -> None:
             traceback.print_exc()
         connection.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))
         sys.exit(1)
-
-
-def _answer(learner: ShardedLearner, method: str, share: Any, common: Any) -> Any:
-    found = getattr(learner, method)(*share, **common)
-    return None if method == "optimizer_state" else found
-
-
-def split(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which of these each rank gets: the largest first, to the rank that has least; in order."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rank = loads.index(min(loads))
-        shares[rank].append(i)
-        loads[rank] += sizes[i]
-    return [sorted(share) for share in shares]

@@ -14,6 +14,7 @@ import torch
 
 from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.vllm.engine import VllmEngine, make_engine
+from tutelage.distill.models.student import Student
 from tutelage.scheduler.episodes import SamplingLaw
 
 VOCABULARY, PADDING, CONTEXT = 101, 11, 256
@@ -51,6 +52,10 @@ def make_student(*, seed: int = 0, tied: bool = False) -> Any:
     return model
 
 
+def student_of(model: Any) -> Student:
+    return Student(model, vocabulary=VOCABULARY)
+
+
 def shake(model: Any, *, seed: int, scale: float = 0.05) -> None:
     """What an update does: every weight moves."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +65,8 @@ def shake(model: Any, *, seed: int, scale: float = 0.05) -> None:
 
 
 def engine_of(model: Any, options: VllmConfig = OPTIONS, **other: Any) -> VllmEngine:
-    arguments = {"vocabulary": VOCABULARY, "dtype": "float32", "max_live": 64, "learner": model}
+    arguments = {"vocabulary": VOCABULARY, "dtype": "float32", "max_live": 64}
+    arguments["student"] = student_of(model)
     return make_engine(model.config, options, **arguments | other)
 
 

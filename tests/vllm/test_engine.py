@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, WITHIN, logprobs_of, said
+from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, WITHIN, logprobs_of, said, student_of
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.engines.vllm.start import EngineFailure
 from tutelage.scheduler.engine import Request
@@ -102,7 +102,7 @@ def test_a_token_comes_as_often_as_the_law_says(engine: Any, student: Any, play:
 def test_greedy_is_that_of_the_other_engine(
     engine: Any, student: Any, prompts: Any, play: Any
 ) -> None:
-    other = TransformersEngine(student, vocabulary=VOCABULARY)
+    other = TransformersEngine(student_of(student))
     ours, theirs = (play(one, prompts, law=GREEDY) for one in (engine, other))
     assert [one.ids for one in ours] == [one.ids for one in theirs]
     assert [one.stopped for one in ours] == [one.stopped for one in theirs]
@@ -234,8 +234,3 @@ def test_an_engine_in_a_process_of_its_own_takes_it_along(
         play(engine, [[2, 3]])
     assert left == [1]
     assert "vllm broke in a step with 1 requests in flight" in capsys.readouterr().err
-
-
-def test_the_cpu_does_not_sleep(engine: Any) -> None:
-    with pytest.raises(RuntimeError, match="cannot sleep: it was started without sleep mode"):
-        engine.sleep()

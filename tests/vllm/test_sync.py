@@ -21,6 +21,7 @@ from tests.vllm.students import (
     make_student,
     said,
     shake,
+    student_of,
 )
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.teachers import VllmConfig
@@ -57,7 +58,7 @@ def test_the_engine_computes_with_the_new_weights(pair: Any, play: Any) -> None:
 
 def test_every_layer_is_that_of_the_learner(pair: Any) -> None:
     student, engine = pair
-    own = sync.weights_of(student, VOCABULARY)
+    own = student_of(student).weights()
     for name in own:
         with torch.no_grad():
             own[name] += 0.3 * torch.randn(own[name].shape)
@@ -129,7 +130,7 @@ def test_in_bfloat16_a_sync_that_does_nothing_is_caught_before_it_is_far_off(
 def test_another_process_gets_weights_and_probe_in_one(pair: Any) -> None:
     student, engine = pair
     shake(student, seed=20)
-    weights, probe = sync.weights_of(student, VOCABULARY), sync.probe_of(student, VOCABULARY)
+    weights, probe = sync.source(student_of(student))
     arrays = sync.packed(weights, probe, dtype="float32")
     source, engine._source = engine._source, None
     with pytest.raises(ValueError, match="version 70: this engine shares no memory"):
@@ -149,8 +150,8 @@ def test_an_engine_with_less_context_than_the_probe_is_probed_as_far_as_it_goes(
     engine.load(None, 0)
     assert engine.gap < 1e-5
     shake(student, seed=3)
-    engine._source = lambda: (sync.weights_of(make_student(), VOCABULARY), probe)
-    probe = sync.probe_of(student, VOCABULARY)
+    engine._source = lambda: (student_of(make_student()).weights(), probe)
+    probe = sync.probe_of(student_of(student))
     with pytest.raises(sync.SyncError, match="on the probe of 19 tokens"):
         engine.load(None, 1)
     engine.close()
@@ -159,7 +160,7 @@ def test_an_engine_with_less_context_than_the_probe_is_probed_as_far_as_it_goes(
 def test_a_tied_embedding_is_sent_once_and_without_padding() -> None:
     for tied in (False, True):
         student = make_student(tied=tied)
-        sent = sync.weights_of(student, VOCABULARY)
+        sent = student_of(student).weights()
         assert ("lm_head.weight" in sent) is not tied
         assert sent["model.embed_tokens.weight"].shape[0] == VOCABULARY
         assert (
@@ -172,7 +173,7 @@ def test_a_tied_embedding_is_sent_once_and_without_padding() -> None:
 def test_weights_travel_in_the_dtype_of_their_engine() -> None:
     """Two bytes a number for one in bfloat16, and the bits that it would have made of them."""
     student = make_student()
-    weights, probe = sync.weights_of(student, VOCABULARY), sync.probe_of(student, VOCABULARY)
+    weights, probe = sync.source(student_of(student))
     for dtype in (torch.float32, torch.bfloat16):
         sent = sync.packed(weights, probe, dtype=str(dtype).removeprefix("torch."))
         arrived, _ = sync.unpacked(sent)
@@ -183,7 +184,7 @@ def test_weights_travel_in_the_dtype_of_their_engine() -> None:
 
 
 def test_nothing_is_said_by_an_engine_without_weights(play: Any) -> None:
-    engine = engine_of(make_student(), learner=None)
+    engine = engine_of(make_student(), student=None)
     with pytest.raises(RuntimeError, match="holds no weights yet"):
         play(engine, [[2, 3]], law=NOISY)
     engine.close()

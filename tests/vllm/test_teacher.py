@@ -20,6 +20,7 @@ from tutelage.distill.config.teachers import TeacherConfig, VllmConfig
 from tutelage.distill.doctor.numbers import self_distilled
 from tutelage.distill.engines.vllm.start import EngineFailure
 from tutelage.distill.models.loading import load_model, load_tokenizer
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, TeacherScores, build
 from tutelage.distill.run.training import Run
 from tutelage.distill.teachers.service import TeacherService
@@ -149,7 +150,7 @@ def test_a_student_has_nothing_to_learn_from_itself(start: VllmTeacher, objectiv
         for _ in range(3)
     ]
     made = build(objective, k=16) if objective != "sampled_token" else build(objective)
-    found = self_distilled("tasks.t", model, start.score, rows, made, vocabulary=size)
+    found = self_distilled("tasks.t", Student(model, vocabulary=size), start.score, rows, made)
     assert found.level == "ok", found
     numbers = [float(one) for one in re.findall(r"= (\d+e-?\d+)", found.text)]
     assert numbers and max(numbers) < WITHIN

@@ -23,6 +23,7 @@ from tests.vllm.students import (
     make_student,
     said,
     shake,
+    student_of,
 )
 from tests.vllm.test_teacher import _row
 from tutelage.distill.config.teachers import TeacherConfig
@@ -91,7 +92,7 @@ def test_a_sync_that_fails_leaves_no_memory(pair: Any) -> None:
                 assert dict(sync.mapped(**kwargs["update_info"])).keys() == weights.keys()
                 raise RuntimeError("no")
 
-    weights = sync.weights_of(student, VOCABULARY)
+    weights = student_of(student).weights()
     with pytest.raises(RuntimeError, match="no"):
         sync.push(Refusing(), weights)
     assert seen

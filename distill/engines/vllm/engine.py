@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.vllm import sync
 from tutelage.distill.engines.vllm.processes import end
 from tutelage.distill.engines.vllm.start import EngineFailure, broken, require_vllm, start, stop
+from tutelage.distill.models.student import Student
 from tutelage.scheduler.engine import Completion, Request, Weights
 from tutelage.scheduler.episodes import SamplingLaw
 
@@ -32,14 +34,14 @@ PROBE_STEPS = 100
 """A text of this size takes one; more only where many chunks of it do."""
 
 Source = Callable[[], tuple[dict[str, torch.Tensor], sync.Probe]]
-"""The learner's weights and its own scores of the probe, as they are now."""
+"""`sync.source` of the learner's student."""
 
 
 class VllmEngine:
     """Generates with vLLM; `load` before the first request.
 
     Two runs are equal as far as vLLM is: a request's seed fixes its draws, but what shares its
-    batch, which hangs on how fast environments answer, moves its log-probabilities in the last
+    batch, which depends on how fast environments answer, moves its log-probabilities in the last
     bits, and a draw that falls between them goes the other way.
 
     Args:
@@ -89,7 +91,7 @@ class VllmEngine:
             tensors, probe = self._source()
         else:
             tensors, probe = sync.unpacked(weights)
-        probe = probe.first(self.max_context - 1)  # vLLM speaks one token itself
+        probe = probe.first(self.max_context - 1)  # vLLM must generate at least one token
         with self._guarded("taking weights"):
             sync.push(self._engine, tensors)
             if not self._engine.reset_prefix_cache():
@@ -178,21 +180,6 @@ class VllmEngine:
             law_logprobs=_under_law(request.law, said.logprobs.logprobs),
         )
 
-    def sleep(self) -> None:
-        """Leave the GPU to others: weights go to host memory, the cache is dropped."""
-        if not self._engine.model_config.enable_sleep_mode:
-            raise RuntimeError(
-                "this vllm engine cannot sleep: it was started without sleep mode, which only a GPU"
-                " has; the CPU's ignores the call and keeps its memory"
-            )
-        if self.pending:
-            raise RuntimeError(f"{self.pending} requests are in flight: sleep between rollouts")
-        self._engine.sleep(level=1)
-
-    def wake(self) -> None:
-        """Come back, with the weights that it slept with."""
-        self._engine.wake_up()
-
     def close(self) -> None:
         """Let go of what the engine holds."""
         if self._engine is not None:
@@ -242,8 +229,7 @@ def make_engine(
     vocabulary: int,
     dtype: str,
     max_live: int,
-    learner: Any = None,
-    sleeps: bool = False,
+    student: Student | None = None,
 ) -> VllmEngine:
     """An engine for a model of these settings (transformers' configuration object).
 
@@ -251,8 +237,7 @@ def make_engine(
         vocabulary: the tokenizer's ids; rows of the embedding beyond it are left out.
         dtype: of the learner's weights.
         max_live: requests in flight at once.
-        learner: its model, in this process; None: weights come from another one.
-        sleeps: it can leave the GPU to others.
+        student: the learner's, in this process; None: weights come from another one.
 
     Raises:
         ConfigError: vLLM is not there, or the options do not fit.
@@ -266,18 +251,12 @@ def make_engine(
             options,
             dtype=dtype,
             syncs=True,
-            sleeps=sleeps,
             load_format="dummy",  # the learner's come before the first request
             max_num_seqs=max_live,
         )
-    if learner is None:
+    if student is None:
         return VllmEngine(engine, source=None, alone=True)
-    return VllmEngine(engine, source=lambda: learner_source(learner, vocabulary))
-
-
-def learner_source(model: Any, vocabulary: int) -> tuple[dict[str, torch.Tensor], sync.Probe]:
-    """What a sync takes of the learner's model."""
-    return sync.weights_of(model, vocabulary), sync.probe_of(model, vocabulary)
+    return VllmEngine(engine, source=partial(sync.source, student))
 
 
 def _write_settings(settings: Any, vocabulary: int, folder: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from tutelage.distill.engines.vllm.processes import has_workers
 from tutelage.distill.models.dtypes import TOLERANCE
+from tutelage.distill.models.student import Student
 from tutelage.distill.models.weights import array_of, weight_of
 
 PROBE_TOKENS = 64
@@ -55,26 +56,20 @@ class Probe:
         return Probe(ids_T=self.ids_T[:tokens], logprobs_T=self.logprobs_T[: tokens - 1])
 
 
-def weights_of(model: Any, vocabulary: int) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, as they lie in memory; a tied embedding once, and no rows of
-    padding."""
-    ends = {
-        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    return {
-        name: weight.detach()[:vocabulary] if id(weight) in ends else weight.detach()
-        for name, weight in model.named_parameters()
-    }
+def source(student: Student) -> tuple[dict[str, torch.Tensor], Probe]:
+    """What a sync takes of the learner's student, as it is now."""
+    return student.weights(), probe_of(student)
 
 
 @torch.inference_mode()
-def probe_of(model: Any, vocabulary: int) -> Probe:
-    """The learner's own scores of a text that takes ids from all over the vocabulary."""
-    length = min(PROBE_TOKENS, int(model.config.get_text_config().max_position_embeddings) - 1)
-    ids_T = np.arange(1, length + 1, dtype=np.int64) * 7919 % vocabulary
-    ids_1T = torch.from_numpy(ids_T)[None].to(model.device)
-    logits_TV = model(input_ids=ids_1T).logits[0, :-1, :vocabulary].float()
-    own_T = logits_TV.log_softmax(-1).gather(1, ids_1T[0, 1:, None])[:, 0]
+def probe_of(student: Student) -> Probe:
+    """The student's own scores of a text that takes ids from all over the vocabulary."""
+    room = int(student.settings.get_text_config().max_position_embeddings)
+    ids_T = np.arange(1, min(PROBE_TOKENS, room - 1) + 1, dtype=np.int64) * 7919
+    ids_T %= student.vocabulary
+    said_T = torch.from_numpy(ids_T[1:]).to(student.device)
+    own_TV = student.plain_logprobs(torch.from_numpy(ids_T))[:-1]
+    own_T = own_TV.gather(1, said_T[:, None])[:, 0]
     return Probe(ids_T=ids_T, logprobs_T=own_T.cpu().numpy())
 
 
