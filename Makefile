@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 ALFWORLD := alfworld textworld jericho fast-downward-textworld
 ALFWORLD_NEEDS := hashids mementos more-itertools networkx prompt_toolkit tatsu termcolor tqdm
 
-.PHONY: install test test-vllm demo lint clean distclean
+.PHONY: install test test-fast test-vllm demo lint clean distclean
 
 install: $(VENV)/.installed $(VENV)/.alfworld
 
@@ -46,6 +46,10 @@ $(VENV)/.alfworld: $(VENV)/.installed
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# What can be known within a minute or so: all but whole runs, servers, Ray, and what is slow alone.
+test-fast: install
+	$(BIN)/python -m pytest -m "not runs and not slow" $(ARGS)
 
 # vLLM has an environment of its own: it takes 3 GB, and pins what the rest need not wait for.
 $(VLLM)/.installed: constraints-vllm.txt

@@ -22,6 +22,8 @@ from tutelage.distill.run.training import Run, evaluate_model
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.templates import conversation, in_parts, render
 
+pytestmark = pytest.mark.runs
+
 DAY = datetime.date(2024, 7, 26)
 TEXTS = ["What is 2+3?", "5", "And 4+4?", "8", "Bye"]
 

@@ -331,6 +331,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("damage", DAMAGES)
     @pytest.mark.parametrize("name", SAVED)
+    @pytest.mark.slow
     def test_it_is_set_aside_and_the_one_before_it_taken(
         self, two: Path, make_model: Make, name: str, damage: str
     ) -> None:

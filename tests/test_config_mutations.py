@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import load_config
 
@@ -239,6 +241,7 @@ def test_the_whole_configuration_is_one(tmp_path: Path) -> None:
     assert config.optimizer.lr == 0.5 and config.resolve()["household"].rollout.max_turns == 5
 
 
+@pytest.mark.slow
 def test_every_mutant_is_refused_in_one_line_that_names_its_key(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     found = [(mutant, verdict(mutant, path)) for mutant in mutants()]

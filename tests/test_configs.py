@@ -62,6 +62,7 @@ def test_the_joint_paper_is_its_table_of_settings() -> None:
     assert tasks["math"].evaluation.env_args["layout"] == "plain"
 
 
+@pytest.mark.slow
 def test_math_only_trains_on_a_file_of_problems(
     tmp_path: Path, tokenizer: Any, save_model: Callable[..., str]
 ) -> None:

@@ -34,6 +34,8 @@ from tutelage.distill.student.sharded import Setup, start
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row, SamplingLaw
 
+pytestmark = pytest.mark.runs
+
 VOCABULARY = 101
 STEPS = 3
 SAME = rounding(sums=3 * STEPS * UPDATE_SUMS)

@@ -94,6 +94,7 @@ def _rolled(score: models.Score, by: int) -> models.Score:
     return shifted
 
 
+@pytest.mark.slow
 def test_sound_scores_stand_at_their_tokens(
     teacher: TransformersTeacher, probes: list[models.Probe]
 ) -> None:
@@ -461,6 +462,7 @@ def test_environments(sickness: str, check: str, level: str, text: str) -> None:
         ("plain", "many", "ValueError: num_episodes is 'many': "),
     ],
 )
+@pytest.mark.slow
 def test_an_environment_that_ends_its_process_ends_no_examination(
     monkeypatch: pytest.MonkeyPatch, flavour: str, count: Any, text: str
 ) -> None:
@@ -548,6 +550,7 @@ def _grader_of(monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Findin
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_a_grader_that_is_slow_to_start_is_the_machines_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -650,6 +653,7 @@ def sick_teacher(tmp_path: Path, tokenizer: Any) -> Iterator[str]:
 ARITHMETIC = "tasks.math.env_args={problems: arithmetic}"
 
 
+@pytest.mark.slow
 def test_a_sound_config_ends_with_0_and_a_sick_teacher_with_1(
     run_doctor: Callable[..., tuple[int, str, str]], sick_teacher: str
 ) -> None:
@@ -661,6 +665,7 @@ def test_a_sound_config_ends_with_0_and_a_sick_teacher_with_1(
     assert "weights lost" in out and "faults 1" in out
 
 
+@pytest.mark.slow
 def test_a_model_that_is_there_and_does_not_load_is_not_called_missing(
     run_doctor: Callable[..., tuple[int, str, str]], tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -674,6 +679,7 @@ def test_a_model_that_is_there_and_does_not_load_is_not_called_missing(
     assert "do as it says" in said and "name a folder that is there" not in said
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_a_finding_and_a_mistake_in_the_config_is_not(
     run_doctor: Callable[..., tuple[int, str, str]],
 ) -> None:

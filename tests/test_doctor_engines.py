@@ -16,6 +16,8 @@ from tutelage.distill.models.loading import load_model
 from tutelage.distill.plan.plan import make_plan
 from tutelage.distill.teachers import http_client
 
+pytestmark = pytest.mark.runs
+
 Diagnose = Callable[..., dict[str, Finding]]
 
 

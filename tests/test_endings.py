@@ -22,6 +22,8 @@ from tutelage.distill.student.learner import Learner
 from tutelage.evaluation import evaluate, files, run_folder
 from tutelage.scheduler.placement import InProcess
 
+pytestmark = pytest.mark.runs
+
 STEPS = 4
 
 

@@ -26,6 +26,8 @@ from tutelage.envs.grading import Verdict
 from tutelage.envs.math import env as math_env
 from tutelage.scheduler.engine import Completion
 
+pytestmark = pytest.mark.runs
+
 STEPS = 4
 
 

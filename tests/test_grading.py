@@ -586,6 +586,7 @@ def test_one_allowance_is_all_that_several_requests_may_use(
 
 @needs_math_verify
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+@pytest.mark.slow
 def test_idle_workers_that_were_killed_or_stopped_cost_no_verdict(fault: int) -> None:
     """A right answer must not count as wrong because a process of ours is gone."""
     assert _algebra("x+3", "3+x") == (True, "symbolic")
@@ -629,6 +630,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> 
 
 @needs_math_verify
 @pytest.mark.parametrize(("fault", "count"), [("SIGSTOP", 6), ("SIGKILL", 1), ("SIGTERM", 1)])
+@pytest.mark.slow
 def test_a_fault_in_the_middle_of_a_request_turns_no_right_answer_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, count: int
 ) -> None:
@@ -661,6 +663,7 @@ def test_a_worker_stopped_for_longer_than_its_request_says_what_it_would_have_sa
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_a_stopped_worker_costs_its_request_a_replacement_and_nothing_else() -> None:
     """Stopped while it computes, by somebody who knows nothing of us; and two ask at once."""
     grading_pool.close()
@@ -699,6 +702,7 @@ def test_a_worker_that_answers_nonsense_is_asked_no_more(
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_an_answer_that_ends_its_own_process_is_wrong_and_one_that_is_killed_is_undecided(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -772,6 +776,7 @@ def test_a_grade_that_the_machine_has_no_time_for_is_an_episode_to_be_repeated(
         ("Is(parse=real.parse, verify=lambda *_, **__: True)", r"it takes x\^2 for the same as"),
     ],
 )
+@pytest.mark.slow
 def test_math_verify_that_does_not_work_as_it_is_installed_is_said_once_with_the_cure(
     monkeypatch: pytest.MonkeyPatch, module: str, said: str
 ) -> None:
@@ -792,6 +797,7 @@ def test_math_verify_that_does_not_work_as_it_is_installed_is_said_once_with_the
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_an_interrupted_exchange_leaves_no_process() -> None:
     """Ctrl-C while algebra is done: the worker goes, and the next request has another."""
     grading_pool.close()
@@ -830,6 +836,7 @@ def test_a_worker_retires_after_its_share(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_no_worker_survives_its_process() -> None:
     line = (
         "from tutelage.envs.grading import grade, pool;"

@@ -34,6 +34,8 @@ from tutelage.distill.teachers.identity import scored_row
 from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
 from tutelage.scheduler.episodes import Row
 
+pytestmark = pytest.mark.runs
+
 KEY = "sk-livesecretofthehostileservertest"
 VOCABULARY, K = 101, 4
 

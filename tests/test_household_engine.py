@@ -107,11 +107,13 @@ def assert_same(game: Game, commands: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("stock_alfworld")
+@pytest.mark.slow
 def test_corner_cases_equal_textworlds() -> None:
     assert_same(corners(), CORNERS_TOUR)
 
 
 @pytest.mark.usefixtures("stock_alfworld")
+@pytest.mark.slow
 def test_corner_cases_equal_textworlds_in_the_released_dialect() -> None:
     game = released(1)[0]
     grammar = (RELEASED / "grammar.twl2").read_text().replace("UNKNOWN GOAL", "put a hot apple")

@@ -66,6 +66,7 @@ def test_a_game_is_the_same_in_a_fresh_process_with_another_hash_seed() -> None:
     assert len(outputs[0]) > 10_000
 
 
+@pytest.mark.slow
 def test_no_game_and_no_held_out_goal_is_in_two_splits() -> None:
     worlds: dict[str, set[str]] = {}
     goals: dict[str, set[tuple[str, str, str]]] = {}

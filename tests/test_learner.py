@@ -629,6 +629,7 @@ class TestMicroBatches:
         ]
 
     @pytest.mark.parametrize("aggregate", ["token", "sequence"])
+    @pytest.mark.slow
     def test_no_objective_sees_them(
         self,
         aggregate: str,
@@ -731,6 +732,7 @@ class TestTokens:
         assert not set(draws(1, 1).values()) & set(one.values())
 
     @pytest.mark.parametrize(("micro_tokens", "aggregate"), [(1, "token"), (10_000, "sequence")])
+    @pytest.mark.slow
     def test_a_row_that_is_masked_whole_changes_nothing(
         self,
         micro_tokens: int,

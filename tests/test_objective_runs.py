@@ -10,6 +10,8 @@ import pytest
 
 from tests import runs
 
+pytestmark = pytest.mark.runs
+
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "student support": {"name": "local_support", "k": 8, "support": "student"},
     "student+sampled": {"name": "local_support", "k": 8, "support": "student+sampled"},

@@ -12,6 +12,8 @@ from gymnasium.utils.env_checker import check_env
 from tutelage.distill.config.loading import load_config
 from tutelage.distill.run.training import Run
 
+pytestmark = pytest.mark.runs
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "guess_number"
 NUMBERS, GUESSES = 15, 4
 

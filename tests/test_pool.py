@@ -17,6 +17,8 @@ from tests.settings import pool as pool_of
 from tutelage.envs.child import MAX_MESSAGE
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 
+pytestmark = pytest.mark.runs
+
 FAULTY = "pool_envs:Faulty-v0"
 
 

@@ -17,6 +17,8 @@ import pytest
 from tutelage.scheduler import ray_start
 from tutelage.scheduler.ray_start import connected
 
+pytestmark = pytest.mark.runs
+
 OUTSIDER = """
 import sys
 from ray._raylet import GcsClient

@@ -15,6 +15,8 @@ from tests.settings import pool as pool_of
 from tutelage.envs.pool import Act, EnvironmentPool, Failed, Observed, Reset
 from tutelage.envs.replay import ReplayingPool
 
+pytestmark = pytest.mark.runs
+
 FAULTY = "pool_envs:Faulty-v0"
 
 

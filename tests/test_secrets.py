@@ -25,6 +25,8 @@ from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.models.loading import load_model
 from tutelage.distill.teachers.server import ServerTeacher
 
+pytestmark = pytest.mark.runs
+
 KEY = "sk-7secretQ9of/the+run=w3"
 
 

@@ -34,6 +34,8 @@ from tutelage.distill.teachers.service import TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
+pytestmark = pytest.mark.runs
+
 VOCABULARY = 101
 Serve = Callable[..., StandIn]
 

@@ -23,6 +23,8 @@ from tutelage.distill.run import training
 from tutelage.distill.run.progress import ConsoleObserver
 from tutelage.distill.run.training import Run
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:

@@ -42,6 +42,8 @@ from tutelage.distill.studies.toy_control import (
 )
 from tutelage.scheduler.episodes import SamplingLaw
 
+pytestmark = pytest.mark.runs
+
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)  # all in float64
 
 

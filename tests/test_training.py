@@ -39,6 +39,8 @@ from tutelage.evaluation import files, run_folder
 from tutelage.scheduler.episodes import Dropped, Row
 from tutelage.scheduler.placement import InProcess, Started
 
+pytestmark = pytest.mark.runs
+
 Configure = Callable[..., RunConfig]
 
 HOUSEHOLD = {

@@ -20,6 +20,8 @@ from tutelage.distill.plan.plan import make_plan
 from tutelage.distill.run.training import Run, evaluate_model
 from tutelage.distill.teachers import http_client
 
+pytestmark = pytest.mark.runs
+
 HERE = {"model": "builtin:arithmetic", "device": "cpu", "dtype": "float32"}
 ENGINES = [("here", "here"), ("server", "server"), ("server", "here"), ("here", "server")]
 
