@@ -47,7 +47,7 @@ def main() -> None:
         Setup(make_student=make_student, processes=count, timeout=600.0, threads=1, **given)
     )
     alone = Learner(make_student(0), **given)
-    lessons, courses = _lessons(options), {"t": Course(objective=build("imitation"))}
+    lessons, courses = _lessons(options), {"t": Course(objective=build("imitation"), weight=1.0)}
     seconds: dict[int, list[float]] = {1: [], count: []}
     for step in range(1 + options.repeat):  # the first warms up
         for ranks, learner in ((1, alone), (count, over)):

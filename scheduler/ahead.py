@@ -32,7 +32,7 @@ class Ahead:
         start: Callable[[Sequence[Order]], Started],
         num_games: Callable[[str], int | None],
         *,
-        staleness: int = 0,
+        staleness: int,
     ) -> None:
         self._timetable, self._play = timetable, start
         self._num_games, self._staleness = num_games, staleness

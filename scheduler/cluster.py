@@ -23,13 +23,10 @@ from typing import Any, Generic
 from tutelage.envs.errors import first_line
 from tutelage.scheduler.engine import Weights
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
-from tutelage.scheduler.placement import AnswerT, AskT, Service, Started
+from tutelage.scheduler.placement import LOAD_SECONDS, AnswerT, AskT, Service, Started
 from tutelage.scheduler.ray_start import connected
 from tutelage.scheduler.rollouts import RolloutWorker
 from tutelage.scheduler.watchdog import Watchdog, sweep
-
-START_SECONDS = 3600.0
-"""An actor may take this long to load its model."""
 
 LOOK = 10.0
 """Seconds of waiting after which it is looked whether any node is left."""
@@ -220,10 +217,10 @@ class RayCluster(Generic[AskT, AnswerT]):
         """Raises RuntimeError where the cluster has no room for the placement group."""
         what = f"a {strategy} placement of {[dict(need) for need in needs]}"
         try:
-            self._get(self._group.ready(), START_SECONDS, what=what)
+            self._get(self._group.ready(), LOAD_SECONDS, what=what)
         except self._ray.exceptions.GetTimeoutError:
             raise RuntimeError(
-                f"cluster: {what} found no room in {START_SECONDS:g} s: {self._room()}; ask for"
+                f"cluster: {what} found no room in {LOAD_SECONDS:g} s: {self._room()}; ask for"
                 " less, or set cluster.strategy to PACK"
             ) from None
 
@@ -289,7 +286,7 @@ class RayCluster(Generic[AskT, AnswerT]):
         """
         for attempt in range(1, self._attempts + 1):
             try:
-                self._get(member.ready, START_SECONDS, what=member.name)
+                self._get(member.ready, LOAD_SECONDS, what=member.name)
                 return
             except self._ray.exceptions.RayTaskError:
                 raise  # what it could not load, another could not

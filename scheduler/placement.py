@@ -9,6 +9,9 @@ from typing import Generic, Protocol, TypeVar
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker
 
+LOAD_SECONDS = 3600.0
+"""A process, of workers, teachers or the learner, may take this long to load its model."""
+
 
 class Addressed(Protocol):
     """What teachers are asked is theirs to define; here it counts who is asked."""

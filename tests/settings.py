@@ -11,6 +11,8 @@ from typing import Any
 
 from tutelage.distill.config.resolved import played
 from tutelage.distill.config.sections import ClusterConfig, ContextConfig, RolloutConfig
+from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.teachers.service import Teacher, TeacherService
 from tutelage.envs.pool import EnvironmentPool
 from tutelage.scheduler.cluster import ClusterSettings
 from tutelage.scheduler.contexts import ContextSettings
@@ -57,3 +59,9 @@ def pool(env: str, env_args: Mapping[str, Any] | None = None, **keys: Any) -> En
         timeout=how.timeout,
         max_observation=how.max_observation,
     )
+
+
+def serving(teacher: Teacher, *, digest: str, **keys: Any) -> TeacherService:
+    config = TeacherConfig(model="-")
+    given = {"dtype": config.dtype, "cache": config.cache, "sleeps": config.sleeps} | keys
+    return TeacherService("one", teacher, digest=digest, **given)

@@ -269,7 +269,7 @@ def test_one_row_is_learned_by_two_processes(
     _assert_same_updates(
         pair(),
         lambda learner: _lessons(learner, student_rows[1:2], teacher, objective),
-        {"t": Course(objective=objective)},
+        {"t": Course(objective=objective, weight=1.0)},
     )
 
 
@@ -279,7 +279,7 @@ def test_a_state_goes_on_under_another_number_of_processes(
 ) -> None:
     """Saved as it is in a checkpoint: the next updates are those that would have come."""
     objective = build("local_support", k=8)
-    courses = {"t": Course(objective=objective)}
+    courses = {"t": Course(objective=objective, weight=1.0)}
     learners = pair().reset()
     here, there = learners[1 - first], learners[first]
     lessons = _lessons(here, student_rows, teacher, objective)
@@ -337,7 +337,7 @@ def test_tasks_and_minibatches_are_those_of_one_process(
         found[3] = replace(found[3], mask_T=np.zeros_like(found[3].mask_T))
         return found
 
-    courses = {task: Course(objective=one) for task, one in objectives.items()}
+    courses = {task: Course(objective=one, weight=1.0) for task, one in objectives.items()}
     _assert_same_updates(pair(**options), lessons, courses)
 
 
@@ -360,7 +360,7 @@ def test_a_process_that_ends_or_hangs_is_named_and_none_is_left(
     lessons = [Lesson(task="t", row=row, scores=None, mask_T=row.chosen_T) for row in student_rows]
     (rank,) = learner._ranks._others._ranks  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=said):
-        learner.update(lessons, {"t": Course(objective=trap(how))}, seed=0)
+        learner.update(lessons, {"t": Course(objective=trap(how), weight=1.0)}, seed=0)
     assert not learner.intact
     with pytest.raises(ProcessLookupError):
         os.kill(rank.pid, 0)

@@ -352,7 +352,7 @@ def test_an_empty_mask_is_refused(
         for x in _lessons(rows, teacher)
     ]
     learner = _learner(make_model())
-    courses = {"kitchen": Course(objective=build("local_support", k=8))}
+    courses = {"kitchen": Course(objective=build("local_support", k=8), weight=1.0)}
     for lessons, said in ((empty, "'kitchen': no token takes loss"), ([], "there are no lessons")):
         with pytest.raises(ValueError, match=said):
             learner.update(lessons, courses, seed=0)
@@ -603,7 +603,7 @@ class TestSeveralTasks:
         }
         alone = {task: _direct(model, own, how, _token_mean) for task, (own, how) in of.items()}
         lessons = [replace(x, task=task) for task, (own, _) in of.items() for x in own]
-        courses = {task: Course(objective=how) for task, (_, how) in of.items()}
+        courses = {task: Course(objective=how, weight=1.0) for task, (_, how) in of.items()}
         found = _learner(model).update(lessons, courses, seed=0)
         assert {task: x["loss/mean"] for task, x in found.items()} == pytest.approx(
             {task: loss for task, (loss, _) in alone.items()}, rel=1e-4
@@ -669,7 +669,7 @@ class TestMicroBatches:
             own_N = DenseStudent(logits_NV).entropy()
             entropies.append(own_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])])
         objective = build("reward_clipped", switch=0.5, share=share)
-        courses = {task: Course(objective=objective) for task in ("t", "other")}
+        courses = {task: Course(objective=objective, weight=1.0) for task in ("t", "other")}
         learner = _learner(model, micro_tokens=micro_tokens)
         found = learner.update(lessons, courses, seed=0, progress=0.5)
         for task, own in {"t": torch.cat(entropies), "other": entropies[0]}.items():
@@ -799,7 +799,7 @@ class TestTokens:
         lessons, objective = _lessons(rows, teacher), build("reward_clipped", switch=0.5)
         losses = {}
         for progress in (0.0, 0.49, 0.5, 1.0):
-            courses = {"t": Course(objective=objective)}
+            courses = {"t": Course(objective=objective, weight=1.0)}
             learner = _learner(make_model(seed=1))
             found = learner.update(lessons, courses, seed=0, progress=progress)
             losses[progress] = found["t"]["loss/mean"]
@@ -811,7 +811,7 @@ class TestTokens:
         rows = _near_policy(rows, make_model(seed=1))
         lessons, objective = _lessons(rows, teacher), build("reward_clipped", switch=0.5)
         lessons += [replace(lesson, task="late") for lesson in lessons]
-        courses = {task: Course(objective=objective) for task in ("t", "late")}
+        courses = {task: Course(objective=objective, weight=1.0) for task in ("t", "late")}
 
         def losses(progress: Any) -> list[float]:
             learner = _learner(make_model(seed=1))
@@ -841,7 +841,7 @@ class TestTokens:
                 drift_N = (said_N - torch.from_numpy(row.logprobs_T)[chosen]).abs()
                 drifts += drift_N[drift_N.isfinite()].tolist()
         lessons = _lessons(given, teacher)
-        courses = {"t": Course(objective=build("trust_region", k=8))}
+        courses = {"t": Course(objective=build("trust_region", k=8), weight=1.0)}
         found = _learner(make_model(seed=1)).update(lessons, courses, seed=0)["t"]
         assert found["gap/engine"] == pytest.approx(np.mean(drifts), rel=1e-3)
         assert found["trust/given"] == pytest.approx((1 + 9 + 1 + 3) / 26)

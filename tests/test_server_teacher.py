@@ -19,6 +19,7 @@ import torch
 
 from tests import runs
 from tests.runs import metrics, train
+from tests.settings import serving
 from tests.stand_in_server import StandIn
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.resolved import support_of
@@ -324,7 +325,7 @@ class TestRefusals:
 
 class TestExam:
     def _service(self, server: StandIn) -> TeacherService:
-        return TeacherService("one", _teacher(server, dtype="float32"), digest="d")
+        return serving(_teacher(server, dtype="float32"), digest="d")
 
     def test_it_is_that_of_the_same_network_here(
         self, serve: Serve, make_model: Callable[..., Any]
@@ -332,7 +333,7 @@ class TestExam:
         """But for the entropies, for which -log of the largest probability stands."""
         found = self._service(serve()).identity
         own = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
-        exact = TeacherService("one", own, digest="d").identity
+        exact = serving(own, digest="d").identity
         assert np.allclose(found.logprobs, exact.logprobs, atol=1e-5)
         assert all(a <= b for a, b in zip(found.entropies, exact.entropies, strict=True))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.settings import serving
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.models.dtypes import TOLERANCE
@@ -38,7 +39,7 @@ def serve(make_model: Callable[..., Any]) -> Service:
 
     def serve(model: Any = None, *, digest: str = "d", **options: Any) -> TeacherService:
         teacher = TransformersTeacher(model or make_model(seed=9), vocabulary=VOCABULARY)
-        return TeacherService("one", teacher, digest=digest, **options)
+        return serving(teacher, digest=digest, **options)
 
     return serve
 
@@ -342,7 +343,7 @@ def test_a_score_is_looked_at_twice_as_logits_and_in_its_message(
     rows = [make_row([("prompt", [1]), ("said", [2 + i, 3 + i])], seed=i) for i in range(32)]
     objective = build("local_support", k=8)
     teacher = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
-    service = TeacherService("one", teacher, digest="d")
+    service = serving(teacher, digest="d")
     looks: list[int] = []
     look = objective_scores._check_values
 
@@ -361,5 +362,5 @@ def test_a_score_is_looked_at_twice_as_logits_and_in_its_message(
     learner = Learner(
         make_model(seed=1), vocabulary=VOCABULARY, config=OptimizerConfig(lr=1e-3), steps=1
     )
-    learner.update(lessons, {"t": Course(objective=objective)}, seed=0)
+    learner.update(lessons, {"t": Course(objective=objective, weight=1.0)}, seed=0)
     assert looks == [64] + [2] * 32

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.settings import serving
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.objectives import Needs
-from tutelage.distill.teachers.service import TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.distill.teachers.vllm import VllmTeacher, batched_tokens, cut_padding
 from tutelage.scheduler.episodes import Row
@@ -97,7 +97,7 @@ def test_the_students_ids_are_scored_at_the_tokens_that_they_are_asked_at(
 ) -> None:
     """Beside the top K, with gaps between the replies: as TransformersTeacher does."""
     rng = np.random.default_rng(0)
-    asked = [torch.from_numpy(rng.integers(101, size=(n, 6))) for n in (9, 4)]
+    asked = [rng.integers(101, size=(n, 6), dtype=np.int32) for n in (9, 4)]
     own = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
     teacher = VllmTeacher("one", StandIn(make_model(seed=9)), vocabulary=VOCABULARY)
     exact = own.score(rows, Needs(k=4, student_k=6), asked)
@@ -110,7 +110,7 @@ def test_what_the_engine_does_not_say_is_refused_with_the_cure(
     rows: list[Row], make_model: Callable[..., Any], make_row: Callable[..., Row]
 ) -> None:
     teacher = VllmTeacher("one", StandIn(make_model(), v2=False, room=12), vocabulary=VOCABULARY)
-    asked = [torch.zeros(9, 1), torch.zeros(4, 1)]
+    asked = [np.zeros((9, 1), np.int32), np.zeros((4, 1), np.int32)]
     with pytest.raises(ValueError, match=r"V2 model runner alone, on a CUDA .*\.one\.engine to tr"):
         teacher.score(rows, Needs(k=4, student_k=6), asked)
     with pytest.raises(ValueError, match=r"whole distribution .*teachers\.one\.engine to transf"):
@@ -160,7 +160,7 @@ def test_it_sleeps_between_answers_and_passes_its_exam_awake(
 ) -> None:
     engine = StandIn(make_model(seed=9))
     teacher = VllmTeacher("one", engine, vocabulary=VOCABULARY)
-    service = TeacherService("one", teacher, digest="d", sleeps=True)
+    service = serving(teacher, digest="d", sleeps=True)
     service.score(rows, Needs(k=4))
     assert engine.moves == ["sleep 1", "wake", "sleep 1"]
     engine.model = make_model(seed=10)  # what a wake that lost its weights would leave

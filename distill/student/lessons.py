@@ -41,7 +41,7 @@ class Course:
     """How a task is taught: by which objective, and how much its loss weighs."""
 
     objective: Objective
-    weight: float = 1.0
+    weight: float
 
 
 Drawn = tuple[Lesson, npt.NDArray[np.float32]]

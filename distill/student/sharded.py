@@ -39,11 +39,9 @@ from tutelage.distill.student.muon import orthogonalized, precision
 from tutelage.distill.student.ranks import split
 from tutelage.envs.child import Child, Connection, Disconnected
 from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.placement import LOAD_SECONDS
 
 T = TypeVar("T")
-
-START_SECONDS = 3600.0
-"""A rank may take this long to load its model."""
 
 PATIENCE = 5.0
 """Seconds in which a rank that failed has ended, or has said why."""
@@ -87,7 +85,7 @@ def start(setup: Setup) -> Learner:
         others.send([(number, store.port, setup) for number in range(1, setup.processes)])
         student = setup.make_student(0)
         whole = student.replica()
-        others.answers(START_SECONDS)  # they have loaded theirs
+        others.answers(LOAD_SECONDS)  # they have loaded theirs
     with others.watched("as they started"):
         _join(0, store, student, setup)
         learner = _learner(student, setup, whole=whole, others=others)

@@ -80,7 +80,7 @@ class ServerClient:
         timeout: float,
         attempts: int,
         concurrency: int,
-        max_answer_mib: float = 256.0,
+        max_answer_mib: float,
         key: str | None = None,
     ) -> None:
         self.subject, self.url = subject, url.rstrip("/").removesuffix("/v1")

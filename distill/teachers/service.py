@@ -99,9 +99,9 @@ class TeacherService:
         teacher: Teacher,
         *,
         digest: str,
-        dtype: str = "float32",
-        cache: Path | None = None,
-        sleeps: bool = False,
+        dtype: str,
+        cache: Path | None,
+        sleeps: bool,
     ) -> None:
         self.name, self.teacher, self._sleeps = name, teacher, sleeps
         self.model = teacher.model

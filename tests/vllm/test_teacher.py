@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.settings import serving
 from tests.vllm.students import CONTEXT, VOCABULARY, WITHIN, make_student
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.teachers import TeacherConfig, VllmConfig
@@ -23,7 +24,6 @@ from tutelage.distill.models.loading import load_model, load_tokenizer
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, TeacherScores, build
 from tutelage.distill.run.training import Run
-from tutelage.distill.teachers.service import TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.distill.teachers.vllm import VllmTeacher, load_vllm_teacher
 from tutelage.scheduler.episodes import Row
@@ -91,8 +91,8 @@ def _assert_same_sets(one: TeacherScores, other: TeacherScores) -> None:
 
 
 def test_the_exam_is_that_of_our_own_engine(teacher: VllmTeacher, own: TransformersTeacher) -> None:
-    found = TeacherService("one", teacher, digest="d").identity
-    exact = TeacherService("one", own, digest="d").identity
+    found = serving(teacher, digest="d").identity
+    exact = serving(own, digest="d").identity
     assert np.allclose(found.logprobs, exact.logprobs, atol=WITHIN)
 
 
