@@ -56,7 +56,7 @@ class SparseStudent:
 
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
         if self._normaliser_N is None:
-            with torch.enable_grad():  # kept, so that it must serve whoever asks next too
+            with torch.enable_grad():  # kept: a later caller may need its gradient
                 self._normaliser_N = self._normaliser(ids_NK[:, 0])
         return self.logits_at(ids_NK) - self._normaliser_N[:, None]
 

@@ -81,7 +81,7 @@ class DenseStudent:
     def logprobs(self) -> torch.Tensor:
         """Every log-probability [N, V]."""
         if self._logprobs_NV is None:
-            with torch.enable_grad():  # kept, so that it must serve whoever asks next too
+            with torch.enable_grad():  # kept: a later caller may need its gradient
                 self._logprobs_NV = self.logits_NV.log_softmax(-1)
         return self._logprobs_NV
 
