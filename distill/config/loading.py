@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
             _override(data, override)
     except ValueError as error:
         raise ConfigError(printable(f"{path}: {error}")) from None
-    return parse_config(data, str(path))
+    config = parse_config(data, str(path))
+    if config.optimizer.warmup > config.steps:
+        warnings.warn(
+            f"optimizer.warmup: {config.optimizer.warmup} steps, and the run has {config.steps}: it"
+            f" ends before the learning rate is {config.optimizer.lr:g}",
+            stacklevel=1,
+        )
+    return config
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:

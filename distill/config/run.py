@@ -8,7 +8,6 @@ sensible default is required. What hangs on this machine is preflight.py's.
 from __future__ import annotations
 
 import datetime
-import warnings
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -105,12 +104,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
                 f" student.device {self.student.device!r} names one; say auto, cuda or cpu"
-            )
-        if self.optimizer.warmup > self.steps:
-            warnings.warn(
-                f"optimizer.warmup: {self.optimizer.warmup} steps, and the run has {self.steps}: it"
-                f" ends before the learning rate is {self.optimizer.lr:g}",
-                stacklevel=1,
             )
         self.policy()
         used = {teacher for task in self.tasks.values() for teacher in task.teachers}
