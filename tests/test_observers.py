@@ -122,25 +122,38 @@ class TestRun:
         assert metrics(folder) == metrics(whole)
         assert (folder / "checkpoints" / "000002").is_dir()
 
-    @pytest.mark.parametrize("event", ["step", "written"])
+    @pytest.mark.parametrize(
+        ("event", "error", "stand", "again"),
+        [
+            ("step", Killed, 0, [0, 1]),
+            ("written", Killed, 0, [0, 1]),
+            ("written", KeyboardInterrupt, 0, [0, 1]),  # saved as learned and not written
+            ("evaluating", KeyboardInterrupt, 1, [1]),
+            ("score", KeyboardInterrupt, 1, [1]),
+        ],
+    )
     def test_a_run_that_goes_on_tells_each_step_once(
-        self, event: str, tmp_path: Path, models: dict[str, str], whole: Path
+        self,
+        event: str,
+        error: type[BaseException],
+        stand: int,
+        again: list[int],
+        tmp_path: Path,
+        models: dict[str, str],
+        whole: Path,
     ) -> None:
-        """Killed, or interrupted, at a step: its line is not there, and TensorBoard forgets its
-        point."""
-        names = ["tensorboard", "console"]
-        config = _config(tmp_path / "run", models, observers=names)
-        with pytest.raises(Killed):
-            train(config, Diary(event, Killed))
-        assert not read_metrics(Path(config.run))
+        """TensorBoard, told before who ends the run, forgets the point whose line is not there."""
+        config = _config(tmp_path / "run", models, observers=["tensorboard", "console"])
+        with pytest.raises(error):
+            train(config, Diary(event, error))
+        assert len(read_metrics(Path(config.run))) == stand
         diary = Diary()
         folder = train(config, diary)
-        assert [told[1] for told in diary.events if told[0] == "written"] == [0, 1]
+        assert [told[1] for told in diary.events if told[0] == "written"] == again
         assert metrics(folder) == metrics(whole)
-        curves = _curves(folder)
-        assert curves["math/eval/math/greedy"] == _curves(whole)["math/eval/math/greedy"]
-        assert curves["math/loss/mean"] == _curves(whole)["math/loss/mean"]
-        assert [step for step, _ in curves["math/loss/mean"]] == [0, 1]
+        for tag in ("math/loss/mean", "math/eval/math/greedy"):
+            assert _curves(folder)[tag] == _curves(whole)[tag]
+        assert [step for step, _ in _curves(folder)["math/loss/mean"]] == [0, 1]
 
     def test_evaluation_alone_writes_no_curves(
         self, tmp_path: Path, models: dict[str, str]
