@@ -13,7 +13,12 @@ import yaml
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.run.resume import differences, hanging_on_steps, refuse_changes, write_config
+from tutelage.distill.run.resume import (
+    depending_on_steps,
+    differences,
+    refuse_changes,
+    write_config,
+)
 from tutelage.evaluation import run_folder
 
 BASE: dict[str, Any] = {
@@ -140,7 +145,7 @@ def test_more_steps_are_asked_about_where_something_hangs_on_them(
 ) -> None:
     write_config(folder, _config(folder, **keys), step=4)
     longer = _config(folder, steps=12, **keys)
-    assert hangs in hanging_on_steps(longer, longer.resolve())
+    assert hangs in depending_on_steps(longer, longer.resolve())
     if not hangs:
         _refuse(folder, longer)
         return

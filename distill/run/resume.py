@@ -1,4 +1,6 @@
-"""What of a run's configuration may change when it goes on, and what did, key by key."""
+"""May a run resume in its folder: what of its configuration, student and teachers may be another,
+and what changed, key by key.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ FREE_TO_CHANGE = (
     "run",
     "accept_changes",
     # where and by how many it is computed: other numbers of processes, other parts of a batch,
-    # other devices round otherwise; the run goes on, but not to the byte
+    # other devices round otherwise; the run goes on, but is not bit-identical
     "learner.*",
     "cluster*",
     *(f"vllm.{key}*" for key in ("gpu", "kv", "max", "tensor", "enforce")),  # not its dtype
@@ -78,10 +80,10 @@ def refuse_changes(folder: Path, config: RunConfig, tasks: Mapping[str, TaskSett
     if config.accept_changes:
         return
     old = _read(folder)
-    hanging = hanging_on_steps(config, tasks)
-    free = FREE_TO_CHANGE if hanging else (*FREE_TO_CHANGE, "steps")
+    depending = depending_on_steps(config, tasks)
+    free = FREE_TO_CHANGE if depending else (*FREE_TO_CHANGE, "steps")
     found = [
-        f"{key}: {_shown(was)}, now {_shown(now)}" + (hanging if key == "steps" else "")
+        f"{key}: {_shown(was)}, now {_shown(now)}" + (depending if key == "steps" else "")
         for key, was, now in differences(old, config)
         if not any(fnmatchcase(key, pattern) for pattern in free)
     ]
@@ -154,10 +156,10 @@ def refuse_other_teachers(
             references[name] = first
 
 
-def hanging_on_steps(config: RunConfig, tasks: Mapping[str, TaskSettings]) -> str:
+def depending_on_steps(config: RunConfig, tasks: Mapping[str, TaskSettings]) -> str:
     """What a run of more steps would have done otherwise from its beginning, for a message: the
     schedule of the learning rate, and what goes by the share of a task's steps that is done. Empty:
-    nothing; whose turn it is never hangs on how many steps are to come."""
+    nothing; whose turn it is never depends on how many steps are to come."""
     found = ["optimizer.decay"] if config.optimizer.decay != "constant" else []
     for name, task in tasks.items():
         at_first, at_last = task.schedule.expert_share
@@ -167,7 +169,7 @@ def hanging_on_steps(config: RunConfig, tasks: Mapping[str, TaskSettings]) -> st
             found.append(f"tasks.{name}.guidance")
         if task.objective.needs.progress:
             found.append(f"tasks.{name}.objective ({task.objective.name})")
-    return f", on which {', '.join(found)} hangs" if found else ""
+    return f", on which {', '.join(found)} depends" if found else ""
 
 
 def differences(old: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
