@@ -1,11 +1,11 @@
-"""What a step takes on a machine that others use: quiet, beside one busy process, beside three.
+"""Measures a step on a machine that others use: quiet, beside one busy process, beside three.
 
     python benchmarks/busy.py [--config FILE] [--steps 20] [--busy 0 1 3] [key=value ...]
 
-One run, whose turns (a step of each task) are quiet, beside one, beside three, quiet, ... in turn,
-so that what changes in the course of a run weighs on all of them alike. The busy processes are
-Python loops, stopped while they are not wanted.
-Prints Markdown: means over so many steps of each kind, after a turn of each to warm up.
+In one run, rounds (a step of each task) with 0, 1 and 3 busy processes take turns, so that whatever
+changes in the course of the run affects all three alike. The busy processes are Python loops, which
+are stopped meanwhile. Prints Markdown: means over --steps steps of each kind, after one round of
+each to warm up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARTS = ("rollout", "score", "update")
 
 
 class Others:
-    """Busy processes, of which the first so many run."""
+    """Busy processes; `run` says how many of them run."""
 
     def __init__(self, most: int) -> None:
         loop = [sys.executable, "-c", "while True: pass"]
@@ -62,7 +62,7 @@ def others(most: int) -> Iterator[Others]:
 
 
 class Turns(Observer):
-    """Changes how many are busy after every turn of the tasks."""
+    """Changes after every round of the tasks how many processes are busy."""
 
     def __init__(self, busy: Others, kinds: Sequence[int], turn: int) -> None:
         self._busy, self._kinds, self._turn = busy, kinds, turn
@@ -130,7 +130,7 @@ def table(found: Mapping[int, Sequence[Any]]) -> str:
 
 
 def processor() -> str:
-    """Its name, and what of it torch uses."""
+    """The processor's name, and the instructions of it that torch uses."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,12 +1,13 @@
-"""Processes that are killed or stopped at random moments, and what of it shows in the end.
+"""Kills or stops a run's processes at random moments, and checks that the result is the same.
 
     python benchmarks/chaos.py                                    # everything, in half an hour
     python benchmarks/chaos.py --placements here --kinds grader environment --times 10
 
-A small run of households and mathematics is made once undisturbed. Then again and again, each time
-with one fault at a random moment of its life: a process of one kind gets SIGKILL (it dies) or
-SIGSTOP (it hangs). A command that died is given again. In the end metrics.jsonl (all that may not
-differ) and the weights must be the undisturbed run's, byte for byte, and nothing may be left of it.
+A small run of households and mathematics trains once undisturbed. Then it trains again and again,
+each time with one fault at a random moment: a process of one kind gets SIGKILL (it dies) or SIGSTOP
+(it hangs). If the command itself dies, it is started again and resumes. In the end metrics.jsonl
+(except time/*, perf/* and memory/*) and the weights must be bit-identical to the undisturbed run's,
+and no process or shared memory may be left.
 
 Kinds: learner, the run itself; environment and grader, processes of the environments; on Ray also
 worker and teacher (actors), raylet, and gcs, Ray's head. Placements: here (one process), ray (its
@@ -37,7 +38,7 @@ import yaml
 
 STEPS = 16
 MAY_DIFFER = ("time/", "perf/", "memory/")
-PATIENCE = 90.0  # seconds that what is left of a run may take to go
+PATIENCE = 90.0  # seconds within which the processes of a run must have ended after it
 MOST_SECONDS = 240.0  # of one start of the command
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
 KINDS = {
@@ -46,7 +47,8 @@ KINDS = {
     "nodes": ("learner", "worker", "teacher", "raylet"),
 }
 ONLY_KILLED = ("learner", "raylet", "gcs")
-"""A learner that hangs is for people to kill; Ray takes half a minute to miss a stopped raylet."""
+"""Kinds that are not stopped: only people can end a learner that hangs, and Ray takes half a minute
+to notice a stopped raylet."""
 
 
 def make_config(folder: Path, cluster: dict[str, Any] | None) -> Path:
@@ -113,7 +115,7 @@ def everything(mark: str) -> dict[int, Process]:
         try:
             state, parent, *rest = (folder / "stat").read_text().rpartition(")")[2].split()
             if state == "Z":
-                continue  # it runs no more
+                continue  # it has ended
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="ignore")
             marked = mark.encode() in (folder / "environ").read_bytes()
         except OSError:
@@ -124,7 +126,7 @@ def everything(mark: str) -> dict[int, Process]:
 
 
 def family(mark: str) -> list[Process]:
-    """Those that inherited the mark, and all that these started."""
+    """The processes that inherited the mark, and all that these started."""
     all_ = everything(mark)
 
     def ours(process: Process | None) -> bool:
@@ -152,7 +154,7 @@ def of_kind(kind: str, processes: list[Process], learner: int, sparing: set[int]
     playing = {p.parent for p in processes if words["environment"] in p.command}
     actors = [process for process in processes if process.command.startswith("ray::_Actor")]
     if not any(actor.pid in playing for actor in actors):
-        return []  # which of them plays is not known yet
+        return []  # too early: which actor is a worker shows once its environments have started
     return [actor for actor in actors if (actor.pid in playing) == (kind == "worker")]
 
 
@@ -201,8 +203,9 @@ class Case:
         self.memory: set[str] = set()
 
     def play(self, out: Outcome, rng: random.Random, sparing: set[int]) -> None:
-        """Until it ends well. The moment is drawn in the run's own time, whatever else the machine
-        does: after so many steps, or as it starts (a quarter), and a random moment more."""
+        """Start the command until it ends well. The fault's moment is a number of steps (in a
+        quarter of the cases 0: while it starts) and a random time more, so that it does not depend
+        on how busy the machine is."""
         after = rng.randrange(STEPS) if rng.random() < 0.75 or out.fault == "hang" else 0
         out.moment = (after, rng.uniform(0.0, 1.0 if after else 8.0))
         begun = time.monotonic()
@@ -248,7 +251,7 @@ class Case:
         lines = self.metrics(free=True)
         out.dropped = sum(int(line["episodes/dropped"]) for line in lines)
         out.retried = sum(int(line["perf/episodes_retried"]) for line in lines)
-        # the count is the process's own: it begins again with every start
+        # each process counts for itself: the count begins at 0 with every start
         counts = [0, *(int(line["perf/actors_replaced"]) for line in lines)]
         out.replaced = sum(max(0, b - a) for a, b in itertools.pairwise(counts))
         if reference is not None:
@@ -268,7 +271,7 @@ class Case:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none"
 
     def leaks(self, *, shared_cluster: bool) -> list[str]:
-        """What is left after a while; then it is ended."""
+        """Kill what is left after PATIENCE seconds; what that was."""
 
         def left() -> list[Process]:
             # Ray's agents end when they miss their raylet, minutes after a SIGKILL of the run
@@ -287,7 +290,7 @@ class Case:
 
 
 class Nodes:
-    """A cluster of three nodes on this machine; lost ones are replaced."""
+    """A Ray cluster of three nodes on this machine; `refill` replaces lost ones."""
 
     def __init__(self, mark: str) -> None:
         from ray.cluster_utils import Cluster
@@ -341,7 +344,7 @@ def rows(outcomes: list[Outcome]) -> Iterator[list[str]]:
     keys = dict.fromkeys((o.placement, o.kind, o.fault) for o in outcomes)
     for key in keys:
         own = [o for o in outcomes if (o.placement, o.kind, o.fault) == key]
-        whole = [o for o in own if not o.dropped]  # an episode that was lost teaches nothing
+        whole = [o for o in own if not o.dropped]  # a dropped episode changes the update
         same = sum(o.same_metrics and o.same_weights for o in whole)
         yield [
             *key,
@@ -400,7 +403,7 @@ def main() -> None:
         if placement != "here":
             cases = [("none", "none"), *cases]
         try:
-            # the kinds in turn, so that time that runs out is missing everywhere alike
+            # kinds take turns, so that all have equally many runs when the time is over
             for i, (kind, fault) in itertools.product(range(options.times), cases):
                 if time.monotonic() > end or (kind == "none" and i):
                     continue

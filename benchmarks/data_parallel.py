@@ -1,4 +1,4 @@
-"""The learner over processes of one thread each against one process of as many threads.
+"""Compares the learner over processes of one thread each with one process of as many threads.
 
     python benchmarks/data_parallel.py [--processes 2] [--hidden 512] [--rows 16] [--length 256]
 

@@ -1,11 +1,11 @@
-"""The grader on answers that must be right and answers that must be wrong, as a Markdown table.
+"""Measures the grader on answers that are right and answers that are wrong: a Markdown table.
 
     python benchmarks/grading.py [--golds 400] [--seed 0] [--list]
 
 It reads `../shared/data`: the faults that were found (`faults/*.jsonl`), and the golds of the
-public sets (`math/*.jsonl`), from which it makes spellings that are right, golds with another digit
-or sign, which are wrong, and pairs of different golds, which are wrong. Every answer is boxed.
-It needs of the grader `judge` alone, so that an older one can be measured with the same file.
+public sets (`math/*.jsonl`). From the golds it makes other spellings, which are right, golds with
+another digit or sign, which are wrong, and pairs of different golds, which are wrong. Every answer
+is boxed. It calls nothing of the grader but `judge`, so that it can measure older graders, too.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ SPELLINGS: dict[str, Callable[[str], str | None]] = {
 
 
 def spellings(gold: str) -> Iterator[tuple[str, str]]:
-    """(kind, the gold in another spelling) of every kind that it can be written in."""
+    """(kind, the gold in another spelling), for every kind of spelling that the gold allows."""
     for kind, spell in SPELLINGS.items():
         if made := spell(gold):
             yield kind, made

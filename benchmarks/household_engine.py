@@ -1,11 +1,11 @@
-"""The household environment against alfworld's own AlfredTWEnv (batch 1), in one run.
+"""Compares the household environment with alfworld's own AlfredTWEnv (batch 1), in one run.
 
     python benchmarks/household_engine.py [--games 12] [--steps 12] [--data FOLDER]
 
 Both play the same commands in the same games: generated ones, or the released ones of `--data` (a
 folder that holds json_2.1.1, split train). All times are CPU seconds of this process, so that other
-jobs on the machine don't count. The native engine goes on to play 1,000 episodes, to see whether
-memory stays flat.
+jobs on the machine don't count. Then the native engine plays 1,000 more episodes, to show whether
+its memory stays flat.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What a step of the demo takes in one process and on Ray, and what of it is neither play, nor
-teaching, nor learning.
+"""Measures a step of the demo in one process and on Ray, and how much of it is neither rollouts,
+nor scoring, nor the update.
 
     python benchmarks/placement.py [--steps 40] [--warm 10] [--repeats 3]
 
-The demo's configuration, one thread in every process, in turn: in this process, on Ray with one
-worker, with two, and with one that plays the next step's episodes while the student learns
-(schedule.max_staleness: 1; there what a call takes beyond its work cannot be told). Medians over
-the repetitions of means over the steps after the warm-up (CPU: of all processes together). Below:
+The demo's configuration runs with one thread in every process, in turn: in this process, on Ray
+with one worker, with two, and with one that prefetches the next step's episodes during the update
+(schedule.max_staleness: 1; the overhead of calls cannot be measured there). Prints medians over the
+repetitions of means over the steps after the warm-up (CPU: of all processes together). Below:
 
-scheduler  the timetable: who is next, the orders, the record
-routing    the ledger, and that every answer is its own teacher's
-transport  packing and unpacking scores; on Ray also the weights' way to the workers and their
-           loading there, and what a call takes beyond the work of the slowest actor: orders, rows,
+scheduler  the timetable: which task is next, the orders, the record
+routing    matching scores to episodes, and checking that every answer is the right teacher's
+transport  packing and unpacking scores; on Ray also sending weights to the workers and loading
+           them there, and what a call takes beyond the work of the slowest actor: orders, rows,
            episodes and scores, written, sent and read
 """
 
@@ -87,8 +87,8 @@ class Timers:
 
 
 def in_actor() -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """What turns a maker of a worker or teacher into one whose work is timed. (Defined inside a
-    function, it travels to actors, which cannot import this file.)"""
+    """Wraps a function that makes a worker or teacher, so that its work is timed. (Ray pickles what
+    is defined inside a function by value: actors cannot import this file.)"""
 
     class Timed:
         def __init__(self, held: Any) -> None:
@@ -141,7 +141,7 @@ def in_actor() -> Callable[[Callable[[], Any]], Callable[[], Any]]:
 
 
 def processor_seconds(mark: str) -> float:
-    """Used by all processes of the run so far."""
+    """CPU seconds that all processes of the run have used so far."""
     ticks = 0
     for process in family(mark):
         try:

@@ -1,10 +1,10 @@
-"""What the schedule costs: per episode, over a run's length, the number of tasks and of workers.
+"""Measures what scheduling costs per episode, by a run's length, the number of tasks and workers.
 
     python benchmarks/scheduler.py
 
-No model and no environment: every step is planned, ordered and recorded as in a run, and orders are
-dealt out to workers, and their outcomes put in order again, without Ray. The exponent is the slope
-of log(cost per episode) against log(episodes), or workers: 0 is flat.
+It has no model, no environment and no Ray: it plans, orders and records every step as a run does,
+deals orders out to workers, and puts their outcomes in order. The exponent is the slope of log(cost
+per episode) against log(episodes), or log(workers): 0 is flat.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ EPISODES = 16  # a step
 
 
 def seconds(policy: str, *, tasks: int, episodes: int) -> float:
-    """Of scheduling so many episodes."""
+    """CPU seconds of scheduling so many episodes."""
     names = [f"task{i}" for i in range(tasks)]
-    # `mixed` has every task in every step
+    # `mixed` trains every task in every step
     steps = max(1, episodes // EPISODES // (tasks if policy == "mixed" else 1))
     plan = scheduled(TaskConfig(env="-", episodes=EPISODES), labels=False)
     begun = time.process_time()

@@ -1,11 +1,11 @@
-"""The head on gathered rows against whole logits: time, peak memory, and whether they agree.
+"""Compares the head on gathered rows with whole logits: time, peak memory, loss and gradients.
 
     python benchmarks/sparse_head.py [--threads 2] [--tokens 4096] [--vocabulary 151936] ...
 
-Each way runs in a process of its own, forward and backward of the mean loss, on the same inputs:
-random hidden states and weights, supports drawn uniformly (the worst case: hardly two tokens share
-an id). Memory is the peak above what stands before the forward. On a GPU, where there is one, the
-same at 16,384 tokens of 3,584 in bfloat16.
+Each runs in a process of its own, forward and backward of the mean loss, on the same inputs: random
+hidden states and weights, supports drawn uniformly (the worst case: hardly two tokens share an id).
+Memory is the peak above what was in use before the forward. On a GPU the defaults are 16,384 tokens
+of 3,584 in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""How near multi-turn rollouts come to what their engine can do at most, for vLLM and transformers.
+"""Measures how near multi-turn rollouts come to their engine's limit, for vLLM and transformers.
 
     make .venv-vllm/.installed
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_rollouts.py
 
-The built-in household student plays household episodes through RolloutWorker. Beside it stand, of
-vLLM, the same requests all at hand at once: same prompts to read, same tokens to sample, the same
-number in flight, no turn to wait for; and of both engines one long batch, which only samples, with
-the rollouts' mean context. All count sampled tokens a second, in turns in one process, so that what
-else the machine does strikes all; of each ratio also the one by this process's CPU time, which does
-not count what others took, nor waiting.
+The built-in household student plays household episodes through RolloutWorker. This is compared, for
+vLLM, with the same requests submitted all at once: the same prompts and tokens, the same number in
+flight, but no turn to wait for; and for both engines with one long batch, which only samples, at
+the rollouts' mean context. All are in sampled tokens a second and take turns in one process, so
+that other load on the machine affects all of them. Each ratio is also printed by this process's CPU
+time, which counts neither other processes nor waiting.
 
-The shorter the replies, the more of the work is reading what the environment said, which a long
-batch has not: the student's own have 5.6 tokens. `--reply N` has it say N tokens a turn, whatever
-they mean.
+The shorter the replies, the more of the work is prefill of observations, which a long batch does
+not have: the student's replies have 5.6 tokens on average. With `--reply N` every reply has N
+tokens, whatever they mean.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Stopwatch:
 
 
 class Watched:
-    """An engine that keeps what it was asked and how long its steps took.
+    """An engine that keeps its requests and how long its steps took.
 
     long: no reply ends before its limit.
     """
@@ -103,7 +103,7 @@ class Watched:
 
 
 def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tuple[Speed, str, int]:
-    """(the speed, what else there is to say of it, the mean context of a sampled token)."""
+    """(the speed, details as text, the mean context of a sampled token)."""
     orders = [Order(task="household", number=i, seed=first + i, index=None) for i in range(count)]
     engine.forget()
     watch = Stopwatch()
@@ -122,7 +122,7 @@ def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tupl
 
 
 def at_once(engine: Any, requests: Sequence[Request]) -> Speed:
-    """All of them at hand at once."""
+    """The speed with all requests submitted at once."""
     watch = Stopwatch()
     for session, request in enumerate(requests):
         engine.submit(replace(request, session=1_000_000 + session))
@@ -130,7 +130,7 @@ def at_once(engine: Any, requests: Sequence[Request]) -> Speed:
 
 
 def steady(engine: Any, requests: Sequence[Request]) -> Speed:
-    """One batch, whose prompts have been read before."""
+    """The speed of one batch whose prompts are in the cache already."""
     for request in requests:
         engine.submit(replace(request, max_new_tokens=1))
     first: dict[int, list[int]] = {}

@@ -1,9 +1,9 @@
-"""How fast a vLLM teacher scores, beside vLLM's plain prefill of the same prompts: the ratio that
-top-K log-probabilities and their packing cost.
+"""Compares a vLLM teacher's scoring with vLLM's plain prefill of the same prompts: the ratio shows
+what top-K log-probabilities and their packing cost.
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_scoring.py [--vocabulary 2048]
 
-Both in turn, in one process, in one run; medians. Random weights: speed does not depend on them.
+Both take turns in one process; medians. The weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
     if options.profile:
         profile = cProfile.Profile()
         engine.reset_prefix_cache()
-        profile.runcall(teacher.score, rows, k=options.k)
+        profile.runcall(teacher.score, rows, Needs(k=options.k))
         pstats.Stats(profile).sort_stats("tottime").print_stats(18)
 
 

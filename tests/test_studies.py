@@ -20,10 +20,10 @@ from tutelage.distill.studies import estimators, toy_control
 from tutelage.distill.studies.enumeration import (
     World,
     _token_gradients,
-    drawn,
+    behavior_logprobs,
     estimate,
-    law_error,
     run_enumeration,
+    sampling_shift,
     sequence_gradient,
     token_gradient,
 )
@@ -246,7 +246,7 @@ def test_a_lost_run_counts_as_diverged_and_leaves_valid_json() -> None:
     assert "1 of 1" in estimators.toy_sheet([run], 1).markdown()
 
 
-ALL_LAWS = [
+ALL_PARAMS = [
     SamplingLaw(top_p=0.9),
     SamplingLaw(top_p=0.6),
     SamplingLaw(temperature=0.7),
@@ -275,20 +275,20 @@ DRAWING: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_a_law_is_a_distribution_over_the_fewest_tokens_with_its_mass(world: World) -> None:
+def test_top_p_leaves_a_distribution_over_the_fewest_tokens_with_its_mass(world: World) -> None:
     pi_CV = world.student_CV.softmax(-1)
-    for law in ALL_LAWS:
-        mu_CV = drawn(world.student_CV, law).exp()
+    for params in ALL_PARAMS:
+        mu_CV = behavior_logprobs(world.student_CV, params).exp()
         close(mu_CV.sum(-1), torch.ones(len(mu_CV), dtype=torch.float64))
         kept = int((mu_CV > 0).sum())
-        assert (kept == mu_CV.numel()) == (law.temperature > 0 and law.top_p == 1)
-        if law.temperature == 0:
+        assert (kept == mu_CV.numel()) == (params.temperature > 0 and params.top_p == 1)
+        if params.temperature == 0:
             assert torch.equal(mu_CV.argmax(-1), pi_CV.argmax(-1)) and kept == len(mu_CV)
     by_hand = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     wanted = {0.9: [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], 0.6: [0.5 / 0.8, 0.3 / 0.8, 0, 0]}
     for top_p, mu in wanted.items():
         close(
-            drawn(by_hand, SamplingLaw(top_p=top_p)).exp(),
+            behavior_logprobs(by_hand, SamplingLaw(top_p=top_p)).exp(),
             torch.tensor([mu], dtype=torch.float64),
         )
 
@@ -299,9 +299,9 @@ def test_under_temperature_alone_sampling_is_exactly_unbiased(
     world: World, name: str, options: dict[str, Any], temperature: float
 ) -> None:
     """And full is not."""
-    law = SamplingLaw(temperature=temperature)
-    assert law_error(build(name, behavior="sampling", **options), world, law) < 1e-12
-    assert law_error(build(name, **options), world, law) > 1e-3
+    params = SamplingLaw(temperature=temperature)
+    assert sampling_shift(build(name, behavior="sampling", **options), world, params) < 1e-12
+    assert sampling_shift(build(name, **options), world, params) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "options"), DRAWING)
@@ -316,22 +316,24 @@ def test_drawn_from_the_whole_policy_the_two_behaviors_are_one(
     assert full.variance == pytest.approx(sampling.variance)
 
 
-@pytest.mark.parametrize("law", [law for law in ALL_LAWS if law.top_p < 1 or not law.temperature])
+@pytest.mark.parametrize(
+    "params", [params for params in ALL_PARAMS if params.top_p < 1 or not params.temperature]
+)
 def test_what_a_cut_leaves_of_the_gradient_is_the_sum_over_what_is_drawn(
-    world: World, law: SamplingLaw
+    world: World, params: SamplingLaw
 ) -> None:
     """sum over the nucleus of pi(v) (onehot(v) - pi) log(pi(v) / q(v)): what is missing is the same
     sum over the tail, whatever the temperature; full weighs the nucleus by mu in pi's place."""
     pi_CV, q_CV = world.student_CV.softmax(-1), world.teacher_CV.softmax(-1)
-    mu_CV, reach_C = drawn(world.student_CV, law).exp(), world.reach(law)
+    mu_CV, reach_C = behavior_logprobs(world.student_CV, params).exp(), world.reach(params)
 
     def by_hand(weight_CV: torch.Tensor) -> torch.Tensor:
         cost_CV = weight_CV * (pi_CV / q_CV).log()
         return reach_C[:, None] * (cost_CV - pi_CV * cost_CV.sum(-1, keepdim=True))
 
     inside_CV = torch.where(mu_CV > 0, pi_CV, 0.0)
-    close(estimate(build("sampled_token"), world, law).mean_CV, by_hand(mu_CV))
-    found_CV = estimate(build("sampled_token", behavior="sampling"), world, law).mean_CV
+    close(estimate(build("sampled_token"), world, params).mean_CV, by_hand(mu_CV))
+    found_CV = estimate(build("sampled_token", behavior="sampling"), world, params).mean_CV
     close(found_CV, by_hand(inside_CV))
     close(found_CV + by_hand(pi_CV - inside_CV), by_hand(pi_CV))
     tail = build("local_support", k=2, renormalize=False, tail="sampled", behavior="sampling")
@@ -340,24 +342,24 @@ def test_what_a_cut_leaves_of_the_gradient_is_the_sum_over_what_is_drawn(
     # the direct part and the tail: the gradient of sum pi log(pi / q) over what either covers
     flow_CV = covered_CV - pi_CV * covered_CV.sum(-1, keepdim=True)
     wanted_CV = by_hand(covered_CV) + reach_C[:, None] * flow_CV
-    close(estimate(tail, world, law).mean_CV, wanted_CV)
+    close(estimate(tail, world, params).mean_CV, wanted_CV)
 
 
-def test_a_state_is_reached_as_often_as_the_law_leads_there(world: World) -> None:
-    for law in (SamplingLaw(), *ALL_LAWS):
-        reach_C = world.reach(law)
-        mu_CV = drawn(world.student_CV, law).exp()
+def test_a_prefix_is_reached_as_often_as_it_is_sampled(world: World) -> None:
+    for params in (SamplingLaw(), *ALL_PARAMS):
+        reach_C = world.reach(params)
+        mu_CV = behavior_logprobs(world.student_CV, params).exp()
         assert reach_C[0].item() == pytest.approx(1)
         close(reach_C[1:5], mu_CV[0])
         assert reach_C[5:].sum().item() == pytest.approx(1)
 
 
-def test_the_studys_table_of_laws_has_its_errors() -> None:
-    errors = estimators.run_laws(worlds=2, vocabulary=12)
+def test_the_studys_table_of_sampling_parameters_has_its_errors() -> None:
+    errors = estimators.run_sampling_shifts(worlds=2, vocabulary=12)
     names = {error.name for error in errors}
     assert names == {name for name, _ in DRAWING}
     for error in errors:
         assert (error.sampling < 1e-9) == (error.top_p == 1)
     first = errors[0]
     cell = f"| {first.full:.1%} → {first.sampling:.1%} |"
-    assert cell in estimators.laws_sheet(errors).markdown()
+    assert cell in estimators.sampling_sheet(errors).markdown()

@@ -1,1 +1,1 @@
-"""Studies: small experiments that show why the objectives are what they are."""
+"""Small experiments that show why the objectives are what they are."""

@@ -1,20 +1,21 @@
-"""Bias and variance of every estimator, exactly: all sequences of a small vocabulary are summed up.
+"""Computes bias and variance of every estimator exactly, as sums over all sequences of a small
+vocabulary.
 
 Student and teacher are tables of logits, one row for each prefix, so that the parameters are the
-student's logits and every expectation over y ~ student is a finite sum. Two gradients are the truth
-that an estimator is held against (ALGORITHMS.md's section 1; Revisiting-OPD, arXiv:2603.25562):
+student's logits and every expectation over y ~ student is a finite sum. An estimator is compared
+with two true gradients (Revisiting-OPD, arXiv:2603.25562):
 
     sequence:  grad KL( pi(y) || q(y) )                    what on-policy distillation minimises
     token:     E_y sum_t grad KL( pi(.|y_<t) || q(.|y_<t) )      with the prefixes held fixed
 
-The second leaves out that a token changes which prefixes come after it; local losses aim at it.
+The second ignores that a token changes which prefixes come after it; local losses estimate it.
 
-Each estimate is what `tutelage.distill.objectives` gives for one sequence, on-policy: its loss
-summed over the tokens. A token's gradient lies in the row of its own prefix, so that the tokens of
-a sequence are orthogonal, and TrOPD's draw is integrated out token by token.
+Each estimate is the gradient of an objective's loss, summed over the tokens of one on-policy
+sequence. A token's gradient lies in the row of its prefix. So the gradients of a sequence's tokens
+are orthogonal, and the sum over TrOPD's random choice is taken token by token.
 
-Tokens may be drawn by another law than the student's (temperature, top-p): `law_error` tells what
-that does to an estimator's mean.
+Tokens may be sampled with a temperature and top-p: `sampling_shift` measures what that does to an
+estimator's mean.
 
 Letters: Y sequences, T tokens of each, N = Y T tokens, C prefixes, V vocabulary.
 """
@@ -38,15 +39,16 @@ WORLDS = 8
 TAU = -2.0
 """The static threshold of TrOPD's plain variants, a log-ratio; the paper gives none."""
 NEVER = -100.0
-"""Stands for the log-probability of what a law never draws."""
+"""Stands for the log-probability of a token outside the nucleus."""
 WHOLE = SamplingLaw()
-LAWS = (
+SAMPLING_PARAMS = (
     SamplingLaw(top_p=0.9),
     SamplingLaw(temperature=0.7),
     SamplingLaw(temperature=0.7, top_p=0.8),
 )
-LAW_VOCABULARY = 60
-"""Of the worlds, one token long, that laws are compared in: a nucleus is a part of it."""
+SAMPLING_VOCABULARY = 60
+"""Of the worlds, one token long, in which SAMPLING_PARAMS are compared: large enough for a nucleus
+to be a small part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,32 +87,31 @@ class World:
         """Of each token given its prefix [Y, T]."""
         return logits_CV.log_softmax(-1)[self.prefixes_YT, self.ids_YT]
 
-    def drawn(self, law: SamplingLaw) -> torch.Tensor:
-        """Log-probability of each token given its prefix, where the student plays by a law [Y, T];
-        -inf of what it never draws."""
-        return drawn(self.student_CV, law)[self.prefixes_YT, self.ids_YT]
+    def behavior_logprobs(self, params: SamplingLaw) -> torch.Tensor:
+        """The behavior log-probability of each token [Y, T]; -inf outside the nucleus."""
+        return behavior_logprobs(self.student_CV, params)[self.prefixes_YT, self.ids_YT]
 
-    def probabilities(self, law: SamplingLaw = WHOLE) -> torch.Tensor:
-        """The student's, of each sequence [Y]."""
-        return self.drawn(law).sum(1).exp()
+    def probabilities(self, params: SamplingLaw = WHOLE) -> torch.Tensor:
+        """How probable it is that the student samples each sequence [Y]."""
+        return self.behavior_logprobs(params).sum(1).exp()
 
-    def reach(self, law: SamplingLaw) -> torch.Tensor:
-        """How probable it is that the student comes by each prefix [C]."""
+    def reach(self, params: SamplingLaw) -> torch.Tensor:
+        """How probable it is that a sampled sequence begins with each prefix [C]."""
         reach_C = torch.zeros(len(self.student_CV), dtype=torch.float64)
         for prefixes_Y in self.prefixes_YT.T:
-            reach_C.index_add_(0, prefixes_Y, self.probabilities(law))
+            reach_C.index_add_(0, prefixes_Y, self.probabilities(params))
         return reach_C
 
 
-def drawn(logits_CV: torch.Tensor, law: SamplingLaw) -> torch.Tensor:
-    """Log-probabilities of a law's draws [C, V]: the fewest most probable tokens with mass >= top_p
-    of softmax(logits / temperature), renormalised."""
-    if law.whole:
+def behavior_logprobs(logits_CV: torch.Tensor, params: SamplingLaw) -> torch.Tensor:
+    """Behavior log-probabilities [C, V]: of softmax(logits / temperature) the fewest most probable
+    tokens with mass >= top_p, renormalised."""
+    if params.whole:
         return logits_CV.log_softmax(-1)
-    probs_CV = (logits_CV / (law.temperature or 1.0)).softmax(-1)
+    probs_CV = (logits_CV / (params.temperature or 1.0)).softmax(-1)
     sorted_CV, order_CV = probs_CV.sort(dim=-1, descending=True)
-    cut_CV = sorted_CV.cumsum(-1) - sorted_CV >= (law.top_p if law.temperature else 0.0)
-    cut_CV[:, 0] = False
+    cut_CV = sorted_CV.cumsum(-1) - sorted_CV >= (params.top_p if params.temperature else 0.0)
+    cut_CV[:, 0] = False  # the likeliest token always stays; at temperature 0, it alone
     kept_CV = torch.zeros_like(probs_CV).scatter(1, order_CV, sorted_CV.masked_fill(cut_CV, 0.0))
     return (kept_CV / kept_CV.sum(-1, keepdim=True)).log()
 
@@ -141,24 +142,25 @@ class Estimate:
     variance: float
 
 
-def estimate(objective: Objective, world: World, law: SamplingLaw = WHOLE) -> Estimate:
-    """The moments of the objective's gradient over y that the student plays by a law (and over
-    TrOPD's draw)."""
+def estimate(objective: Objective, world: World, params: SamplingLaw = WHOLE) -> Estimate:
+    """The moments of the objective's gradient over the sequences that the student samples (and over
+    TrOPD's random choice)."""
     length, (rows, vocabulary) = world.ids_YT.shape[1], world.student_CV.shape
-    weight_N = world.probabilities(law).repeat_interleave(length)
+    weight_N = world.probabilities(params).repeat_interleave(length)
     mean_CV, second = torch.zeros(rows, vocabulary, dtype=torch.float64), 0.0
-    for chance_N, uniforms_N in _fates(objective, world):
-        gradient_NV = _token_gradients(objective, world, uniforms_N, law)
+    for chance_N, uniforms_N in _outcomes(objective, world):
+        gradient_NV = _token_gradients(objective, world, uniforms_N, params)
         weighted_NV = (weight_N * chance_N)[:, None] * gradient_NV
         mean_CV.index_add_(0, world.prefixes_YT.flatten(), weighted_NV)
         second += (weighted_NV * gradient_NV).sum().item()
     return Estimate(mean_CV=mean_CV, variance=second - mean_CV.square().sum().item())
 
 
-def _fates(objective: Objective, world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The outcomes of the objective's own draw: (probability, uniform draw that leads there) [N].
+def _outcomes(objective: Objective, world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The outcomes of the objective's random choice: (probability, uniform draw with that outcome),
+    both [N].
 
-    TrOPD trusts a token with probability min(q/pi, 1); the others draw nothing.
+    TrOPD trusts a token with probability min(q/pi, 1); no other objective chooses at random.
     """
     gap_N = (world.logprobs(world.teacher_CV) - world.logprobs(world.student_CV)).flatten()
     low_N, high_N = torch.zeros_like(gap_N), torch.full_like(gap_N, 1 - 1e-9)
@@ -168,17 +170,17 @@ def _fates(objective: Objective, world: World) -> list[tuple[torch.Tensor, torch
     return [(trusted_N, low_N), (1 - trusted_N, high_N)]
 
 
-def law_error(objective: Objective, world: World, law: SamplingLaw) -> float:
-    """How far the law moves the objective's mean gradient, relative to what it would be if tokens
-    were drawn from the whole student in the states that the law leads to."""
-    reach_C = world.reach(law) / world.reach(WHOLE)
+def sampling_shift(objective: Objective, world: World, params: SamplingLaw) -> float:
+    """How far the sampling parameters move the objective's mean gradient, relative to the gradient
+    with tokens drawn from the whole policy after the same prefixes."""
+    reach_C = world.reach(params) / world.reach(WHOLE)
     wanted_CV = reach_C[:, None] * estimate(objective, world).mean_CV
-    found_CV = estimate(objective, world, law).mean_CV
+    found_CV = estimate(objective, world, params).mean_CV
     return float((found_CV - wanted_CV).norm() / wanted_CV.norm())
 
 
 def _token_gradients(
-    objective: Objective, world: World, uniforms_N: torch.Tensor, law: SamplingLaw = WHOLE
+    objective: Objective, world: World, uniforms_N: torch.Tensor, params: SamplingLaw = WHOLE
 ) -> torch.Tensor:
     """The gradient of a sequence's loss with respect to its tokens' logits [N, V]."""
     count, length = world.ids_YT.shape
@@ -192,8 +194,8 @@ def _token_gradients(
         tokens=Tokens(
             segments_N=torch.arange(count).repeat_interleave(length),
             uniforms_N=uniforms_N,
-            # what is never drawn weighs nothing, and must not make that nothing a NaN
-            law_N=world.drawn(law).flatten().clamp(min=NEVER),
+            # a token that is never drawn has weight 0, and 0 times infinity would be NaN
+            law_N=world.behavior_logprobs(params).flatten().clamp(min=NEVER),
         ),
     )
     loss_N.sum().backward()
@@ -201,7 +203,7 @@ def _token_gradients(
 
 
 def _scores(full_NV: torch.Tensor, ids_N: torch.Tensor, k: int) -> TeacherScores:
-    """`TeacherScores.from_logits` in float64, so that a bias of zero shows as one."""
+    """`TeacherScores.from_logits` in float64, so that an unbiased estimator's bias is zero."""
     top = full_NV.topk(k, dim=-1)
     return TeacherScores(
         ids_NK=top.indices,
@@ -220,7 +222,7 @@ def _gradient(leaf: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimator:
-    """An objective of the study. `label` names it among its `name`'s."""
+    """An objective of the study. `label` tells apart those of one `name`."""
 
     name: str
     label: str
@@ -228,7 +230,7 @@ class Estimator:
 
 
 def estimators(gammas: Sequence[float], vocabulary: int = VOCABULARY) -> list[Estimator]:
-    """Every estimator that the study compares. PPO's clips are idle: it is all on-policy."""
+    """Every estimator that the study compares. PPO's clips never act: all is on-policy."""
     few, many = max(2, vocabulary // 3), max(2, 2 * vocabulary // 3)
 
     def local(label: str, k: int, **options: Any) -> Estimator:
@@ -320,8 +322,9 @@ def run_enumeration(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LawError:
-    """An objective under a law: `law_error`, root mean square over worlds, by behavior."""
+class SamplingShift:
+    """An objective with sampling parameters: `sampling_shift`, root mean square over worlds, with
+    behavior full and sampling."""
 
     name: str
     label: str
@@ -331,25 +334,27 @@ class LawError:
     sampling: float
 
 
-def run_laws(worlds: int = WORLDS, vocabulary: int = LAW_VOCABULARY) -> list[LawError]:
-    """Every objective that takes its tokens for drawn, under every law."""
-    own = [World.random(seed, vocabulary, 1) for seed in range(worlds)]
+def run_sampling_shifts(
+    worlds: int = WORLDS, vocabulary: int = SAMPLING_VOCABULARY
+) -> list[SamplingShift]:
+    """Every objective whose tokens must be samples, with each of SAMPLING_PARAMS."""
+    compared = [World.random(seed, vocabulary, 1) for seed in range(worlds)]
     found = []
     for each in estimators([0.0], vocabulary):
         if not build(each.name, **each.options).needs.draws:
             continue
-        for law in LAWS:
+        for params in SAMPLING_PARAMS:
             errors = {}
             for behavior in BEHAVIORS:
                 objective = build(each.name, **each.options, behavior=behavior)
-                squares = [law_error(objective, world, law) ** 2 for world in own]
+                squares = [sampling_shift(objective, world, params) ** 2 for world in compared]
                 errors[behavior] = (sum(squares) / len(squares)) ** 0.5
             found.append(
-                LawError(
+                SamplingShift(
                     name=each.name,
                     label=each.label,
-                    temperature=law.temperature,
-                    top_p=law.top_p,
+                    temperature=params.temperature,
+                    top_p=params.top_p,
                     **errors,
                 )
             )

@@ -1,4 +1,4 @@
-"""`tutelage study estimators`: what a discount buys and costs, in a toy and in exact sums.
+"""Runs `tutelage study estimators`: what a discount buys and costs, in a toy and in exact sums.
 
 Writes into its folder: table.md, estimators.json, variance_against_gamma.png,
 bias_against_variance.png.
@@ -22,7 +22,12 @@ from rich.text import Text
 
 from tutelage.distill.run.progress import ConsoleObserver
 from tutelage.distill.studies import enumeration, toy_control
-from tutelage.distill.studies.enumeration import LawError, Quality, run_enumeration, run_laws
+from tutelage.distill.studies.enumeration import (
+    Quality,
+    SamplingShift,
+    run_enumeration,
+    run_sampling_shifts,
+)
 from tutelage.distill.studies.plots import check_matplotlib, plot_bias, plot_variance
 from tutelage.distill.studies.toy_control import ToyRun, run_toy
 from tutelage.evaluation import files
@@ -52,10 +57,10 @@ def run_study(
     begun = time.monotonic()
     with _one_thread(), ConsoleObserver() as watcher:
         qualities = run_enumeration(GAMMAS, progress=watcher.advance)
-        errors = run_laws()
+        errors = run_sampling_shifts()
         runs = run_toy(GAMMAS, seeds, iterations, progress=watcher.advance)
     settings = {"gammas": GAMMAS, "seeds": seeds, "iterations": iterations}
-    sheets = [toy_sheet(runs, iterations), enumeration_sheet(qualities), laws_sheet(errors)]
+    sheets = [toy_sheet(runs, iterations), enumeration_sheet(qualities), sampling_sheet(errors)]
     _write(out, sheets, runs, qualities, errors, settings)
     for sheet in sheets:
         watcher.console.print(sheet.table())
@@ -66,8 +71,8 @@ def run_study(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Products this small gain little from a second thread, and lose much where cores are shared:
-    each of them ends with a wait for the slower one."""
+    """Matrix products this small gain little from a second thread, and lose much where cores are
+    shared: each of them ends with a wait for the slower thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -81,7 +86,7 @@ def _write(
     sheets: Sequence[Sheet],
     runs: Sequence[ToyRun],
     qualities: Sequence[Quality],
-    errors: Sequence[LawError],
+    errors: Sequence[SamplingShift],
     settings: dict[str, Any],
 ) -> None:
     text = "\n".join(sheet.markdown() for sheet in sheets)
@@ -98,7 +103,7 @@ def _write(
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for what a diverged run left."""
+    """The value with null for NaN and infinity, which JSON has not and diverged runs leave."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -143,16 +148,16 @@ def toy_sheet(runs: Sequence[ToyRun], iterations: int) -> Sheet:
     """One row a gamma."""
     rows = []
     for gamma in dict.fromkeys(run.gamma for run in runs):
-        own = [run for run in runs if run.gamma == gamma]
+        of_gamma = [run for run in runs if run.gamma == gamma]
         rows.append(
             [
                 f"{gamma:g}",
-                f"{sum(run.reached for run in own)} of {len(own)}",
-                f"{sum(run.diverged for run in own)} of {len(own)}",
-                *(_spread([run.distances[task] for run in own]) for task in (0, 1)),
-                _geometric([run.variance for run in own]),
-                _geometric([run.reference_variance for run in own]),
-                _geometric([run.first_variance for run in own]),
+                f"{sum(run.reached for run in of_gamma)} of {len(of_gamma)}",
+                f"{sum(run.diverged for run in of_gamma)} of {len(of_gamma)}",
+                *(_spread([run.distances[task] for run in of_gamma]) for task in (0, 1)),
+                _geometric([run.variance for run in of_gamma]),
+                _geometric([run.reference_variance for run in of_gamma]),
+                _geometric([run.first_variance for run in of_gamma]),
             ]
         )
     return Sheet(
@@ -231,27 +236,27 @@ def enumeration_sheet(qualities: Sequence[Quality]) -> Sheet:
     )
 
 
-def laws_sheet(errors: Sequence[LawError]) -> Sheet:
-    """One row an objective, one column a law."""
-    laws = list(dict.fromkeys((error.temperature, error.top_p) for error in errors))
+def sampling_sheet(errors: Sequence[SamplingShift]) -> Sheet:
+    """One row an objective, one column a pair of temperature and top-p."""
+    pairs = list(dict.fromkeys((error.temperature, error.top_p) for error in errors))
     rows: dict[tuple[str, str], list[str]] = {}
     for error in errors:
         cell = f"{error.full:.1%} → {error.sampling:.1%}"
         rows.setdefault((error.name, error.label), []).append(cell)
     return Sheet(
         title=(
-            f"Tokens drawn by another law, {enumeration.LAW_VOCABULARY} tokens,"
+            f"Temperature and top-p, {enumeration.SAMPLING_VOCABULARY} tokens,"
             f" {enumeration.WORLDS} random pairs"
         ),
         note=(
-            "Error of the mean gradient, relative to its own length under draws from the whole"
-            " policy at temperature 1: with behavior: full → sampling. What sampling leaves is what"
-            " top-p never draws."
+            "Error of the mean gradient, relative to the length of the one with draws from the"
+            " whole policy at temperature 1: with behavior: full → sampling. The error that"
+            " sampling leaves comes from tokens that top-p never draws."
         ),
         headings=[
             "objective",
             "estimator",
-            *(f"temperature {temperature:g},\ntop-p {top_p:g}" for temperature, top_p in laws),
+            *(f"temperature {temperature:g},\ntop-p {top_p:g}" for temperature, top_p in pairs),
         ],
         rows=[[*key, *cells] for key, cells in rows.items()],
         left=2,
@@ -259,7 +264,8 @@ def laws_sheet(errors: Sequence[LawError]) -> Sheet:
 
 
 def _crossing(qualities: Sequence[Quality]) -> str:
-    """From how many sequences on the unbiased estimator has the smaller error."""
+    """From how many sequences a batch on the unbiased estimator has the smaller error."""
+    # error^2 = bias^2 + variance / n; gamma 1 has no bias against the sequence-level gradient
     sampled = [quality for quality in qualities if quality.name == "sampled_token"]
     token, causal = sampled[0], sampled[-1]
     count = (causal.variance - token.variance) / (token.sequence_bias**2 - causal.sequence_bias**2)

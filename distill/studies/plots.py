@@ -1,4 +1,4 @@
-"""The estimator study's two plots. matplotlib loads inside the functions that draw."""
+"""Draws the estimator study's two plots. matplotlib loads inside the functions that draw."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIDES = ((0, 1), (1, 0), (-1, 0), (0, -1))
 
 
 def check_matplotlib() -> None:
-    """Before minutes of work.
+    """Called first, since the study computes for minutes before it draws.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # not pyplot: that keeps figures alive, and may look for a display
     axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0].tolist()
     for axis in axes:
         axis.grid(True, which="major", color="#e5e5e5", linewidth=0.7)
@@ -59,7 +59,9 @@ def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, 
 
 
 def plot_variance(runs: Sequence[ToyRun], path: Path) -> None:
-    """Gradient variance against gamma in the toy: the estimator alone, and with what it does."""
+    """Gradient variance against gamma in the toy: on the same students for every gamma (the
+    estimator's effect alone), and on the students that each gamma trained.
+    """
     figure, (axis,) = _figure(7.0, 4.6, [1])
     gammas = sorted({run.gamma for run in runs})
 

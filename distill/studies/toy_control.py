@@ -1,9 +1,9 @@
-"""The two-task control toy: what discounting does to distillation, where it can be watched.
+"""Trains the two-task control toy, in which the effect of discounting on distillation can be seen.
 
 Revisiting-OPD (arXiv:2603.25562), appendix C: a point on a line. The left task starts at +2 and
-should end at -3, the right one starts at -2 and should end at +3. One student serves both tasks, a
-teacher each task; iterations alternate between them. A step's cost is r_t = log pi - log q of the
-move that the student drew, and the estimator is
+should end at -3, the right one starts at -2 and should end at +3. One student learns both tasks,
+each has its teacher, and iterations alternate between them. A step's cost is
+r_t = log pi - log q of the move that the student sampled, and the estimator is
 
     g_gamma = sum_t ( sum_{t' >= t} gamma^(t'-t) r_t' ) grad log pi(delta_t | s_t)
 
@@ -42,12 +42,12 @@ HIDDEN = 62
 SIGMA_MIN = 0.1
 TEACHER_ITERATIONS = 300
 EVALUATED = 256
-"""Trajectories a task that are played when the training is over."""
+"""Trajectories of each task that are played after training."""
 REACHED = 0.5
 """A target counts as reached when trajectories end this close to it on average."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, of how much."""
+"""Called with (what runs, how many iterations are done, of how many)."""
 
 
 class Policies:
@@ -79,7 +79,7 @@ class Policies:
         return torch.baddbmm(bias, hidden_RNH, weight)
 
     def pick(self, index: torch.Tensor) -> Policies:
-        """The policies at `index`, with parameters of their own."""
+        """Copies of the policies at `index`: the same policy may occur several times."""
         made = copy.copy(self)
         made.layers = [
             (weight.detach()[index].requires_grad_(), bias.detach()[index].requires_grad_())
@@ -123,7 +123,7 @@ def play(policies: Policies, task: int, noise_RBT: torch.Tensor) -> Trajectories
     """s_{t+1} = s_t + delta_t, delta_t = mean + sigma * noise."""
     runs, batch, horizon = noise_RBT.shape
     position_RB = torch.full((runs, batch), STARTS[task])
-    sign_RB = torch.full((runs, batch), 2.0 * task - 1)
+    sign_RB = torch.full((runs, batch), 2.0 * task - 1)  # names the task to the policy: -1 or 1
     features, moves, positions = [], [], []
     for t in range(horizon):
         time_RB = torch.full((runs, batch), t / horizon)
@@ -201,13 +201,13 @@ def micro_batch_variance(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToyRun:
-    """What became of one student.
+    """One student after training.
 
     distances: by task, the mean of |last position - target|.
-    variance: of its own estimator on itself, the median over the iterations.
+    variance: of its gamma's estimator on itself, the median over the iterations.
     first_variance: the same in the first iteration, where all gammas have the same student.
-    reference_variance: this gamma's estimator on the students of the study's first gamma with this
-        seed, the median over the iterations: the estimator alone, whatever became of the student.
+    reference_variance: of its gamma's estimator on the student that the study's first gamma trained
+        from the same seed, the median over the iterations: the estimator's effect alone.
     """
 
     gamma: float
@@ -224,8 +224,9 @@ class ToyRun:
 
     @property
     def diverged(self) -> bool:
-        """Farther from a target than it began, or nowhere (NaN)."""
+        """Farther from a target than at the start, or NaN."""
         begun = (abs(start - target) for start, target in zip(STARTS, TARGETS, strict=True))
+        # `not d <= far`, not `d > far`: NaN counts as diverged
         return any(not d <= far for d, far in zip(self.distances, begun, strict=True))
 
 
@@ -235,8 +236,8 @@ def run_toy(
     iterations: int,
     progress: Progress | None = None,
 ) -> list[ToyRun]:
-    """Train teachers, then a student for each gamma and seed. With a seed, all gammas begin with
-    the same student and meet the same noise."""
+    """Train teachers, then a student for each gamma and seed. For one seed, all gammas begin with
+    the same student and have the same noise."""
     index_R = torch.arange(len(seeds)).repeat(len(gammas))  # the seed of each run, gamma by gamma
     gamma_R1 = torch.tensor(gammas).repeat_interleave(len(seeds))[:, None]
     teachers = [
@@ -269,7 +270,8 @@ def _distil(
     gamma_R1: torch.Tensor,
     gammas: Sequence[float],
 ) -> torch.Tensor:
-    """Leave each run's gradient in its parameters; return all gammas' variances on it [R, G]."""
+    """Leave each run's gradient in its parameters; return the variances of all gammas' estimators
+    on each run's student [R, G]."""
     features_RNF, moves_RN = seen.features_RBTF.flatten(1, 2), seen.moves_RBT.flatten(1)
     hidden_RNH = students.hidden(features_RNF)
     head_RNO = students.head(hidden_RNH)
@@ -281,6 +283,7 @@ def _distil(
         cost_RGBT = torch.stack([return_to_go(cost_RBT, gamma) for gamma in gammas], dim=1)
         found_RG = micro_batch_variance(hidden_RNH, score_RNO, cost_RGBT)
     weight_RN = return_to_go(cost_RBT, gamma_R1).flatten(1)
+    # autograd starts at the head, whose gradient is known: advantage times score
     head_RNO.backward(weight_RN[..., None] * score_RNO / seen.moves_RBT.shape[1])
     return found_RG
 

@@ -2,7 +2,7 @@
 
     python -m tutelage.distill.tiny.ship RUN_DIR NAME
 
-takes the run's newest checkpoint and its eval.json (`tutelage eval` writes it).
+takes the run's newest checkpoint, and its eval.json if `tutelage eval` has written one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whether two expressions are equal, by their values: run inside the grading worker.
+"""Decides by their values whether two expressions are equal. Runs inside the grading worker.
 
-Constants are compared at two precisions, hundreds of digits apart: a difference that is real stays
-where it is, one that is rounding shrinks with the precision. So nothing is compared absolutely, and
-2^{-98} is not 2^{-99}. Expressions with symbols are compared at fixed points, first positive, then
-of both signs; where an even root, a logarithm or a power of something negative is met that depends
-on a symbol, the point tells nothing (`\\sqrt{ab}` is `\\sqrt a\\sqrt b` for lengths). What counts
-things (`n!`, `(-1)^n`) is compared at whole numbers.
+Constants are compared at two precisions, hundreds of digits apart: a real difference keeps its
+size, one that is rounding shrinks with the precision. So no tolerance is absolute, and 2^{-98} is
+not 2^{-99}. Expressions with symbols are compared at fixed points, first positive, then of both
+signs. A point does not count if an even root, a logarithm or a power is taken there of a negative
+value that depends on a symbol (`\\sqrt{ab}` is `\\sqrt a\\sqrt b` for lengths). Expressions that
+are defined for whole numbers only (`n!`, `(-1)^n`) are compared at whole numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tutelage.envs.grading.text import ROW, TEXT
 CONSTANTS = (300, 1000)  # digits of the two precisions, without symbols
 POINTS = (60, 300)  # and at every point
 ENOUGH = 3  # points at which both sides are defined
-MOST_NODES = 500
+MOST_NODES = 500  # of both sides: each is evaluated at every point, to hundreds of digits
 LARGEST = 10**5  # exponents of e and arguments of factorials
 
 
@@ -44,7 +44,7 @@ def decide(answer: str, gold: str) -> tuple[bool, str] | None:
 
 
 def plain(text: str) -> str:
-    """What math-verify reads: TeX again, degrees as a factor."""
+    """As TeX again, which math-verify reads: degrees as a factor."""
     text = text.replace(ROW, "\\\\ ").replace(TEXT, " ")
     return text.replace("^\\circ", "*\\pi/180 ") if "^\\circ" in text else text
 
@@ -71,7 +71,7 @@ class Numeric:
 
 
 def _attempt(compute: Callable[[], Any]) -> Any:
-    """What it computes, or None where that is too large, or undefined everywhere."""
+    """The result of `compute`; None where it is too large, or undefined everywhere."""
     try:
         return compute()
     except (ArithmeticError, ValueError, TypeError):
@@ -97,7 +97,7 @@ def _equal(a: Node, b: Node) -> bool | None:
 def _everywhere(
     values: Callable[[Mapping[str, Fraction], int], tuple[Any, Any]], symbols: list[str]
 ) -> list[tuple[Any, Any]]:
-    """The values at both precisions of the points that tell; none if they are too few."""
+    """The values, at both precisions, at the points that count; none if those are too few."""
     for points in (_reals(symbols), _wholes(symbols)):
         found = []
         for point in points:
@@ -115,8 +115,10 @@ def _close(low: tuple[Any, Any], high: tuple[Any, Any], digits: tuple[int, int])
     with mp.workdps(digits[1]):
         rough, fine = abs(low[0] - low[1]), abs(high[0] - high[1])
         size = max(abs(high[0]), abs(high[1]))
-        if fine <= size * mp.mpf(10) ** (30 - digits[1]):
+        if fine <= size * mp.mpf(10) ** (30 - digits[1]):  # equal in all but the last 30 digits
             return True
+        # Where much cancels, more digits are lost; but rounding shrinks with the precision, at
+        # least by half of the digits that were added.
         return bool(rough > 0 and fine <= rough * mp.mpf(10) ** ((digits[0] - digits[1]) // 2))
 
 
@@ -159,7 +161,7 @@ def _real(a: Node) -> Fraction | None:
         value = _value(a, {})
         if not mp.isfinite(value) or abs(mp.im(value)) > abs(value) * mp.mpf(10) ** -40:
             return None
-        sign, mantissa, exponent, _ = mp.re(value)._mpf_
+        sign, mantissa, exponent, _ = mp.re(value)._mpf_  # mpmath's own binary form, exact
         return (-1 if sign else 1) * Fraction(int(mantissa)) * Fraction(2) ** exponent
 
 
@@ -174,7 +176,7 @@ def _size(node: Node) -> int:
 
 def _reals(symbols: list[str]) -> list[dict[str, Fraction]]:
     """Fixed points: five positive, then five of both signs."""
-    dice = random.Random("grading")
+    dice = random.Random("grading")  # a fixed seed: the same verdict in every process
     points = []
     for at in range(10):
         signs = [1 if at < 5 else dice.choice((1, -1)) for _ in symbols]
@@ -182,6 +184,7 @@ def _reals(symbols: list[str]) -> list[dict[str, Fraction]]:
             signs = [-1] * len(symbols)
         points.append(
             {
+                # Over a prime, so that no point is a value at which something special happens.
                 name: sign * Fraction(dice.randrange(300, 4000), 1013)
                 for name, sign in zip(symbols, signs, strict=True)
             }
@@ -220,7 +223,7 @@ def _value(node: Node, at: Mapping[str, Any]) -> Any:
         return compute(*arguments)
     if node.op in FUNCTIONS and len(arguments) == 1:
         return _function(node.op, arguments[0])
-    if len(node.op) == 1:  # f(x): any function, but one and the same
+    if len(node.op) == 1:  # an unknown f(x): some function of its arguments, the same on both sides
         seed = random.Random(node.op)
         return mp.sin(sum(arg * mp.mpf(seed.randrange(3, 99)) / 17 for arg in arguments) + 1)
     raise ValueError(node.op)
@@ -280,6 +283,7 @@ def _binomial(n: Any, k: Any) -> Any:
 
 
 def _whole(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A floor or a ceiling; Undefined so near to a whole number that rounding would decide it."""
     nearest = mp.nint(value)
     if mp.im(value) != 0 or (value != nearest and abs(value - nearest) < mp.mpf(10) ** -40):
         raise Undefined
@@ -317,7 +321,7 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "ln": _ln,
     "lg": lambda value: _ln(value) / mp.log(10),
-    # Whose base is a matter of taste: only what holds in any base is equal
+    # Some mean base 10 by it, some e. In a base that nobody means, equal is what is so in any base.
     "log": lambda value: _ln(value) * mp.mpf(811) / 701,
     "exp": _exp,
     "cis": lambda value: _exp(mp.mpc(0, 1) * value),

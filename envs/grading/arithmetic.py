@@ -1,4 +1,4 @@
-"""What is asked about expressions, the exact answers to it, and verdicts that may be "can't tell".
+"""What a comparison needs to know of expressions (`Arithmetic`), and its exact form (`Exact`).
 
 A verdict is True, False, or None: this arithmetic can't tell.
 """
@@ -18,10 +18,10 @@ Equal = Callable[[str, str], bool | None]
 
 
 class Arithmetic(Protocol):
-    """What is asked about expressions."""
+    """Compares expressions."""
 
     def equal(self, a: Node, b: Node, /) -> bool | None:
-        """Whether two expressions are one."""
+        """Whether two expressions are equal."""
 
     def real(self, a: Node, /) -> Fraction | None:
         """The value of a real constant, near enough to sort by."""
@@ -33,8 +33,8 @@ class Arithmetic(Protocol):
 class Exact:
     """The arithmetic of rational numbers, and of expressions that are written alike.
 
-    With `strict`, only a numeral equals an integer. Afterwards `unsure` says that algebra may know
-    more, `oversized` that something is too large to be asked about.
+    With `strict`, only a numeral equals an integer. After comparisons, `unsure` says that algebra
+    may know more, and `oversized` that an expression is too large to compute.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -54,22 +54,23 @@ class Exact:
             return False
         if values[1] is not None and a.symbols():
             return False  # an expression in x is no number
-        self._ask(a, b)
+        self._leave(a, b)
         return None
 
     def real(self, a: Node, /) -> Fraction | None:
         value = rational(a)
         if value is None:
-            self._ask(a)
+            self._leave(a)
         return value
 
     def ratio(self, a: Node, b: Node, /) -> int | None:
         if a == b:
             return 1
-        self._ask(a, b)
+        self._leave(a, b)
         return None
 
-    def _ask(self, *nodes: Node) -> None:
+    def _leave(self, *nodes: Node) -> None:
+        """Leave these to algebra."""
         self.unsure = True
         self.oversized = self.oversized or any(map(oversized, nodes))
 
@@ -112,7 +113,9 @@ def all_of(found: list[bool | None]) -> bool | None:
 
 
 def matched(mine: list[str], theirs: list[str], equal: Equal) -> bool | None:
-    """Each of one list to one of the other. Equality is transitive: the first that fits will do."""
+    """Whether each of one list equals one of the other. Equality is transitive, so that the first
+    that fits can be taken.
+    """
     left, unsure = list(mine), False
     for gold in theirs:
         verdicts = [equal(answer, gold) for answer in left]

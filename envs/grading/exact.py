@@ -1,8 +1,9 @@
-"""The exact value of an expression without symbols, where it is rational.
+"""Computes the exact value of an expression without symbols, where it is rational.
 
-Integers of a bounded size, fractions, powers, perfect roots, factorials, binomials, floors: what a
-gold integer or a tiny fraction is compared with, without any tolerance. Work is bounded twice: no
-number has more than MAX_BITS bits, and one expression has EFFORT bits of numbers to spend.
+It knows integers of a bounded size, fractions, powers, perfect roots, factorials, binomials and
+floors, so that a gold integer or a tiny fraction is compared without any tolerance. Work is bounded
+twice: no number has more than MAX_BITS bits, and all numbers of one expression together have at
+most EFFORT bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class NotRational(ValueError):
 
 
 def exact(text: str) -> Fraction | None:
-    """The rational number that `text` writes; None if it is none, or is out of bounds."""
+    """The rational number that `text` writes; None if it writes none, or one out of bounds."""
     try:
         return evaluate(parse(text))
     except (Unreadable, NotRational):
@@ -50,7 +51,7 @@ class _Evaluation:
         arguments = [self.value(arg) for arg in node.args]
         try:
             return self.kept(compute(*arguments))
-        except (ZeroDivisionError, TypeError):  # one argument too many is no function of ours
+        except (ZeroDivisionError, TypeError):  # a TypeError: one argument too many
             raise NotRational(node.op) from None
 
     def kept(self, value: Fraction) -> Fraction:
@@ -75,6 +76,7 @@ class _Evaluation:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if bits > 1 and bits * abs(times) > 2 * MAX_BITS:
             raise NotRational("too large")
+        # Of 1 and -1 only the parity counts, however large the exponent is.
         return base ** (times if bits > 1 else times % 2 if times >= 0 else -(-times % 2))
 
 
@@ -151,7 +153,7 @@ _OPERATIONS: dict[str, Callable[..., Fraction]] = {
 }
 
 
-_SYMBOL_SIZE = 10.0  # what a symbol stands for at most, where it is only asked how large
+_SYMBOL_SIZE = 10.0  # what a symbol counts as, where only the size of the whole matters
 LARGEST = 10**5  # exponents and arguments of functions that are worth computing
 
 
@@ -164,7 +166,7 @@ def oversized(node: Node) -> bool:
 
 
 def _size(node: Node) -> float:
-    """About how large it is at most; infinite if that must not be computed."""
+    """An upper bound of its size, roughly; infinite if its value must not be computed."""
     if node.op == "number":
         return abs(float(node.value)) if isinstance(node.value, Fraction) else math.inf
     if not node.args:

@@ -1,8 +1,8 @@
-"""Kinds of answers with a notation of their own: choices, approximations, times, ratios, matrices,
-residues.
+"""Compares answers that have a notation of their own: choices, approximations, times, ratios,
+matrices, residues.
 
-Each takes two texts, an `Arithmetic` and `again`, which compares two parts of them; NotImplemented
-says that they are of another kind.
+Each function takes two texts, an `Arithmetic` and `again`, which compares two parts of them. It
+returns NotImplemented for texts of another kind.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _CHOICE = re.compile(
 )
 
 
+# How the text beside a label never begins: these make `A < B` or `A is wrong` of it.
 _NO_TEXT = re.compile(
     r"[+*/^=<>!|]|-(?![\d\\.])|(?:not|or|and|nor|vs|is|are|was|isn't)(?![A-Za-z])"
     r"|\\(?:ne|le|ge|to|in|cup|cap|pm)(?![A-Za-z])"
@@ -46,7 +47,7 @@ _NO_TEXT = re.compile(
 
 
 def label(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
-    """Choices: A, (A), `A. 5`, Option A. A label with its text is as good as either."""
+    """Choices: A, (A), `A. 5`, Option A. Of a label with its text either is enough."""
     mine, theirs = _labelled(answer), _labelled(gold)
     if mine == ("", answer) and theirs == ("", gold):
         return NotImplemented
@@ -86,7 +87,7 @@ def approximate(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) ->
 
 
 def _far(parts: list[str]) -> bool:
-    """Two numbers that are not near each other: 2 \\approx 3."""
+    """Whether two neighbours are numbers too far apart to be approximations: 2 \\approx 3."""
     values = [value for part in parts if (value := numeral(stripped(part))) is not None]
     return any(abs(a - b) > max(Fraction(1, 2), abs(a) / 10) for a, b in itertools.pairwise(values))
 
@@ -126,7 +127,7 @@ def clock(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool 
         arithmetic.equal(Node("multiply", (a, second[0])), Node("multiply", (b, first[0])))
         for a, b in zip(first, second, strict=True)
     ]
-    if any(rational(node) == 0 for node in (*first, *second)):
+    if any(rational(node) == 0 for node in (*first, *second)):  # crosswise 0:1 would equal 0:0
         return all_of([arithmetic.equal(a, b) for a, b in zip(first, second, strict=True)])
     return all_of(crossed)
 
@@ -156,7 +157,8 @@ _MATRIX = re.compile(
 )
 
 
-_MORE = re.compile(r"\\begin.*\\begin|\\end\s*\{\s*\w+\s*\}[)\]\s]*\^", re.DOTALL)  # to compute
+# Products and powers of matrices, which are still to be computed.
+_MORE = re.compile(r"\\begin.*\\begin|\\end\s*\{\s*\w+\s*\}[)\]\s]*\^", re.DOTALL)
 
 
 def matrix(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
@@ -210,7 +212,7 @@ _REMAINDER = re.compile(r"^[\d+*^(){} -]+\\bmod\s*\d+(?:\s*=.*)?$")
 
 
 def modular(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
-    """Residues: `n\\equiv 3\\pmod 7`. A gold without a modulus is a number; it is not a class."""
+    """Residues: `n\\equiv 3\\pmod 7`. A gold without a modulus is a number, not a residue class."""
     found = [_MOD.search(text) for text in (answer, gold)]
     if found[1] is None and _REMAINDER.match(answer):
         return NotImplemented  # an operation on two numbers

@@ -1,8 +1,8 @@
-"""Numerals, and what stands around a value: its unit, a percent sign, `million`.
+"""Reads numerals, and takes off what stands around a value: its unit, a percent sign, `million`.
 
 A numeral is a number written out (integer, decimal, fraction, mixed number, power, scientific
-notation, repeating decimal), as `Fraction`, without tolerance. An expression that only has a value
-(`10!`) is none: see `exact`.
+notation, repeating decimal); it is read as a `Fraction`, without tolerance. An expression whose
+value must be computed (`10!`) is no numeral: see `exact`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def numeral(text: str) -> Fraction | None:
     text = text.replace(TEXT, " ").strip()
     while text.startswith("{") and text.endswith("}") and "{" not in text[1:]:
         text = text[1:-1].strip()
+    # ASCII only: the patterns' \d and int() would take digits of any script.
     if sum(map(str.isdigit, text)) > MAX_DIGITS or not text.isascii():
         return None
     for pattern, read in _GRAMMAR:
@@ -57,7 +58,7 @@ def _signed(sign: str, value: Fraction) -> Fraction:
 
 
 def _decimal(text: str) -> Fraction:
-    """A decimal of the grammar; `42.` and `.5` included, which Fraction itself may refuse."""
+    """A decimal of the grammar, also `42.` and `.5`, which Fraction itself may refuse."""
     whole, _, part = text.replace(",", "").replace(" ", "").partition(".")
     return Fraction(int(f"{whole}{part}" or "0"), 10 ** len(part))
 
@@ -118,7 +119,7 @@ _GRAMMAR = (
 class Quantity:
     """A value and what stands around it.
 
-    `bare` says that the unit is one letter outside `\\text{}`, which may be a variable: `3 m`.
+    bare: the unit is one letter outside `\\text{}`, which may be a variable: `3 m`.
     """
 
     value: str
@@ -144,7 +145,7 @@ _TEMPERATURE = re.compile(rf"\^\\circ[\s{TEXT}]*[CFK](?![A-Za-z])")
 
 
 def quantity(text: str) -> Quantity:
-    """`text` apart: `\\$2.5\\text{ million}`, `36\\pi cm^3`, `50\\%`, `30^\\circ 15'`."""
+    """Takes a text apart: `\\$2.5\\text{ million}`, `36\\pi cm^3`, `50\\%`, `30^\\circ 15'`."""
     text = repeating(text)
     if match := _PERCENT.search(text):
         return Quantity(value=stripped(text[: match.start()]), percent=True)

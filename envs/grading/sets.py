@@ -1,7 +1,8 @@
-"""Sets of real numbers however they are written: intervals, inequalities, unions, set builders.
+"""Compares sets of real numbers, as intervals, inequalities, unions or set builders.
 
-A set is a list of pieces with ends; ends that are numbers are sorted and merged, so that x != 2 and
-(-oo, 2) u (2, oo) are one set. Ends that hold symbols are compared piece by piece, as written.
+A set is read as a list of pieces with two ends each. Pieces whose ends are numbers are sorted and
+merged, so that x != 2 and (-oo, 2) u (2, oo) are the same set. Pieces whose ends hold symbols are
+compared one by one, in the order in which they are written.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _COMMA = re.compile(r"[,;]")
 
 
 class NoSet(ValueError):
-    """The text is no set of real numbers that this file reads."""
+    """The text is no set of real numbers that this file can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def member(text: str) -> tuple[str, str]:
 
 
 def same_set(answer: str, gold: str, read: Reader, arithmetic: Arithmetic) -> bool | None:
-    """Whether two texts, one of them at least a set by its notation, are one set."""
+    """Whether two texts, at least one of which is written as a set, are the same set."""
     found, unread = [], False
     for text in (answer, gold):
         if "," in text and not brackets(text).opening and not is_set(text):
@@ -104,7 +105,7 @@ def same_set(answer: str, gold: str, read: Reader, arithmetic: Arithmetic) -> bo
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Texts as (the variable's name or "", the pieces)."""
+    """Reads texts as (the variable's name or "", the pieces)."""
 
     read: Reader
     arithmetic: Arithmetic
@@ -126,7 +127,7 @@ class _Reading:
             return "", [(_LOWEST, _HIGHEST)]
         if _NONE.match(text):
             return "", []
-        for pattern, combine in (
+        for pattern, combine in (  # weakest binding first: it splits the whole text
             (_OR, _union),
             (_UNION, _union),
             (_AND, _common),
@@ -257,7 +258,7 @@ def _known(*ends: End) -> None:
 
 
 def _lower(a: End, b: End) -> End:
-    """The lower end that leaves less."""
+    """Of two lower ends the one that leaves less of the line."""
     if a is _LOWEST or b is _LOWEST:
         return b if a is _LOWEST else a
     _known(a, b)
@@ -281,7 +282,7 @@ def _holds_any(lower: End, upper: End) -> bool:
 
 def _common(first: list[Piece], second: list[Piece]) -> list[Piece]:
     pieces = [(_lower(a[0], b[0]), _upper(a[1], b[1])) for a in first for b in second]
-    return [piece for piece in pieces if _holds_any(*piece)][:100]
+    return [piece for piece in pieces if _holds_any(*piece)][:100]  # each \ne doubles them
 
 
 def _union(first: list[Piece], second: list[Piece]) -> list[Piece]:
@@ -300,7 +301,7 @@ def _difference(first: list[Piece], second: list[Piece]) -> list[Piece]:
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Sorted, with those that touch made one; as they are if an end has no value."""
+    """The pieces sorted, and those that touch made one; unchanged if an end has no value."""
     if any(end.value is None for piece in pieces for end in piece):
         return pieces
     pieces = [piece for piece in pieces if _holds_any(*piece)]

@@ -1,8 +1,8 @@
-"""What kind of answer two texts are, and whether they are the same one: lists, tuples, equations,
-sets of reals, what has a notation of its own (`kinds`), and at the bottom two values.
+"""Finds out what kind of answer two texts are, and compares them: lists, tuples, equations, sets of
+reals, kinds with a notation of their own (`kinds`), and at the bottom two values.
 
-All of it works on plain TeX (`text.clean`). Whether two values are equal is asked of an
-`Arithmetic`: the exact one here in the process, the numerical one in the grading worker.
+It works on plain TeX (`text.clean`). An `Arithmetic` says whether two values are equal: the exact
+one in this process, the numerical one in the grading worker.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def same(answer: str, gold: str, arithmetic: Arithmetic, depth: int = 0) -> bool
 
 
 def _set(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
-    """Intervals, inequalities, unions, set builders, excluded points, against each other."""
+    """Intervals, inequalities, unions, set builders, excluded points, in any combination."""
     if not sets.is_set(answer) and not sets.is_set(gold):
         return NotImplemented
     member = [sets.member(text) for text in (answer, gold)]
@@ -79,7 +79,9 @@ def _set(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool |
 
 
 def _equation(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
-    """`m+n=53` answers 53, `f(x)=2x` answers 2x; two equations are compared as equations."""
+    """`m+n=53` answers a gold 53, `f(x)=2x` a gold 2x. Two equations are the same if left minus
+    right of one is a multiple of left minus right of the other.
+    """
     mine, theirs = split(answer, "="), split(gold, "=")
     if len(mine) == len(theirs) == 1:
         return NotImplemented
@@ -115,11 +117,11 @@ def _equation(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> b
 
 
 _LETTER = re.compile(rf"^[\s{TEXT}]*\(?\s*[A-Z]\s*\)?[\s{TEXT}]*$")  # of a choice: B=A is not A
-_NEAR = Fraction(1, 100)  # of what 1/3 = 0.33 may leave out
+_NEAR = Fraction(1, 100)  # relative: 1/3 = 0.33 is rounding, not an untrue equation
 
 
 def _untrue(sides: list[str]) -> bool:
-    """Two numbers in a chain of equal ones differ: 2+3=6 states nothing."""
+    """Whether two neighbours in a chain of equations are different numbers, as in 2+3=6."""
     values = []
     for side in sides:
         with contextlib.suppress(Unreadable):
@@ -172,7 +174,7 @@ _POINT = re.compile(r"^[A-Z]'?\s*(?=\(.*,.*\)$)")
 
 
 def _list(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
-    """Values one after the other: in any order, unless brackets or several names order them."""
+    """Several values: their order counts only if brackets or names say which is which."""
     if _one_number(answer) and _one_number(gold):
         return NotImplemented  # 1,234
     answer, gold = _by_name(answer), _by_name(gold)
@@ -181,7 +183,7 @@ def _list(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool 
         return NotImplemented
     bare = _POINT.sub("", answer), _POINT.sub("", gold)
     if bare != (answer, gold) and all(len(listed(text).parts) > 1 for text in bare):
-        answer, gold = bare  # P(1, 2); against one number C(10, 3) is one
+        answer, gold = bare  # P(1, 2); but beside a single number C(10, 3) is a binomial
     mine, theirs = listed(answer), listed(gold)
     signs = any("\\pm" in text or "\\mp" in text for text in (answer, gold))
     if not signs and len(mine.parts) == len(theirs.parts) == 1 and mine.opening == theirs.opening:
@@ -194,7 +196,7 @@ def _list(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool 
 
 
 def _by_name(text: str) -> str:
-    """`p=2, q=3` of `(p,q)=(2,3)`."""
+    """`(p,q)=(2,3)` as `p=2,q=3`."""
     sides = split(text, "=")
     if len(sides) != 2 or not _is_name(sides[0]):
         return text
@@ -205,12 +207,12 @@ def _by_name(text: str) -> str:
 
 
 def _one_number(text: str) -> bool:
-    """A numeral, with a unit if it likes: `\\$1,234`."""
+    """Whether the text is a numeral, with or without a unit: `\\$1,234`."""
     return numeral(text) is not None or numeral(quantity(text).value) is not None
 
 
 def _any_reading(answer: str, gold: str, arithmetic: Arithmetic, again: Equal) -> bool | None:
-    """Both signs: the upper ones and the lower ones, or each sign by itself."""
+    """Compares texts with `\\pm`: with all upper and all lower signs, or with every combination."""
     found: list[bool | None] = []
     for joint in (True, False):
         mine, theirs = listed(answer, signs=joint), listed(gold, signs=joint)

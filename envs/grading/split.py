@@ -1,4 +1,4 @@
-"""Plain TeX apart at its top level: brackets, parts of a list, both signs of `\\pm`."""
+"""Takes plain TeX apart at its top level: brackets, parts of a list, both signs of `\\pm`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ class Listing:
 
 
 def listed(text: str, *, signs: bool | None = None) -> Listing:
-    """The parts of a list; with `signs`, both of each `\\pm`: joint ones or each by itself."""
+    """The parts of a list. signs: write out each `\\pm`, with all signs alike (True) or in every
+    combination (False).
+    """
     around = brackets(text)
     inner = joined(around.inner)
     parts = [stripped(part) for part in split(inner, ",;")]
@@ -127,6 +129,7 @@ def _signs(part: str, *, joint: bool) -> list[str]:
     count = len(_SIGNS.findall(part))
     if not count:
         return [part]
+    # From five signs on, every combination would be too many: all upper and all lower only.
     choices = (0, 2**count - 1) if joint or count > 4 else range(2**count)
     found = []
     for bits in choices:
@@ -141,14 +144,14 @@ def _signs(part: str, *, joint: bool) -> list[str]:
 
 
 def ungrouped(text: str) -> str:
-    """Without the commas of thousands where the commas of the list have a space: `1,000, 2,000`."""
+    """Without the commas of thousands, if the list's own commas have a space: `1,000, 2,000`."""
     if not re.search(r",\s|;|\band\b|\bor\b|\\(?:pm|cup)", text):
         return text
     return grouped(text)
 
 
 def grouped(text: str) -> str:
-    """Without the commas of thousands, wherever they may be some."""
+    """Without all commas that may be commas of thousands."""
     return _GROUPED.sub(lambda match: match[1].replace(",", ""), text)
 
 
@@ -160,8 +163,9 @@ _SPACES = re.compile(rf"[\s{TEXT}]+")
 
 
 def squeezed(text: str) -> str:
-    """What is compared as text: no spaces but those between digits, no braces around one
-    character, words in lower case."""
+    """The text in the form in which texts are compared: no spaces but those between digits, no
+    braces around one character, words in lower case.
+    """
     text = _GAP.sub("\x00", text)
     text = _ONE.sub(r"\1", _SPACES.sub("", text)).replace("\x00", " ")
     return text.lower() if len(text) > 1 and text.replace("'", "").isalpha() else text

@@ -1,7 +1,7 @@
-"""Plain TeX (see text.py) as a tree: one expression of numbers, symbols, functions.
+"""Parses plain TeX (see text.py) into a tree: one expression of numbers, symbols, functions.
 
-What it cannot read in one way only it does not read: `\\sin\\pi/3`, `12 34`, words, sums and
-integrals, ellipses raise `Unreadable`. Nothing of a text is ever executed.
+A text that can be read in more than one way, or not at all, raises `Unreadable`: `\\sin\\pi/3`,
+`12 34`, words, sums and integrals, ellipses. Nothing of a text is ever executed.
 
 A tree is a `Node`: an operation, its operands, and for a leaf its value.
 """
@@ -88,7 +88,7 @@ _CHOICES = re.compile(r"([CP])[\s\ue001]*\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
 _TWO = re.compile(r"\([^(),]*,[^(),]*\)")
 _OPAQUE = frozenset("fghFGH")  # letters that are functions when a parenthesis follows
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
-_POLITE = frozenset(
+_SHORT_WORDS = frozenset(  # of at most three letters, which could be products of symbols
     ("mod", "and", "or", "if", "is", "of", "to", "no", "in", "as", "at", "not", "the", "for", "or")
 )
 
@@ -154,7 +154,9 @@ class _Reader:
         return Node("negate", (term,)) if negative else term
 
     def term(self, depth: int) -> Node:
-        """A product. All its factors are operands of one node, so that long ones are not deep."""
+        """A product. All its factors are operands of one node: a tree of a thousand levels would
+        exceed Python's recursion limit.
+        """
         above, below = [self.factor(depth)], list[Node]()
         while True:
             if self.accept("*"):
@@ -175,8 +177,9 @@ class _Reader:
         return self.factor(depth)
 
     def juxtaposed(self) -> bool:
-        """A factor without a sign of multiplication follows. A number only does after a factorial:
-        `4!4!`, but not `12 34`."""
+        """Whether a factor without a sign of multiplication follows. A number may only follow a
+        factorial: `4!4!`, but not `12 34`.
+        """
         after = self.text[: self.at].rstrip()[-1:]
         token = self.peek()
         if token[:1].isdigit() and after == "!":
@@ -184,7 +187,7 @@ class _Reader:
         if token[:1].isdigit() or token == ".":
             raise Unreadable("a number after a factor")
         if token == "|":
-            return self.bars == 0
+            return self.bars == 0  # else it closes |x|
         if token in ("\\lfloor", "\\lceil", "(", "[", "{"):
             return True
         if token.startswith("\\"):
@@ -202,7 +205,7 @@ class _Reader:
         if self.accept("!"):
             base = Node("double_factorial" if self.accept("!") else "factorial", (base,))
         if self.peek() == "^" and base.op != "factorial":
-            raise Unreadable("a^b^c")
+            raise Unreadable("a^b^c")  # TeX refuses it, too
         return self.power(base, depth) if self.peek() == "^" else base
 
     def power(self, base: Node, depth: int) -> Node:
@@ -235,7 +238,7 @@ class _Reader:
 
     def group(self, opening: str, depth: int) -> Node:
         self.expect(opening)
-        bars, self.bars = self.bars, 0
+        bars, self.bars = self.bars, 0  # inside brackets a | opens anew
         node = self.expression(depth + 1)
         self.bars = bars
         self.expect(_CLOSERS[opening])
@@ -336,7 +339,7 @@ class _Reader:
         for name in _NAMES:
             if word.startswith(name):
                 return self.named(name, depth)
-        if word.lower() in _POLITE or (len(word) > 3 and not _sparse(word)):
+        if word.lower() in _SHORT_WORDS or (len(word) > 3 and not _sparse(word)):
             raise Unreadable(word)
         self.at += 1
         rest = self.text[self.at :].lstrip()
@@ -357,8 +360,9 @@ class _Reader:
         return self.symbol(word[0])
 
     def choices(self, depth: int) -> Node | None:
-        """C(n, k) of two plain arguments; else C is a symbol. Looked at, not tried: what is read
-        twice at every level takes for ever."""
+        """C(n, k) of two plain arguments, or None: then C is a symbol. A pattern decides, without
+        parsing: nested C(C(... would be parsed twice at every level, 2^depth times.
+        """
         self.space()
         if _TWO.match(self.text, self.at) is None:
             return None
@@ -413,7 +417,7 @@ class _Reader:
             self.at += 1
             exponent = self.exponent(depth)
         arguments = self.applied(depth)
-        if exponent is not None and _is_minus_one(exponent):
+        if exponent is not None and _is_minus_one(exponent):  # sin^{-1} is no power, sin^2 is one
             if name not in _CIRCULAR:
                 raise Unreadable("an inverse")
             name, exponent = "arc" + name, None
@@ -438,7 +442,9 @@ class _Reader:
         return (_product(factors, []),)
 
     def simple_follows(self) -> bool:
-        """A letter, \\pi, a fraction or a root goes on the argument; a parenthesis might not."""
+        """Whether the argument continues: a letter, \\pi, a fraction or a root belongs to it. A
+        parenthesis may or may not, so it is unreadable.
+        """
         token = self.peek()
         if token in ("(", "[", "{"):
             raise Unreadable("what the function is applied to")

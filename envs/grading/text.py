@@ -1,9 +1,9 @@
-"""One way of writing for an answer: Unicode and TeX dress become a small, plain TeX.
+"""Rewrites an answer, in whatever Unicode and TeX it is written, as a small, plain TeX.
 
-Every rewrite keeps the meaning. What is left has no style commands, no math delimiters, no thin
-spaces, ASCII digits and operators, `\\frac` for every fraction command, and TEXT before words that
-stood in `\\text{}` (a lone `m` is a metre there, and a variable elsewhere). A row break of a matrix
-is ROW, so that no spacing rule can eat half of it.
+Every rewrite keeps the meaning. The result has no style commands, no math delimiters and no thin
+spaces, only ASCII digits and operators, `\\frac` for every fraction command, and TEXT before words
+that stood in `\\text{}` (a lone `m` is a metre there, and a variable elsewhere). A row break of a
+matrix is ROW, so that no rule for spaces can remove half of it.
 """
 
 from __future__ import annotations
@@ -100,9 +100,11 @@ def _ascii(text: str) -> str:
     text = _INVISIBLE.sub("", text)
     text = _runs(_runs(text, _SUPERSCRIPTS, "^"), _SUBSCRIPTS, "_")
     text = _ROOT.sub(r"\1{\2}", text)
+    # These three stand for nothing, which `or` would take for a missing entry. Fractions come
+    # before NFKC, which would write 2½ as 21⁄2.
     text = "".join(_CHARACTERS.get(c) or _vulgar(c) if c not in "∴「」" else "" for c in text)
     text = unicodedata.normalize("NFKC", text)
-    # NFKC uncovers some more (a full-width ＝, an italic 𝜋).
+    # NFKC makes some more of the table's characters (of an italic 𝜋, for one).
     return "".join(_CHARACTERS.get(c, c) for c in text)
 
 
@@ -124,7 +126,7 @@ def _rules(*pairs: tuple[str, str]) -> tuple[_Rule, ...]:
     return tuple((re.compile(pattern), to) for pattern, to in pairs)
 
 
-_REWRITES = _rules(
+_REWRITES = _rules(  # in this order: later rules rely on what earlier ones wrote
     (r"^\s*(\*\*\*|\*\*|\*|__|_|\"|'+)(?=[^\s*])(.*[^*\s])\1\s*$", r"\2"),  # markdown and quotes
     (r"</?(?:b|i|u|em|strong|span|sub)>", ""),
     (r"\\\\\s*(?:\[\s*[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\])?|\\cr" + _END, ROW),
@@ -202,7 +204,7 @@ _CHOSEN = re.compile(
 
 
 def _chosen(match: re.Match[str]) -> str:
-    """As a binomial or a quotient of factorials; as it was, if there are not so many."""
+    """The number of choices as a binomial or a quotient of factorials; unchanged if k > n."""
     letter, *numbers = sorted(filter(None, match.groups()), key=str.isdigit)
     n, k = map(int, numbers)
     if match[1] and match.group().find("_") > match.group().find("^"):
@@ -275,20 +277,20 @@ _DOTTED = re.compile(
     r"(?<![\d.])(\d*)\s*\.\s*(\d*)\s*\\dot\s*(?:\{\s*(\d)\s*\}|(\d))"
     r"(?:\s*(\d*)\s*\\dot\s*(?:\{\s*(\d)\s*\}|(\d)))?"
 )
-_ON_AND_ON = re.compile(r"(?<![\d.])(\d*)\.(\d*?)(\d+?)(\3+)\s*\\ldots\s*$")
+_ELLIPSIS = re.compile(r"(?<![\d.])(\d*)\.(\d*?)(\d+?)(\3+)\s*\\ldots\s*$")
 
 
 def repeating(text: str) -> str:
     """Every notation of a repeating decimal as `0.1(6)`.
 
-    `0.1666...` says so only if its last digits are one block over and over; a block of one digit
-    stands three times (0.33... twice is what a short division shows, 2.7182818... is no fraction).
+    `0.1666...` is one only if its last digits repeat a block; a block of one digit must stand three
+    times, or twice right after the point (0.33...), since 2.7182818... is no fraction.
     """
     text = _OVERLINE.sub(lambda m: f"{m[1] or 0}.{m[2]}({m[3] or m[4]})", text)
     text = _DOTTED.sub(
         lambda m: f"{m[1] or 0}.{m[2]}({m[3] or m[4]}{m[5] or ''}{m[6] or m[7] or ''})", text
     )
-    match = _ON_AND_ON.search(text) if len(text) < 60 else None
+    match = _ELLIPSIS.search(text) if len(text) < 60 else None  # the pattern backtracks
     if match and (len(match[3]) > 1 or len(match[4]) > 1 or not match[2]):
         text = f"{text[: match.start()]}{match[1] or 0}.{match[2]}({match[3]})"
     return text

@@ -1,6 +1,6 @@
-"""The units that may follow a number: which words they are, and which spellings are one unit.
+"""Recognises the units that may follow a number, and which spellings mean the same unit.
 
-A word that is not here is no unit: `5 million` is not 5, and `7 is not a solution` is not 7.
+A word that is not listed here is no unit: `5 million` is not 5, `7 is not a solution` is not 7.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from tutelage.envs.grading.text import TEXT
 
-# What Chinese counts by: the thing that is counted may follow (个苹果).
+# Chinese classifiers: the thing that is counted may follow (个苹果).
 CLASSIFIERS = (
     "个 次 人 种 名 位 只 支 条 件 棵 本 页 张 台 辆 颗 头 匹 朵 把 双 套 组 队 枚 根 "
     "间 盒 箱 袋 瓶 杯 户 座 层 倍 套 道 题 步 項 项 对 级"
@@ -146,7 +146,7 @@ knot
 way
 people person persons
 """
-# What is counted: names of no conversion, each its own unit.
+# Things that problems count: each is a unit of its own.
 _COUNTED = """
 apple orange banana pear peach lemon cherry grape berry strawberry blueberry fruit tomato potato
 carrot egg cookie cupcake cake pie pizza slice candy candies chocolate sandwich sandwiches donut
@@ -184,11 +184,11 @@ _WORDS: dict[str, str] = {}
 for _line in _SPELLINGS.split("\n"):
     _names = _line.split()
     for _word in _names:
-        _WORDS.setdefault(_word, _names[0])
+        _WORDS.setdefault(_word, _names[0])  # the first line that has a word decides
 for _word in _COUNTED.split():
     _WORDS.setdefault(_word, _word)
 
-# Words of several, said as one; and what a compound is made of.
+# Units of several words become one word, and what joins units becomes / or *.
 _PHRASES = tuple(
     (re.compile(pattern, re.IGNORECASE), to)
     for pattern, to in (
@@ -231,7 +231,7 @@ _PREFIXED = re.compile(
 )
 _LONGEST = 60  # characters of a unit
 
-# Words that change the number, and what by.
+# Words that multiply the number, and by how much.
 SCALES: dict[str, int | Fraction] = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
@@ -329,7 +329,7 @@ def split(text: str) -> tuple[str, str, bool]:
 
 
 def _inside(core: str) -> bool:
-    """A bracket is open at its end: what follows is no unit of the whole."""
+    """Whether a bracket is open at its end: what follows is then no unit of the whole."""
     return core.count("{") != core.count("}") or core.count("(") > core.count(")")
 
 

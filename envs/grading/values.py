@@ -1,4 +1,4 @@
-"""Two values: their units, percent signs and scales, then whether the expressions are equal."""
+"""Compares two values: their units, percent signs and scales, then the expressions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def same_value(answer: str, gold: str, arithmetic: Arithmetic) -> bool | None:
-    """Whether two texts write one value; a unit that only one side has is left out."""
+    """Whether two texts write the same value; a unit that only one side has does not count."""
     if (found := _based(answer, gold)) is not NotImplemented:
         return found
     if answer.startswith("\\{") and answer.endswith("\\}") and not split(answer[2:-2], ",")[1:]:
@@ -73,6 +73,7 @@ def _quantities(mine: Quantity, theirs: Quantity, arithmetic: Arithmetic) -> boo
         return _words(mine, theirs)
     if mine.percent == theirs.percent:
         return _angles(mine, theirs, a, b, arithmetic)
+    # 50% is answered by 0.5 and by 50.
     percent, plain = (a, b) if mine.percent else (b, a)
     hundred = Node("multiply", (number_node(100), plain))
     return any_of(arithmetic.equal(percent, plain), arithmetic.equal(percent, hundred))
@@ -81,7 +82,7 @@ def _quantities(mine: Quantity, theirs: Quantity, arithmetic: Arithmetic) -> boo
 def _angles(
     mine: Quantity, theirs: Quantity, a: Node, b: Node, arithmetic: Arithmetic
 ) -> bool | None:
-    """60 is 60 degrees, and so is pi/3."""
+    """60 degrees equal 60, and also pi/3."""
     equal = arithmetic.equal(a, b)
     degrees = [q.unit == "degree^1" for q in (mine, theirs)]
     if equal is True or degrees[0] == degrees[1]:
@@ -103,8 +104,9 @@ def _scaled(q: Quantity) -> Node:
 
 
 def _words(mine: Quantity, theirs: Quantity) -> bool | None:
-    """Words equal themselves only, and nothing unreadable is a number; the rest is asked
-    elsewhere."""
+    """The verdict where a side cannot be parsed. Words equal only themselves, and an unreadable
+    text is no number; None leaves the rest to math-verify.
+    """
     if numeral(theirs.value) is not None:
         return False
     if _WORD.search(mine.value) or _WORD.search(theirs.value):
@@ -113,7 +115,7 @@ def _words(mine: Quantity, theirs: Quantity) -> bool | None:
 
 
 def _based(answer: str, gold: str) -> bool | None:
-    """Numbers of a base: the digits and the base are compared."""
+    """Compares numbers with a base, 204_5: the digits and the base must be the same."""
     mine, theirs = (_BASE.match(text.replace(TEXT, "")) for text in (answer, gold))
     if not any(match and match[1][0].isdigit() for match in (mine, theirs)):
         return NotImplemented

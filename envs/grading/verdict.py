@@ -1,12 +1,12 @@
-"""Whether a response equals the gold answer: exactly where possible, else by algebra, killable.
+"""Judges whether a response equals the gold answer: exactly, or by algebra in killable processes.
 
 Three tiers, cheapest first:
 
 1. string: both sides in plain TeX (`text`) are the same text;
 2. exact: lists, sets, equations, units and the like are taken apart (`shapes`, `sets`, `kinds`,
    `values`), and numbers are compared as `Fraction`, without tolerance, expressions that have a
-   rational value among them (`exact`). A gold number is decided here unless the answer is an
-   irrational expression;
+   rational value among them (`exact`). If the gold is a number, this tier decides, unless the
+   answer is an irrational expression;
 3. symbolic: the same again by values of high precision (`algebra`), and what that can't read by
    math-verify (the extra `tutelage[math]`), in worker processes that are killed at the deadline,
    because `9^{9^{9}}` holds Python's interpreter lock and no thread, alarm or asyncio timeout can
@@ -38,7 +38,7 @@ _CACHE_SIZE = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """`correct`, and why: which tier decided, or what kept the answer from being read.
+    """Whether the answer is correct, and the reason: which tier decided, or why none could.
 
     Reasons: string, exact, symbolic (decided); no_box, too_long, not_text, unreadable (no answer to
     compare); gold_unparseable; refused (too large to evaluate safely); timeout (its processor time
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def undecided(self) -> bool:
-        """The machine had no time for it: nothing is said of the answer. Ask again."""
+        """Whether the machine had no time for it: that says nothing of the answer. Judge again."""
         return self.reason in UNDECIDED
 
 
@@ -98,8 +98,8 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}[,;:]?\s+(?<!\\)[A-Za-z]{2,}")
 def extract(response: str, *, require_box: bool) -> str | Verdict:
     """The text of the answer, or the verdict that there is none.
 
-    An unclosed or empty last box is no answer: falling back to an earlier one would pay for not
-        finishing.
+    An unclosed or empty last box is no answer: falling back to an earlier one would reward replies
+    that do not finish.
     """
     text = (
         response[response.rfind("</think>") + len("</think>") :]
@@ -112,7 +112,7 @@ def extract(response: str, *, require_box: bool) -> str | Verdict:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         bare = text.strip() if len(text) <= 4 * MAX_BARE else text
-        most = MAX_BARE if " " in bare else MAX_ANSWER
+        most = MAX_BARE if " " in bare else MAX_ANSWER  # without a space it is no prose
         if require_box or not bare or len(bare) > most or "\n" in bare:
             return Verdict(correct=False, reason="no_box")
         return bare
@@ -127,8 +127,8 @@ def extract(response: str, *, require_box: bool) -> str | Verdict:
 
 
 def _argument(text: str) -> str | None:
-    """The TeX argument at the start of `text`: `{...}` with balanced braces, on the next line if it
-    likes, or one word (`\\boxed 5`).
+    """The TeX argument at the start of `text`: `{...}` with balanced braces, perhaps on the next
+    line, or one word (`\\boxed 5`).
     """
     if not text.lstrip("% \t\r\n").startswith("{"):
         word = re.match(r"\s+([^\s$\\{}]+)", text)
@@ -141,7 +141,7 @@ def _argument(text: str) -> str | None:
             if text.startswith(" }", at) and text.count("\\{", begin, at) > text.count(
                 "\\}", begin, at
             ):
-                at += 1  # one that a space came into
+                at += 1  # "\ }": an escaped brace that a space came into
         elif text[at] == "{":
             depth += 1
         elif text[at] == "}":
@@ -212,7 +212,7 @@ _cache_lock = threading.Lock()
 
 
 def _symbolic(answer: str, gold: str, allowance: Allowance) -> Verdict:
-    """math-verify's word. Decided pairs are remembered: samples of one problem repeat their
+    """The symbolic tier's verdict. Decided pairs are cached: samples of one problem repeat their
     answers.
     """
     pair = (answer, gold)
@@ -222,7 +222,7 @@ def _symbolic(answer: str, gold: str, allowance: Allowance) -> Verdict:
             return _cache[pair]
     correct, reason = symbolic(answer, gold, allowance)
     verdict = Verdict(correct=correct, reason=reason)
-    if reason == "symbolic":
+    if reason == "symbolic":  # any other may come out otherwise next time
         with _cache_lock:
             _cache[pair] = verdict
             if len(_cache) > _CACHE_SIZE:

@@ -1,8 +1,8 @@
 """A number to be guessed, as a Gymnasium environment with text in and text out.
 
-Nothing here knows of Tutelage. Three keys of `info` are what it looks for: `success`,
-`expert_action` (imitation needs it) and `admissible_actions` (`tutelage play --policy random` needs
-it). Importing the module registers the id: "guess_number:GuessNumber-v0" is all that a config says.
+Nothing here imports Tutelage. It reads three keys of `info`: `success`, `expert_action` (which
+imitation needs) and `admissible_actions` (which `tutelage play --policy random` needs). Importing
+the module registers the id, so that a config only says "guess_number:GuessNumber-v0".
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class GuessNumber(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         index = (options or {}).get("index")
         drawn = int(self.np_random.integers(self._highest)) if index is None else int(index)
+        # Every index has its number, so that an evaluation of all indexes asks for all numbers.
         self._number = 1 + drawn % self._highest
         self._low, self._high, self._left = 1, self._highest, self._guesses
         return f"Guess a number from 1 to {self._highest}.", self._info(False)
