@@ -41,6 +41,7 @@ def refusal(env_id: str, error: BaseException) -> tuple[str, bool]:
     absent = isinstance(error, FileNotFoundError | ImportError | ConnectionError)
     if isinstance(error, ModuleNotFoundError) and ":" in env_id:
         module, missing = env_id.partition(":")[0], _missing(error)
+        # The module itself is there, and imports one that is not.
         if missing and missing != module and not module.startswith(f"{missing}."):
             return f"module {module!r} imports {missing!r}, which is not installed", True
         places = ", ".join(["the installed packages", *_own_folders()])

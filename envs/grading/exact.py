@@ -182,6 +182,6 @@ def _size(node: Node) -> float:
         )
     if node.op in ("factorial", "double_factorial", "exp", "binom") and max(sizes) > 5000:
         return math.inf
-    if node.op == "multiply":
+    if node.op == "multiply":  # at most 1e300: a product costs little, however large it is
         return min(1e300, math.prod(min(size, 1e300) for size in sizes))
     return min(1e300, sum(sizes)) if node.op == "add" else max(sizes[0], *sizes)

@@ -201,7 +201,7 @@ class _Reading:
         if any("=" in side for side in sides):
             raise NoSet(text)
         names = [_variable(side) for side in sides]
-        if sum(name is not None for name in names) != 1 or len(sides) > 3:
+        if sum(name is not None for name in names) != 1 or len(sides) > 3:  # a < x < b at most
             raise NoSet(text)
         at = next(i for i, name in enumerate(names) if name is not None)
         (name, absolute) = names[at] or ("", False)
@@ -221,7 +221,7 @@ class _Reading:
         ends = [end]
         if absolute and end.node is not None:
             ends = [self.end(f"-({other})", end.open), end]
-            if end.value is None or end.value < 0:
+            if end.value is None or end.value < 0:  # the ends -b and b would change places
                 raise NoSet(other)
         if sign == "\\ne":
             return _difference(
@@ -244,7 +244,7 @@ _SYMBOL = re.compile(
 def _variable(text: str) -> tuple[str, bool] | None:
     """(the name, whether it is |x|) of a side that is one symbol."""
     match = _SYMBOL.match(text)
-    if match is None or match[1] != match[3] or match[2] == "e":
+    if match is None or match[1] != match[3] or match[2] == "e":  # e is Euler's number
         return None
     return squeezed(match[2]), bool(match[1])
 
@@ -274,7 +274,7 @@ def _upper(a: End, b: End) -> End:
 
 def _holds_any(lower: End, upper: End) -> bool:
     if lower.value is None or upper.value is None:
-        return True
+        return True  # ends with symbols: nobody can say
     return lower.value < upper.value or (
         lower.value == upper.value and not lower.open and not upper.open
     )
@@ -351,7 +351,7 @@ def _same_relation(answer: str, gold: str, read: Reader, arithmetic: Arithmetic)
     ratio = arithmetic.ratio(mine, theirs)
     if ratio is None:
         return None
-    return ratio != 0 if sign == "\\ne" else ratio == 1
+    return ratio != 0 if sign == "\\ne" else ratio == 1  # a negative multiple turns < around
 
 
 def _difference_of(text: str, read: Reader) -> tuple[Node, str] | None:

@@ -166,6 +166,6 @@ def squeezed(text: str) -> str:
     """The text in the form in which texts are compared: no spaces but those between digits, no
     braces around one character, words in lower case.
     """
-    text = _GAP.sub("\x00", text)
+    text = _GAP.sub("\x00", text)  # keeps `1 2` apart from `12` while spaces are removed
     text = _ONE.sub(r"\1", _SPACES.sub("", text)).replace("\x00", " ")
     return text.lower() if len(text) > 1 and text.replace("'", "").isalpha() else text

@@ -66,7 +66,7 @@ def _unknown_unit(gold: str) -> str:
 def _quantities(mine: Quantity, theirs: Quantity, arithmetic: Arithmetic) -> bool | None:
     alike = mine.percent == theirs.percent and mine.scale == theirs.scale
     if alike and squeezed(mine.value) == squeezed(theirs.value):
-        return bool(mine.value)
+        return bool(mine.value)  # two units without a value equal nothing
     try:
         a, b = _scaled(mine), _scaled(theirs)
     except Unreadable:

@@ -59,7 +59,8 @@ class Handcoded:
             )
         self._engine.reset(game)
         self._random = random.Random(game.name).getstate()
-        self._agent = self._library.HandCodedTWAgent(max_steps=200)
+        self._agent = self._library.HandCodedTWAgent(max_steps=200)  # as in ALFWorld's own wrapper
+        # From here on what its `reset` does, which would read traj_data.json from a file.
         parameters = {**game.traj["pddl_params"], "task_type": game.task_type}
         self._agent.task_params = {
             k: v.lower() if v in self._classes else v for k, v in parameters.items()

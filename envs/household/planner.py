@@ -48,7 +48,7 @@ class Planner:
         """Follow any player's action."""
         self._engine.step(action)
         on_plan = self._plan and self._plan[0] == action.strip()
-        self._plan = self._plan[1:] if self._plan and on_plan else None
+        self._plan = self._plan[1:] if self._plan and on_plan else None  # None: plan anew
 
     def act(self) -> str:
         """The next command; `look` where the task is done or can't be."""

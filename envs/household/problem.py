@@ -63,7 +63,7 @@ def problem_text(goal: Goal, world: World) -> str:
     name a game and to choose its split.
     """
     places = {receptacle: f"loc_bar_{n}" for n, receptacle in enumerate(world.receptacles, 1)}
-    start = f"loc_bar_{len(places) + 1}"
+    start = f"loc_bar_{len(places) + 1}"  # the middle of the room, where no receptacle stands
     counts = Counter(thing.kind for thing in (*world.receptacles, *world.objects))
     receptacle_kinds = sorted({r.kind for r in world.receptacles})
     object_kinds = sorted({o.kind for o in world.objects})
@@ -105,6 +105,7 @@ def _identifier(thing: Thing, counts: Counter[str]) -> str:
     read as "sinkbasinbasin".
     """
     order = counts[thing.kind] - thing.number + 1
+    # Two digits, because identifiers are sorted as text.
     if thing.kind.endswith("Basin"):
         return f"{thing.kind.removesuffix('Basin')}_bar_{order:02d}_bar_{thing.kind}"
     return f"{thing.kind}_bar_{order:02d}"
@@ -112,7 +113,7 @@ def _identifier(thing: Thing, counts: Counter[str]) -> str:
 
 def _abilities(kind: str) -> list[str]:
     if kind == LAMP:
-        return ["toggleable"]
+        return ["toggleable"]  # not pickupable, as in the released games
     kinds = {"heatable": HEATABLE, "coolable": COOLABLE, "cleanable": CLEANABLE}
     kinds["sliceable"] = SLICEABLE
     return ["pickupable", *(ability for ability, known in kinds.items() if kind in known)]

@@ -96,7 +96,7 @@ def read_game(file: Path) -> Game:
         grammar=data["grammar"],
         problem=data["pddl_problem"],
         task_type=str(traj.get("task_type", "")),
-        walkthrough=tuple(data.get("walkthrough") or ()),
+        walkthrough=tuple(data.get("walkthrough") or ()),  # older releases have none
         traj=traj,
     )
 

@@ -168,7 +168,7 @@ def _world(problem: str) -> World:
     receptacle_types = _grouped_forward(facts, "receptacletype")
     start = State()
     start.location = _start(facts)
-    start.holding = None
+    start.holding = None  # the domain's `holds` is no initial fact, see _SIGNATURES
     start.contents = {
         r: sorted(objects_in.get(r, ())) for r, kind in types.items() if kind == "receptacle"
     }

@@ -355,6 +355,7 @@ class ArithmeticProblems:
             raise IndexError(f"index {index} outside 0..{self._count - 1} of split {self.split!r}")
         if self.split != "train":
             return _held_out(self.split, self._table)[index]
+        # SHA-256, because Python's own hash of a text differs between processes.
         rng = random.Random(_digest(f"train:{index}"))
         kind, size = rng.choice(self._table)
         return _draw(rng, kind, size, "train")[1]
@@ -391,7 +392,7 @@ def _held_out(split: str, table: tuple[tuple[str, Size], ...]) -> tuple[Problem,
         raise ValueError(
             f"no {split} question with kinds {[kind for kind, _ in table]}: raise digits or length"
         )
-    return tuple(problems[:HELD_OUT_PROBLEMS])
+    return tuple(problems[:HELD_OUT_PROBLEMS])  # the last round may have gone beyond
 
 
 def _new(rng: random.Random, kind: str, size: Size, split: str, seen: set[str]) -> Problem | None:

@@ -85,7 +85,7 @@ def load(
     place, rows = _open(source, split)
     if layout == "dapo":
         rows = dapo.english(place, rows)
-    name = re.split(r"[/:]", place)[-1].split(".")[0]
+    name = re.split(r"[/:]", place)[-1].split(".")[0]  # the task type, without a column for it
     problems = _unique(place, _read(rows, columns, gold_format, name))
     if not problems:
         raise ValueError(f"{place} holds no problem")
@@ -201,6 +201,7 @@ def _open(source: str, split: str) -> tuple[str, Iterator[Row]]:
     path = Path(source.replace("{split}", split)).expanduser()
     if path.is_dir():
         return str(path), _folder(path, split)
+    # A path with a known suffix that is not there is a mistyped path, no data set's name.
     if path.suffix in _SUFFIXES or path.exists():
         if "{split}" not in source and split != "train":
             raise ValueError(
