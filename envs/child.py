@@ -283,16 +283,21 @@ class Child:
         and all that it started.
         """
         self.connection.hang_up()
-        with contextlib.suppress(Disconnected, InvalidMessage, TimeoutError):
-            deadline = time.monotonic() + grace
-            while (left := deadline - time.monotonic()) > 0:
-                self.connection.receive(timeout=left)
+        self._hear_out(grace)
         for number in (signal.SIGTERM, signal.SIGCONT):
             self._process.send_signal(number)
-        if self.exit_code(2 * PATIENCE) is None:  # not even its keeper can: it dies with that
+        self._hear_out(PATIENCE)
+        if self.exit_code(PATIENCE) is None:  # not even its keeper can: it dies with that
             self._process.kill()
             self._process.wait()
         self.connection.close()
+
+    def _hear_out(self, seconds: float) -> None:
+        """Until it hangs up; to wait for its end alone would be to look every 50 ms."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(Disconnected, InvalidMessage, TimeoutError):
+            while (left := deadline - time.monotonic()) > 0:
+                self.connection.receive(timeout=left)
 
 
 def main() -> None:

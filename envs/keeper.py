@@ -1,8 +1,8 @@
 """The process above a child's: whatever ends the child, what it started ends with it.
 
-A child of a child whose parent has ended is handed to init, in a session of its own perhaps, where
-nobody finds it again. Under a keeper it is handed to the keeper (Linux's child subreaper), which
-kills all that it has once the worker below it has ended, its owner has hung up, or it is told to
+A process whose parent has ended becomes init's child, perhaps in a session of its own, where nobody
+finds it again. Under a keeper it becomes the keeper's (Linux's child subreaper). The keeper kills
+all that it has once the worker below it has ended, its owner has hung up, or it is told to
 (SIGTERM). Its own end is the worker's: the same exit code or signal.
 """
 

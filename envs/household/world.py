@@ -338,31 +338,26 @@ Node = Goal | bool  # a bool where the initial facts decide it and no action can
 
 
 def _all(nodes: Iterable[Node]) -> Node:
-    kept: list[Goal] = []
-    for node in nodes:
-        if node is False:
-            return False
-        if callable(node):
-            kept.append(node)
-    return _conjunction(kept) if len(kept) > 1 else kept[0] if kept else True
-
-
-def _conjunction(goals: list[Goal]) -> Goal:
-    return lambda state: all(goal(state) for goal in goals)
+    return _joined(nodes, all, decisive=False)
 
 
 def _any(nodes: Iterable[Node]) -> Node:
-    kept: list[Goal] = []
+    return _joined(nodes, any, decisive=True)
+
+
+def _joined(
+    nodes: Iterable[Node], join: Callable[[Iterator[bool]], bool], *, decisive: bool
+) -> Node:
+    """decisive: the value of one node that settles the whole."""
+    goals: list[Goal] = []
     for node in nodes:
-        if node is True:
-            return True
+        if node is decisive:
+            return decisive
         if callable(node):
-            kept.append(node)
-    return _disjunction(kept) if len(kept) > 1 else kept[0] if kept else False
-
-
-def _disjunction(goals: list[Goal]) -> Goal:
-    return lambda state: any(goal(state) for goal in goals)
+            goals.append(node)
+    if len(goals) > 1:
+        return lambda state: join(goal(state) for goal in goals)
+    return goals[0] if goals else not decisive
 
 
 def _negation(node: Node) -> Node:
