@@ -40,13 +40,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     student = StudentConfig(model=_save(options), device="cpu")
-    given: dict[str, Any] = {"config": OptimizerConfig(), "steps": 100}
+    shared: dict[str, Any] = {"config": OptimizerConfig(), "steps": 100}
     make_student = partial(rank_student, student, 0, VOCABULARY)
     count = options.processes
     over = start(
-        Setup(make_student=make_student, processes=count, timeout=600.0, threads=1, **given)
+        Setup(make_student=make_student, processes=count, timeout=600.0, threads=1, **shared)
     )
-    alone = Learner(make_student(0), **given)
+    alone = Learner(make_student(0), **shared)
     lessons, courses = _lessons(options), {"t": Course(objective=build("imitation"), weight=1.0)}
     seconds: dict[int, list[float]] = {1: [], count: []}
     for step in range(1 + options.repeat):  # the first warms up

@@ -39,7 +39,7 @@ from tutelage.scheduler.episodes import Episode, Order, SamplingLaw
 from tutelage.scheduler.rollouts import RolloutWorker
 
 STUDENT = "builtin:household"
-LAW = SamplingLaw(temperature=1.0, top_p=0.9)
+SAMPLING = SamplingLaw(temperature=1.0, top_p=0.9)
 LONG = 200
 GAMES = {"split": "train", "difficulty": {"preset": "tiny", "rooms": ["kitchen", "bed"]}}
 
@@ -161,7 +161,7 @@ def long_batch(live: int, context: int, vocabulary: int) -> list[Request]:
             ids=rng.integers(10, vocabulary, size=context - LONG // 2).tolist(),
             max_new_tokens=LONG,
             stop_ids=frozenset(),
-            law=LAW,
+            law=SAMPLING,
             seed=seed,
         )
         for seed in range(live)
@@ -203,8 +203,8 @@ def main() -> None:
         engine = Watched(inner, long=chosen.reply is not None)
         how = played_so(
             RolloutConfig(
-                temperature=LAW.temperature,
-                top_p=LAW.top_p,
+                temperature=SAMPLING.temperature,
+                top_p=SAMPLING.top_p,
                 max_turns=chosen.turns,
                 max_new_tokens=chosen.reply or 12,
                 max_live=chosen.live,

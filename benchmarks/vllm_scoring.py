@@ -46,7 +46,7 @@ def make_model(folder: str, vocabulary: int, context: int, hidden: int, layers: 
 
 
 def make_rows(count: int, length: int, vocabulary: int) -> list[Row]:
-    """All but the first token chosen."""
+    """Rows whose tokens, but for the first, count as sampled."""
     rng = np.random.default_rng(0)
     turns_T = np.zeros(length, dtype=np.int32)
     turns_T[0] = -1

@@ -5,6 +5,8 @@ text       rewrites TeX and Unicode as one plain TeX; split takes it apart, synt
 shapes     finds out what kind of answer it is; kinds, sets, values compare each; numbers, units
 exact      values as fractions; algebra: values of high precision; arithmetic: what both provide
 pool       the processes of the symbolic tier; worker: what runs in them
+
+In all of them `mine` is what was read from the answer, `theirs` what was read from the gold.
 """
 
 from tutelage.envs.grading.verdict import MAX_ANSWER, Verdict, extract, grade, judge

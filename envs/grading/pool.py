@@ -1,13 +1,13 @@
-"""The workers of the symbolic tier: started when needed, kept warm, ended when they must, replaced,
-gone at exit.
+"""Runs the symbolic tier in worker processes: starts them when needed, keeps them warm, replaces
+them, ends them at exit.
 
-Two measures, never confused. An answer has a number of processor seconds, which its worker counts:
-when they run out the answer is to blame, and the reason is `timeout`. A caller has a time on the
-clock: when it runs out first, the machine is to blame, and the reason is one of UNDECIDED, which
-says nothing of the answer. A worker that was killed, that stands still or that is slow to start
-costs no verdict: its request is asked again, of a fresh one, as long as the caller can wait.
+There are two limits. An answer has a number of processor seconds, which its worker counts: when
+they are used up, the answer is to blame, and the reason is `timeout`. A caller has a deadline on
+the clock: when it passes first, the machine is to blame, and the reason is one of UNDECIDED, which
+says nothing of the answer. A worker that was killed, stopped, or is slow to start costs no verdict:
+a fresh worker gets its request, as long as the caller can wait.
 
-Any thread may ask. A request holds one worker; more requests than workers wait.
+Any thread may call. A request holds one worker; requests beyond the number of workers wait.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from tutelage.envs.child import Child
 
 WORKERS = max(1, min(4, (os.cpu_count() or 1)))
 GRADES_PER_WORKER = 1000  # then a fresh one: sympy's caches only grow
-TRIES = 3  # of a request whose worker ends without a word
+TRIES = 3  # of a request whose worker ends without an answer
 SILENCE = 1.0  # seconds after which a worker that says nothing is looked at
 REAPED = 0.5  # seconds, at least, for the exit status of one that hung up
 CPU_SHARE = 0.9  # of a caller's time that the answer may compute; the rest is the machine's
 UNDECIDED = frozenset({"starting", "late", "lost"})
-"""Reasons that are the machine's: no worker was ready in time, none had the time to answer, or they
-were killed from outside. Ask again."""
+"""Reasons that lie in the machine: no worker was ready in time, none had time to answer, or it was
+killed from outside. Judge again."""
 
-# What a computation can do to its own process. Any other signal came from outside.
+# Signals that a computation may bring on its own process. Any other came from outside.
 _OWN = {-s for s in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)}
 
 
@@ -49,7 +49,7 @@ class Late(Exception):
 
 
 class Stalled(Exception):
-    """The worker stands still, and not for want of a processor."""
+    """The worker makes no progress, and not for want of a processor."""
 
 
 class Broken(Exception):
@@ -82,6 +82,7 @@ class _Worker:
         path = os.environ.get("PATH", "")
         self._child = Child(
             "tutelage.envs.grading.worker:main",
+            # A fixed hash seed: sympy goes through sets, and so does the same in every process.
             environment={"PATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
             plain=True,
             stderr=subprocess.DEVNULL,
@@ -136,8 +137,8 @@ class _Worker:
         raise Late
 
     def _work(self) -> tuple[str, list[str]] | None:
-        """Its state and the processor time that it has used, in the kernel's words; None where it
-        tells neither.
+        """Its state and the processor time that it has used, as the kernel writes them; None on
+        systems without /proc.
         """
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
@@ -146,8 +147,9 @@ class _Worker:
         return fields[0], fields[11:13]
 
     def _stands_still(self, before: tuple[str, list[str]] | None) -> bool:
-        """It was stopped, or sleeps instead of computing. One that waits for a processor (R) or for
-        the disk (D) would be no faster in another process; imports may sleep.
+        """Whether it was stopped, or sleeps instead of computing. A worker that waits for a
+        processor (R) or for the disk (D) does not count: another process would be no faster. While
+        it starts, neither does a sleeping one: imports may sleep.
         """
         now = self._work()
         return now is not None and now == before and now[0] in ("TtS" if self.ready else "Tt")
@@ -196,7 +198,7 @@ class _Pool:
             worker.wait_ready(allowance.deadline)
             verdict = worker.ask(answer, gold, allowance)
         except Late:
-            if not worker.ready:
+            if not worker.ready:  # it may be by the next request
                 self._keep(worker)
                 return False, "starting"
             self._replace(worker)
@@ -248,7 +250,7 @@ class _Pool:
         return self._started()
 
     def _bury(self) -> None:
-        """Idle workers that somebody killed are no request's misfortune."""
+        """Remove idle workers that somebody killed, before a request gets one."""
         for worker in [worker for worker in self._free if worker.dead]:
             self._free.remove(worker)
             self._count -= 1

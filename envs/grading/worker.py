@@ -1,4 +1,4 @@
-"""The process in which math-verify runs: one request in, one verdict out, until nobody asks.
+"""The process in which math-verify runs: requests in, verdicts out, until the caller hangs up.
 
 Started by `tutelage.envs.grading.pool`. It says that it is ready once it has compared something:
 math-verify imports half of sympy at its first comparison, which is no answer's time. Nothing here

@@ -318,7 +318,7 @@ def sizes(
     }
 
 
-# The shortest list with which a kind still asks something.
+# The shortest list with which a kind's question is not trivial.
 _SHORTEST = {"seq": 2, "max": 2, "sort": 2, "rev": 2, "chain": 2}
 
 

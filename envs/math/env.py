@@ -24,7 +24,7 @@ PAPER_PROMPT = (
     "Math problem: {problem}\n\n"
     "Please carefully reason through the math problem step by step and derive the correct answer. "
     "You must conduct reasoning inside <think> and </think> and give the final answer within "
-    "\\boxed{}.\n"  # the line break is theirs too
+    "\\boxed{}.\n"  # the line break is the paper's, too
 )
 # Of an observation or action: a bound that Gymnasium wants, not a limit on models.
 MAX_CHARACTERS = 1_000_000
