@@ -17,6 +17,7 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import load_config, parse_config
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.objectives import DenseStudent, TeacherScores, Tokens, build
+from tutelage.distill.objectives.sums import Sum
 
 Load = Callable[..., RunConfig]
 
@@ -493,7 +494,7 @@ class TestUnknownKeys:
             ("teachers.calculator.modle=x", "teachers.calculator.modle", "model"),
             ("cluster={adress: local}", "cluster.adress", "address"),
             ("optimizer.learning_rate=1", "optimizer.learning_rate", "lr"),
-            ("objective.kk=3", "objective", "k"),
+            ("objective.kk=3", "objective.kk", "k"),
             ("objective.name=local_suport", "objective", "local_support"),
             ("tasks.math.objective={name: imitaton}", "tasks.math.objective", "imitation"),
             (
@@ -509,6 +510,70 @@ class TestUnknownKeys:
         message = _refused(load, override)
         assert message.startswith(key) or f" {key}" in message
         assert nearest in message
+
+
+SUM = "[{name: local_support, k: 4, mask_tokens: [x]}, {name: sampled_token, weight: 0.5}]"
+
+
+class TestSums:
+    """An objective that is a list: the run's, and a task's own."""
+
+    @pytest.mark.parametrize("key", ["objective", "tasks.math.objective"])
+    def test_its_losses_and_weights_are_read(self, load: Load, key: str) -> None:
+        config = load(f"{key}={SUM}", f"{key}.0.k=8", f"{key}.1.clip=0.3")
+        task = config.resolve()["math"]
+        assert [(one.name, one.options) for one in task.losses] == [
+            ("local_support", {"k": 8}),
+            ("sampled_token", {"clip": 0.3}),
+        ]
+        rule = task.objective.rule
+        assert isinstance(rule, Sum) and [weight for weight, _ in rule.terms] == [1.0, 0.5]
+        assert task.mask_tokens == ("x",)  # of the task, whichever loss names them
+        again = parse_config(config.model_dump(mode="json"), "").resolve()["math"]
+        assert again.losses == task.losses and again.mask_tokens == task.mask_tokens
+
+    def test_one_alone_is_the_same_as_without_a_list(self, load: Load) -> None:
+        plain = load("objective={name: sampled_token}").resolve()["math"].objective
+        one = load("objective=[{name: sampled_token}]").resolve()["math"].objective
+        half = load("objective=[{name: sampled_token, weight: 0.5}]").resolve()["math"].objective
+        assert type(one.rule) is type(plain.rule) and one.needs == plain.needs == half.needs
+        assert isinstance(half.rule, Sum)
+
+    @pytest.mark.parametrize("key", ["objective", "tasks.math.objective"])
+    @pytest.mark.parametrize(
+        ("value", "place", "message"),
+        [
+            ("[]", "", "name at least one"),
+            ("[sampled_token]", ".0", "it must be a"),
+            ("[{name: sampled_token, weight: 0}]", ".0.weight", "greater than 0"),
+            (f"{SUM[:-1]}, {{name: trust_region, weight: -1}}]", ".2.weight", "greater than 0"),
+            ("[{name: sampled_token}, {name: imitation, bet: 2}]", ".1.bet", "'beta'"),
+            ("[{name: sampled_token}, {nam: imitation}]", ".1.nam", "'name'"),
+            ("[{name: sampled_token}, {name: imitaton}]", ".1.name", "'imitation'"),
+            ("[{name: sampled_token}, {name: trust_region, k: 0}]", ".1", "k=0"),
+            ("[{name: sampled_token}, {name: sampled_token, clip: 0.3}]", "", "is there twice"),
+            ("[{name: sampled_token}, {name: imitation}]", "", "make several tasks"),
+            (f"{SUM[:-2]}, mask_tokens: [y]}}]", "", "local_support ['x'] and sampled_token ['y']"),
+        ],
+    )
+    def test_what_is_no_sum_is_refused_at_its_place(
+        self, load: Load, key: str, value: str, place: str, message: str
+    ) -> None:
+        refusal = _refused(load, f"{key}={value}")
+        assert refusal.startswith(f"{key}{place}: ") and message in refusal
+
+    @pytest.mark.parametrize("key", ["objective", "tasks.math.objective"])
+    @pytest.mark.parametrize("entry", ["2.k", "k", "-1.k", "name"])
+    def test_an_argument_names_an_entry_that_is_there(
+        self, load: Load, key: str, entry: str
+    ) -> None:
+        refusal = _refused(load, f"{key}={SUM}", f"{key}.{entry}=8")
+        assert f"'{key}.{entry}=8': {key} is a list of 2 in the file" in refusal
+
+    def test_its_teacher_must_say_what_either_needs(self, load: Load) -> None:
+        value = "[{name: sampled_token}, {name: full_vocabulary}]"
+        refusal = _refused(load, SERVER, f"tasks.math.objective={value}")
+        assert "objective 'sampled_token + full_vocabulary' needs the teacher's whole" in refusal
 
 
 class TestTeachers:

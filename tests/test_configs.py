@@ -53,7 +53,8 @@ def test_the_joint_paper_is_its_table_of_settings() -> None:
         assert (task.schedule.episodes, task.schedule.group) == (16 * 8, 8)
         assert (how.max_turns, how.max_new_tokens) == (turns, tokens)
         assert (how.law.temperature, how.law.top_p) == (1.0, 0.9)
-        assert (task.objective.name, task.options["k"]) == ("local_support", 32)
+        (loss,) = task.losses
+        assert (loss.name, loss.options["k"]) == ("local_support", 32)
     context = tasks["household"].rollout.context
     assert (context.kind, context.turns, context.format) == ("window", 2, "gigpo")
     assert tasks["math"].rollout.context.format is None

@@ -29,7 +29,7 @@ from tutelage.distill.doctor.examination import examine_teacher
 from tutelage.distill.doctor.findings import Finding
 from tutelage.distill.models.loading import load_model
 from tutelage.distill.models.student import Student
-from tutelage.distill.objectives import Needs, TeacherScores, build
+from tutelage.distill.objectives import Needs, TeacherScores, build, weighted_sum
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.envs.grading import Verdict
 from tutelage.envs.grading import pool as grading_pool
@@ -278,6 +278,25 @@ def test_a_student_has_nothing_to_learn_from_itself(
     score = TransformersTeacher(other, vocabulary=SIZE).score
     found = models.self_distilled("tasks.x", _student(model), score, rows, objective)
     _level(found, "fault", "not 0")
+
+
+def test_nothing_is_left_of_a_sum_of_distances(
+    model: Any, make_model: Callable[..., Any], rows: list[Row]
+) -> None:
+    """Each at the ids that it needs; beside a reward the loss is no distance, and is not shown."""
+    near, whole = build("local_support", k=8, support="student"), build("full_vocabulary")
+    both = weighted_sum([(1.0, near), (0.5, whole)])
+    found = models.check_self_distillation("tasks.x", _student(model), rows, both)
+    _level(found, "ok", "local_support + full_vocabulary: |log q - log pi| = ")
+    assert "loss = " in found.text
+    score = TransformersTeacher(
+        make_model(vocabulary=SIZE, padding=3, scale=0.5, seed=1), vocabulary=SIZE
+    ).score
+    found = models.self_distilled("tasks.x", _student(model), score, rows, both)
+    _level(found, "fault", "not 0")
+    mixed = weighted_sum([(1.0, near), (0.5, build("sampled_token"))])
+    found = models.check_self_distillation("tasks.x", _student(model), rows, mixed)
+    assert found.level == "ok" and "loss = " not in found.text
 
 
 def test_a_teacher_of_another_task_is_noted(teacher: TransformersTeacher, rows: list[Row]) -> None:

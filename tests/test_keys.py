@@ -32,7 +32,7 @@ def _paths(model: type[BaseModel], path: str = "") -> Iterator[str]:
 
 def test_every_key_is_there_once_with_a_reason() -> None:
     found = [f"{one.path}.{key.name}".lstrip(".") for one in sections() for key in one.keys]
-    assert sorted(found) == sorted([*_paths(RunConfig), *(f"objective.{name}" for name in NAMES)])
+    assert sorted(found) == sorted({*_paths(RunConfig), *(f"objective.{name}" for name in NAMES)})
     for section in sections():
         assert section.text
         for key in section.keys:

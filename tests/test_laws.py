@@ -16,7 +16,7 @@ from tutelage.distill.cli import main as cli
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.doctor.numbers import check_law
 from tutelage.distill.engines.vllm.engine import _under_law
-from tutelage.distill.objectives import build
+from tutelage.distill.objectives import build, weighted_sum
 from tutelage.distill.plan.plan import make_plan, notes
 from tutelage.distill.student.laws import bias, told
 from tutelage.scheduler.episodes import GREEDY, Episode, Order, Row, SamplingLaw, revived
@@ -163,6 +163,13 @@ class TestBias:
     @pytest.mark.parametrize(("name", "options"), DIRECT)
     def test_a_loss_that_takes_no_draw_has_none(self, name: str, options: Any) -> None:
         assert all(bias(build(name, **options), law) is None for law in (CUT, BOTH, GREEDY))
+
+    def test_of_a_sum_the_loss_that_has_one_is_named(self) -> None:
+        """One that weighs its tokens does not speak for one that does not."""
+        weighs = build("sampled_token", behavior="sampling")
+        found = bias(weighted_sum([(1.0, weighs), (0.1, build("trust_region"))]), TEMPERED)
+        assert found is not None and found.text.startswith("trust_region takes its tokens")
+        assert bias(weighted_sum([(1.0, weighs), (0.1, build("local_support"))]), TEMPERED) is None
 
     def test_the_doctor_says_so(self) -> None:
         objective = build("sampled_token")

@@ -22,7 +22,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 def _run(
-    folder: Path, models: dict[str, str], teacher: str, objective: dict[str, Any], **sections: Any
+    folder: Path, models: dict[str, str], teacher: str, objective: Any, **sections: Any
 ) -> list[dict[str, Any]]:
     """The metrics of a short run on sums, of one to eight tokens each."""
     given = {
@@ -58,3 +58,24 @@ def test_the_whole_divergence_falls(tmp_path: Path, models: dict[str, str]) -> N
     lines = _run(tmp_path, models, "one", objective, steps=18, optimizer={"lr": 1e-2})
     first, last = (sum(line["loss/mean"] for line in part) for part in (lines[:3], lines[-3:]))
     assert last < 0.8 * first
+
+
+@pytest.mark.parametrize("name", ["student+sampled", "trust region"])
+def test_one_loss_in_a_list_trains_to_the_same_bits(
+    name: str, tmp_path: Path, models: dict[str, str]
+) -> None:
+    for folder, objective in (("plain", OBJECTIVES[name]), ("listed", [OBJECTIVES[name]])):
+        _run(tmp_path / folder, models, "one", objective, steps=2)
+    runs.assert_same(tmp_path / "plain", tmp_path / "listed", step=2)
+
+
+def test_a_sum_asks_once_for_what_its_losses_need(tmp_path: Path, models: dict[str, str]) -> None:
+    """The teacher at the student's own ids, and its whole distribution; in the first step each loss
+    is what it is alone."""
+    parts = [OBJECTIVES["student support"], OBJECTIVES["whole vocabulary"]]
+    (both,) = _run(tmp_path / "both", models, "one", [parts[0], parts[1] | {"weight": 0.5}])
+    alone = [_run(tmp_path / one["name"], models, "one", one)[0]["loss/mean"] for one in parts]
+    found = [both["loss/local_support"], both["loss/full_vocabulary"]]
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert both["loss/mean"] == pytest.approx(alone[0] + 0.5 * alone[1], rel=1e-5)
+    assert both["local_support/support/size"] == 8

@@ -355,6 +355,15 @@ def test_a_full_distribution_costs_the_vocabulary() -> None:
     assert _need(plan, "full distributions").most == 4 * 825 * 2048
 
 
+def test_a_sums_scores_hold_what_either_loss_needs() -> None:
+    losses = "{name: full_vocabulary}, {name: local_support, k: 8, tail: false, weight: 0.5}"
+    plan = make_plan(load_config(DEMO, ["student.device=cpu", f"objective=[{losses}]"]))
+    household, _ = plan.tasks
+    assert household.objective == "full_vocabulary + 0.5 local_support k=8"
+    assert household.score_bytes == 8 * 6 + 6 + 2 * 825
+    assert _need(plan, "full distributions")
+
+
 def test_imitation_sends_no_scores() -> None:
     plan = make_plan(load_config(CONFIGS / "tiny" / "arithmetic.yaml"))
     (task,) = plan.tasks

@@ -14,7 +14,7 @@ from typing import Any
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.objectives import NAMES, build
+from tutelage.distill.objectives import NAMES, build, options_of
 from tutelage.envs.names import unknown
 
 WIDTH = 80
@@ -110,6 +110,7 @@ def _sections(path: str, schema: Mapping[str, Any], defs: Mapping[str, Any]) -> 
             default = "{}"
         text = one.get("description") or defs.get(section, {}).get("description", "")
         kind = "{name: section}" if section and many else "section" if section else _kind(one)
+        kind += " | [section, ...]" * ("oneOf" in one)
         keys.append(Key(name=name, kind=kind, default=_yaml(default), text=_line(text)))
     if path == "objective":
         keys += [_options(name) for name in NAMES]
@@ -120,9 +121,9 @@ def _sections(path: str, schema: Mapping[str, Any], defs: Mapping[str, Any]) -> 
 
 def _section_of(schema: Mapping[str, Any]) -> tuple[str, bool]:
     """(the section that a key holds, or nothing; whether it holds several by name)."""
-    for one in (schema, *schema.get("anyOf", ())):
+    for one in (schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())[::-1]):
         many = one.get("additionalProperties")
-        for holder, by_name in ((one, False), (many, True)):
+        for holder, by_name in ((one, False), (one.get("items"), False), (many, True)):
             if isinstance(holder, dict) and "$ref" in holder:
                 return holder["$ref"].rpartition("/")[2], by_name
     return "", False
@@ -159,10 +160,9 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 
 def _options(name: str) -> Key:
     """An objective as a key of its section: its options with their defaults."""
-    rule = type(build(name).rule)
-    given = inspect.signature(rule).parameters.values()
+    given = options_of(name).values()
     options = [f"{one.name}={_yaml(json.dumps(one.default))}" for one in given]
-    text = _line((inspect.getdoc(rule) or "").split("\n\n")[0])
+    text = _line((inspect.getdoc(build(name).rule) or "").split("\n\n")[0])
     return Key(name=name, kind=", ".join(options), default="", text=text.rstrip(":"))
 
 

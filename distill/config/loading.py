@@ -54,14 +54,28 @@ def parse_config(data: dict[str, Any], source: str) -> RunConfig:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    (*parents, last), value = reading.parse_pair(override, "key.path=value")
-    place = data
-    for at, parent in enumerate(parents):
-        child = place.setdefault(parent, {})
+    parts, value = reading.parse_pair(override, "key.path=value")
+    place: Any = data
+    for at in range(len(parts) - 1):
+        key = _key(place, parts, at, override)
+        child = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
         if isinstance(child, reading.Scalar) and child.value is None and not child.doubt:
-            child = place[parent] = {}
-        if not isinstance(child, dict):
-            key = ".".join(parents[: at + 1])
-            raise ValueError(f"{override!r}: {key} holds no keys in the file: give {key}={{...}}")
+            child = place[key] = {}
+        if not isinstance(child, dict | list):
+            path = ".".join(parts[: at + 1])
+            raise ValueError(f"{override!r}: {path} holds no keys in the file: give {path}={{...}}")
         place = child
-    place[last] = value
+    place[_key(place, parts, len(parts) - 1, override)] = value
+
+
+def _key(place: Any, parts: list[str], at: int, override: str) -> str | int:
+    """What part `at` of a path names there: a key, or an entry of a list by its number from 0."""
+    if isinstance(place, dict):
+        return parts[at]
+    if parts[at].isdecimal() and int(parts[at]) < len(place):
+        return int(parts[at])
+    path = ".".join(parts[:at])
+    raise ValueError(
+        f"{override!r}: {path} is a list of {len(place)} in the file: name one of its entries, from"
+        f" {path}.0 on, or give it whole: {path}=[...]"
+    )

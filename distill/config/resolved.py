@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.distill.config.faults import validated
-from tutelage.distill.config.sections import ObjectiveConfig, RolloutConfig, TaskConfig
-from tutelage.distill.objectives import Objective, build
+from tutelage.distill.config.sections import (
+    ObjectiveConfig,
+    Objectives,
+    OwnObjective,
+    RolloutConfig,
+    TaskConfig,
+    build_objective,
+    masked,
+)
+from tutelage.distill.objectives import Objective
 from tutelage.evaluation.evaluate import EVALUATION
 from tutelage.scheduler.episodes import SamplingLaw
 from tutelage.scheduler.rollouts import TaskRollout
@@ -26,7 +34,7 @@ class TaskSettings:
     """One task.
 
     rollout, evaluation: how it is played to learn from, and for its score. lost: the greatest share
-    of a step's episodes that may be lost. options: of the objective, as given. schedule: when it is
+    of a step's episodes that may be lost. losses: the objective, as given. schedule: when it is
     played, and what each of its steps plays. guide: the teacher that plays its prefixes.
     """
 
@@ -34,7 +42,7 @@ class TaskSettings:
     evaluation: TaskRollout
     lost: float
     objective: Objective
-    options: Mapping[str, Any]
+    losses: tuple[ObjectiveConfig, ...]
     mask_tokens: tuple[str, ...]
     weight: float
     schedule: TaskPlan
@@ -42,7 +50,7 @@ class TaskSettings:
 
 
 def resolved(
-    name: str, task: TaskConfig, objective: ObjectiveConfig, rollout: RolloutConfig, steps: int
+    name: str, task: TaskConfig, objective: Objectives, rollout: RolloutConfig, steps: int
 ) -> TaskSettings:
     """A task's settings. objective, rollout, steps: the run's.
 
@@ -51,8 +59,9 @@ def resolved(
     """
     _check_turns(steps, name, task)
     if task.objective is not None:
-        objective = validated(ObjectiveConfig, task.objective, f"tasks.{name}.objective")
-    built = build(objective.name, **objective.options)
+        own = {"objective": task.objective}
+        objective = validated(OwnObjective, own, f"tasks.{name}").objective
+    built = build_objective(objective)
     merged = _merged(rollout.model_dump(), task.rollout)
     how = validated(RolloutConfig, merged, f"tasks.{name}.rollout")
     if how.engine != rollout.engine:
@@ -66,8 +75,8 @@ def resolved(
         evaluation=played(how, task.env, seen | task.eval_args),
         lost=how.lost,
         objective=built,
-        options=objective.options,
-        mask_tokens=objective.mask_tokens,
+        losses=objective if isinstance(objective, tuple) else (objective,),
+        mask_tokens=masked(objective),
         weight=task.weight,
         schedule=scheduled(task, labels=built.needs.generated_by == "expert"),
         guide=next(iter(task.teachers), None)

@@ -22,6 +22,7 @@ from tutelage.distill.config.sections import (
     JournalConfig,
     LearnerConfig,
     ObjectiveConfig,
+    Objectives,
     OptimizerConfig,
     RolloutConfig,
     ScheduleConfig,
@@ -71,8 +72,8 @@ class RunConfig(Section):
     """Who scores, by name."""
     tasks: dict[Name, TaskConfig]
     """What is learned, by name."""
-    objective: ObjectiveConfig = ObjectiveConfig()
-    """By which loss, unless a task has its own."""
+    objective: Objectives = ObjectiveConfig()
+    """By which loss, or in a list by the sum of which, unless a task has its own."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Which tasks a step trains."""
     rollout: RolloutConfig = RolloutConfig()

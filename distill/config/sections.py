@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tutelage.distill.config.faults import Like
 from tutelage.distill.config.values import (
@@ -23,7 +32,7 @@ from tutelage.distill.config.values import (
     Text,
     _address,
 )
-from tutelage.distill.objectives import build
+from tutelage.distill.objectives import Objective, build, options_of, weighted_sum
 from tutelage.envs.names import unknown
 from tutelage.envs.worker import MAX_OBSERVATION
 from tutelage.scheduler.contexts import ContextSettings
@@ -75,8 +84,60 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _known(self) -> ObjectiveConfig:
+        known = {*options_of(self.name), *type(self).model_fields}
+        for option, value in self.options.items():
+            if option not in known:
+                said = unknown(f"option of objective {self.name!r}:", option, known)
+                fault = PydanticCustomError("value_error", "{said}", {"said": said})
+                place = InitErrorDetails(type=fault, loc=(option,), input=value)
+                raise ValidationError.from_exception_data(self.name, [place])
         build(self.name, **self.options)
         return self
+
+
+class TermConfig(ObjectiveConfig):
+    """By which loss a task is taught; or, in a list, one of the losses whose weighted sum it is."""
+
+    weight: Above0 = 1.0
+    """In a list: of this loss in the sum."""
+
+
+def build_objective(section: ObjectiveConfig | tuple[TermConfig, ...]) -> Objective:
+    """The loss that a section names, or the sum that a list names."""
+    if isinstance(section, ObjectiveConfig):
+        return build(section.name, **section.options)
+    return weighted_sum([(term.weight, build(term.name, **term.options)) for term in section])
+
+
+def masked(section: ObjectiveConfig | tuple[TermConfig, ...]) -> tuple[str, ...]:
+    """Its `mask_tokens`. They are the task's: where several losses give any, they must be alike."""
+    if isinstance(section, ObjectiveConfig):
+        return section.mask_tokens
+    found = {term.name: term.mask_tokens for term in section if term.mask_tokens}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{name} {[*texts]}" for name, texts in found.items())
+        raise ValueError(f"mask_tokens are the task's, one list for all its losses (got {said})")
+    return next(iter(found.values()), ())
+
+
+def _summed(terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
+    build_objective(terms)
+    masked(terms)
+    return terms
+
+
+Objectives = Annotated[
+    Annotated[ObjectiveConfig, Tag("one")]
+    | Annotated[tuple[TermConfig, ...], LISTED, AfterValidator(_summed), Tag("sum")],
+    Discriminator(lambda data: "sum" if isinstance(data, list | tuple) else "one"),
+]
+"""A loss, or the weighted sum of several."""
+
+
+class OwnObjective(Section):
+    """A task's, in the place of the run's."""
+
+    objective: Objectives
 
 
 class ContextConfig(Section):
@@ -175,7 +236,10 @@ class TaskConfig(Section):
     """How many it gets at most; none: no bound of its own."""
     weight: Above0 = 1.0
     """Of this task's loss."""
-    objective: Annotated[dict[str, Any] | None, Like(ObjectiveConfig)] = None
+    objective: Annotated[
+        dict[str, Any] | list[Annotated[dict[str, Any], Like(TermConfig)]] | None,
+        Like(ObjectiveConfig),
+    ] = None
     """Replaces the run's objective."""
     rollout: Annotated[dict[str, Any], Like(RolloutConfig)] = Field(default_factory=dict)
     """Replaces keys of the run's rollout."""

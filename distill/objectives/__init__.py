@@ -23,7 +23,7 @@ paper does. What is common to all, the call's arguments and their checks, is `Ob
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -55,6 +55,7 @@ __all__ = [
     "TeacherScores",
     "Tokens",
     "build",
+    "options_of",
     "weighted_sum",
 ]
 
@@ -191,6 +192,11 @@ class Objective:
             )
 
 
+def options_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """What the objective of that name takes, with its defaults."""
+    return inspect.signature(_RULES[name]).parameters
+
+
 def build(name: str, **options: Any) -> Objective:
     """The objective of that name.
 
@@ -201,7 +207,7 @@ def build(name: str, **options: Any) -> Objective:
     if name not in _RULES:
         raise ValueError(unknown("objective", name, _RULES))
     cls = _RULES[name]
-    known = inspect.signature(cls).parameters
+    known = options_of(name)
     kinds = get_type_hints(cls.__init__)  # type: ignore[misc]
     for option, value in options.items():
         if option not in known:

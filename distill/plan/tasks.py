@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.config.sections import TaskConfig
-from tutelage.distill.objectives import Needs
+from tutelage.distill.config.sections import ObjectiveConfig, TaskConfig, TermConfig
+from tutelage.distill.objectives import Needs, options_of
 from tutelage.scheduler.policies import Step
 
 
@@ -76,20 +75,24 @@ def _described_teachers(weights: Mapping[str, float]) -> str:
 
 
 def _described(task: TaskConfig, settings: TaskSettings) -> str:
-    """The objective with its k and with what differs from its defaults."""
-    objective = settings.objective
-    defaults = inspect.signature(type(objective.rule)).parameters
-    shown = {
-        key: value
-        for key, value in settings.options.items()
-        if key != "k" and value != defaults[key].default
-    }
-    text = [objective.name, *([f"k={objective.needs.width}"] if "k" in defaults else [])]
-    text += [f"{key}={value}" for key, value in shown.items()]
+    """The objective: its losses, and what differs from the task's defaults."""
+    text = [" + ".join(map(_loss, settings.losses))]
     if task.weight != 1:
         text.append(f"(weight {task.weight:g})")
     if task.guidance is not None:
         text.append(f"(the {task.guidance.by} begins {task.guidance.share:.0%} of the episodes)")
+    return " ".join(text)
+
+
+def _loss(section: ObjectiveConfig) -> str:
+    """A loss with its k, with what differs from its defaults, and before it its weight in a sum."""
+    defaults = {key: one.default for key, one in options_of(section.name).items()}
+    shown = {key: x for key, x in section.options.items() if x != defaults[key]}
+    if "k" in defaults:
+        shown = {"k": defaults["k"]} | shown
+    weight = section.weight if isinstance(section, TermConfig) else 1.0
+    text = [f"{weight:g}"] if weight != 1 else []
+    text += [section.name, *(f"{key}={value}" for key, value in shown.items())]
     return " ".join(text)
 
 
