@@ -520,7 +520,8 @@ def test_a_context_with_a_format_needs_the_admissible_actions() -> None:
         "tasks": {"echo": {"env": "EchoDoctor-v0", "rollout": rollout}},
         "objective": {"name": "imitation"},
     }
-    found = examination._environments(parse_config(data, "test"))
+    config = parse_config(data, "test")
+    found = examination._environments(config, config.resolve())
     named = {finding.check: finding for finding in found}
     _level(named["info['admissible_actions']"], "fault", "missing")
 
