@@ -98,7 +98,7 @@ def test_modules_load_no_more_than_they_say(module: str, loaded: str, left_out: 
     assert modules & set(left_out.split()) == set()
 
 
-def test_every_moduleimports() -> None:
+def test_every_module_imports() -> None:
     names = [_module(source) for wing in WINGS for source in _sources(wing)]
     done = _python(f"import importlib\nfor name in {names}: importlib.import_module(name)")
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests import settings
 from tutelage.evaluation.evaluate import EVALUATION, evaluate, evaluate_tasks, orders, summarise
 from tutelage.evaluation.metrics import wilson
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw, Turn
-from tutelage.scheduler.rollouts import TaskRollout
 
 LAW = SamplingLaw(temperature=0.4, top_p=0.9)
 
@@ -136,8 +136,8 @@ def test_each_task_is_played_in_each_mode_and_told_as_its_score_is_there() -> No
 
     scores = evaluate_tasks(
         {
-            "one": TaskRollout(env="One-v0", law=LAW, max_turns=1),
-            "two": TaskRollout(env="Two-v0", law=LAW, max_turns=2),
+            "one": settings.rollout("One-v0", temperature=0.4, top_p=0.9, max_turns=1),
+            "two": settings.rollout("Two-v0", temperature=0.4, top_p=0.9, max_turns=2),
         },
         collect,
         modes=("greedy", "sampled"),

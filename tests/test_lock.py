@@ -109,6 +109,7 @@ def test_one_that_was_killed_holds_nothing(folder: Path) -> None:
     _end(first)
 
 
+@pytest.mark.slow
 def test_of_many_that_begin_at_once_one_has_it(folder: Path) -> None:
     for _ in range(3):
         all_ = [_hold(folder) for _ in range(5)]

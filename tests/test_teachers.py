@@ -18,6 +18,7 @@ from tests.settings import serving
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.models.dtypes import TOLERANCE
+from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, build
 from tutelage.distill.objectives import scores as objective_scores
 from tutelage.distill.student.learner import Learner
@@ -359,8 +360,7 @@ def test_a_score_is_looked_at_twice_as_logits_and_in_its_message(
         Lesson(task="t", row=row, scores=one, mask_T=row.chosen_T)
         for row, one in zip(rows, scores, strict=True)
     ]
-    learner = Learner(
-        make_model(seed=1), vocabulary=VOCABULARY, config=OptimizerConfig(lr=1e-3), steps=1
-    )
+    student = Student(make_model(seed=1), vocabulary=VOCABULARY)
+    learner = Learner(student, config=OptimizerConfig(lr=1e-3), steps=1)
     learner.update(lessons, {"t": Course(objective=objective, weight=1.0)}, seed=0)
     assert looks == [64] + [2] * 32

@@ -19,6 +19,8 @@ from tutelage.distill.models.threads import READ, WORK, cores, fitting, matrix_s
 from tutelage.scheduler.engine import Request
 from tutelage.scheduler.episodes import GREEDY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
