@@ -6,7 +6,7 @@ Letters: N tokens, K support size, J ids that the student asks for, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass, fields, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ class TeacherScores:
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The fields that are there, by name."""
-        found = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        found = [(name, getattr(self, name)) for name in self.__slots__]
         return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
 
 

@@ -13,7 +13,7 @@ Letters: N tokens, K support size, J ids that the student asked for, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,8 @@ class CompactScores:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What the teacher sent, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+        found = [(name, getattr(self, name)) for name in self.__slots__]
+        return {name: value for name, value in found if isinstance(value, np.ndarray)}
 
     @property
     def nbytes(self) -> int:
