@@ -30,8 +30,8 @@ from tutelage.distill.student.lessons import (
     Course,
     Drawn,
     Lesson,
+    grouped,
     joined_scores,
-    refuse_empty_masks,
 )
 from tutelage.distill.student.optimizers import Optimizer
 from tutelage.distill.student.ranks import Alone, Ranks, split
@@ -102,14 +102,14 @@ class Learner:
         """
         if not lessons:
             raise ValueError("there are no lessons to learn from: every episode was dropped")
-        refuse_empty_masks(lessons)
+        tasks = grouped(lessons)
         rng = np.random.default_rng(seed)
         drawn = [
             (lesson, rng.random(len(lesson.row.ids_T), dtype=np.float32)) for lesson in lessons
         ]
         count = -(-len(lessons) // (self._config.minibatch or len(lessons)))
         parts = [[pair for pair in drawn[i::count] if pair[0].mask_T.any()] for i in range(count)]
-        own = {lesson.task: courses[lesson.task] for lesson in lessons}
+        own = {task: courses[task] for task in tasks}
         at = progress if isinstance(progress, Mapping) else dict.fromkeys(own, progress)
         meters, norm = self._shared([part for part in parts if part], own, at, diagnose)
         shared = {
@@ -120,7 +120,7 @@ class Learner:
         self._cut_off = False
         return {
             task: meter.means()
-            | {"tokens/trained": float(sum(x.mask_T.sum() for x in lessons if x.task == task))}
+            | {"tokens/trained": float(sum(x.mask_T.sum() for x in tasks[task]))}
             | shared
             for task, meter in meters.items()
         }

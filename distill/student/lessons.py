@@ -48,14 +48,22 @@ Drawn = tuple[Lesson, npt.NDArray[np.float32]]
 """A lesson and a uniform draw for each of its row's tokens."""
 
 
-def refuse_empty_masks(lessons: Sequence[Lesson]) -> None:
-    for task in dict.fromkeys(lesson.task for lesson in lessons):
-        own = [lesson for lesson in lessons if lesson.task == task]
+def grouped(lessons: Sequence[Lesson]) -> dict[str, list[Lesson]]:
+    """The lessons of each task, in their order.
+
+    Raises:
+        ValueError: no token of a task takes loss.
+    """
+    found: dict[str, list[Lesson]] = {}
+    for lesson in lessons:
+        found.setdefault(lesson.task, []).append(lesson)
+    for task, own in found.items():
         if not any(lesson.mask_T.any() for lesson in own):
             raise ValueError(
                 f"task {task!r}: no token takes loss in {len(own)} rows: objective.mask_tokens"
                 " masks all that the student said, or every episode was dropped"
             )
+    return found
 
 
 def joined_scores(lessons: Sequence[Lesson]) -> TeacherScores:
