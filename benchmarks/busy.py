@@ -81,7 +81,7 @@ class Turns(Observer):
 def measure(config: Path, kinds: Sequence[int], steps: int, pairs: list[str]) -> dict[int, Any]:
     """By kind, the records of its steps."""
     turn = len(load_config(config, pairs).tasks)
-    turns = 1 + -(-steps // turn)
+    turns = 1 + -(-steps // turn)  # the first warms up; the others are rounded up
     with tempfile.TemporaryDirectory() as folder, others(max(kinds)) as busy:
         settled = load_config(
             config,

@@ -51,7 +51,7 @@ def main() -> None:
     seconds: dict[int, list[float]] = {1: [], count: []}
     for step in range(1 + options.repeat):  # the first warms up
         for ranks, learner in ((1, alone), (count, over)):
-            prepare_process(count // ranks)
+            prepare_process(count // ranks)  # threads: with the ranks, `count` for both
             begun = time.perf_counter()
             found = learner.update(lessons, courses, seed=step, diagnose=False)["t"]["loss/mean"]
             seconds[ranks].append(time.perf_counter() - begun)

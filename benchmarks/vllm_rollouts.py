@@ -125,6 +125,7 @@ def at_once(engine: Any, requests: Sequence[Request]) -> Speed:
     """The speed with all requests submitted at once."""
     watch = Stopwatch()
     for session, request in enumerate(requests):
+        # far from the rollouts' session numbers: none of theirs is continued
         engine.submit(replace(request, session=1_000_000 + session))
     return watch.speed(_drain(engine))
 

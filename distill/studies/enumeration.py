@@ -72,7 +72,7 @@ class World:
         prefixes_YT, row_Y = torch.empty_like(ids_YT), torch.zeros(len(ids_YT), dtype=torch.long)
         for t in range(length):
             prefixes_YT[:, t] = row_Y
-            row_Y = row_Y * vocabulary + ids_YT[:, t] + 1  # a prefix's children follow all before
+            row_Y = row_Y * vocabulary + ids_YT[:, t] + 1  # as in a heap: row r's are r V + 1 ...
         shape = (int(prefixes_YT.max()) + 1, vocabulary)
         teacher_CV = 1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
         own_CV = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -152,6 +152,7 @@ def estimate(objective: Objective, world: World, params: SamplingLaw = WHOLE) ->
         gradient_NV = _token_gradients(objective, world, uniforms_N, params)
         weighted_NV = (weight_N * chance_N)[:, None] * gradient_NV
         mean_CV.index_add_(0, world.prefixes_YT.flatten(), weighted_NV)
+        # A sequence's tokens lie in different rows: its squared norm is the sum of theirs.
         second += (weighted_NV * gradient_NV).sum().item()
     return Estimate(mean_CV=mean_CV, variance=second - mean_CV.square().sum().item())
 
@@ -190,8 +191,9 @@ def _token_gradients(
         DenseStudent(student_NV),
         _scores(world.teacher_CV[prefixes_N].log_softmax(-1), ids_N, objective.needs.k),
         ids_N,
-        world.logprobs(world.student_CV).flatten(),
+        world.logprobs(world.student_CV).flatten(),  # on-policy: pi_old is pi
         tokens=Tokens(
+            # a segment for each sequence: no return-to-go reaches into the next
             segments_N=torch.arange(count).repeat_interleave(length),
             uniforms_N=uniforms_N,
             # a token that is never drawn has weight 0, and 0 times infinity would be NaN
@@ -307,6 +309,7 @@ def run_enumeration(
             progress("enumeration", seed + 1, worlds)
     qualities = []
     for rows, each in zip(found, chosen, strict=True):
+        # of squared biases: their roots follow below
         sequence_bias, token_bias, variance, cosine = torch.tensor(rows).mean(0).tolist()
         qualities.append(
             Quality(

@@ -190,6 +190,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _geometric(values: Sequence[float]) -> str:
+    # Variances differ by orders of magnitude between seeds: the largest would be the mean.
     return f"{statistics.geometric_mean(values):.2g}"
 
 

@@ -114,6 +114,7 @@ def score(head: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
     """The gradient of the log density with respect to the head [..., O]."""
     mean, sigma = gaussian(head)
     standard = (moves - mean) / sigma
+    # d log p / d sigma, times the derivative of softplus
     raw = (standard.square() - 1) / sigma * head[..., 1].sigmoid()
     return torch.stack([standard / sigma, raw], dim=-1)
 
@@ -161,6 +162,7 @@ def train_teachers(
     Reward: -(distance to the target)^2 - 2 (move)^2 after each move, so that a teacher walks and
     does not jump. Advantage: the return-to-go against the batch's mean and deviation at that time.
     """
+    # 2 seed + task: the tasks' teachers share no random stream
     generators = [torch.Generator().manual_seed(2 * seed + task) for seed in seeds]
     policies = Policies(generators)
     optimizer = torch.optim.Adam(policies.parameters, lr=3e-3)
@@ -190,6 +192,7 @@ def micro_batch_variance(
     """
     runs, gammas, batch, horizon = cost_RGBT.shape
     each = batch // MICRO_BATCHES
+    # The layer's bias counts as one more weight, of an input that is always 1.
     inputs_RNH = torch.cat([hidden_RNH, torch.ones_like(hidden_RNH[..., :1])], dim=-1)
     outward_RNGO = score_RNO[:, :, None] * cost_RGBT.view(runs, gammas, -1).mT[..., None]
     inputs_RMNH = inputs_RNH.unflatten(1, (MICRO_BATCHES, each * horizon))
@@ -249,7 +252,7 @@ def run_toy(
     variances = []
     for iteration in range(iterations):
         task = iteration % 2
-        seen = play(students, task, noise(generators)[index_R])
+        seen = play(students, task, noise(generators)[index_R])  # one seed's runs share its noise
         optimizer.zero_grad()
         variances.append(_distil(students, teachers[task], seen, gamma_R1, gammas))
         optimizer.step()
