@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.distill.config.faults import validated
+from tutelage.distill.config.faults import ConfigError, validated
 from tutelage.distill.config.sections import (
     ObjectiveConfig,
     Objectives,
@@ -149,3 +149,13 @@ def support_of(teacher: str, tasks: Mapping[str, TaskSettings]) -> int:
     """How many of its own ids a token a teacher's tasks want at most; at least 1."""
     own = (task for task in tasks.values() if teacher in task.schedule.teachers)
     return max([1, *(task.objective.needs.k for task in own)])
+
+
+def check_supports(tasks: Mapping[str, TaskSettings], vocabulary: int) -> None:
+    """Raises ConfigError for a support larger than the vocabulary."""
+    for name, task in tasks.items():
+        if (k := task.objective.needs.width) > vocabulary:
+            raise ConfigError(
+                f"tasks.{name}: objective {task.objective.name!r} has k={k}, the tokenizer"
+                f" {vocabulary} ids: lower objective.k"
+            )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutelage.distill.config.resolved import TaskSettings
+from tutelage.distill.config.resolved import TaskSettings, check_supports
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import check_vocabularies, student_tokenizer
 from tutelage.distill.plan.footprint import Footprint, at_hand, footprint, student_footprint
@@ -64,6 +64,8 @@ def make_plan(config: RunConfig) -> Plan:
     vocabulary = _vocabulary(config, student)
     settings = config.resolve()
     steps = steps_of(config, settings)
+    if vocabulary is not None:
+        check_supports(settings, vocabulary)
     tasks = tuple(
         forecast(config, name, task, steps[name], vocabulary) for name, task in settings.items()
     )

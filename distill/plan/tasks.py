@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import ObjectiveConfig, TaskConfig, TermConfig
@@ -46,12 +45,6 @@ def forecast(
     config: RunConfig, name: str, settings: TaskSettings, steps: int, vocabulary: int | None
 ) -> TaskForecast:
     task, objective = config.tasks[name], settings.objective
-    k = objective.needs.width
-    if vocabulary is not None and k > vocabulary:
-        raise ConfigError(
-            f"tasks.{name}: objective {objective.name!r} has k={k}, the tokenizer {vocabulary} ids:"
-            " lower objective.k"
-        )
     return TaskForecast(
         name=name,
         env=task.env,

@@ -20,7 +20,6 @@ from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.models.loading import at_key, resolve
 from tutelage.distill.plan.footprint import student_footprint
-from tutelage.distill.student.lessons import Course
 from tutelage.envs.errors import one_line
 from tutelage.envs.plugins import Absent
 from tutelage.evaluation.run_folder import FILES, FOLDERS, METRICS
@@ -61,16 +60,6 @@ def check_folder(config: RunConfig) -> None:
         raise ConfigError(
             f"run: {folder} holds more than a run: name a folder of its own, such as runs/first"
         )
-
-
-def check_supports(courses: Mapping[str, Course], vocabulary: int) -> None:
-    """Raises ConfigError for a support larger than the vocabulary."""
-    for task, course in courses.items():
-        if (k := course.objective.needs.width) > vocabulary:
-            raise ConfigError(
-                f"tasks.{task}: objective {course.objective.name!r} has k={k}, the tokenizer"
-                f" {vocabulary} ids: lower objective.k"
-            )
 
 
 def check_room(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill.config.resolved import rollouts_of
+from tutelage.distill.config.resolved import check_supports, rollouts_of
 from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import LearnerConfig
 from tutelage.distill.engines.build import check_rollout_engine
@@ -37,7 +37,6 @@ from tutelage.distill.run.preflight import (
     check_folder,
     check_machine,
     check_room,
-    check_supports,
     open_all,
 )
 from tutelage.distill.run.record import Record
@@ -110,7 +109,7 @@ class Run:
             name: Course(objective=task.objective, weight=task.weight)
             for name, task in tasks.items()
         }
-        check_supports(self._courses, self.vocabulary)
+        check_supports(tasks, self.vocabulary)
         self._special = {
             name: special_ids(self.tokenizer, task.mask_tokens) for name, task in tasks.items()
         }
