@@ -1,14 +1,14 @@
-"""A Python process beside this one: started, talked to, missed when it dies, never left behind.
+"""Runs a function in a Python process beside this one, with which it exchanges messages.
 
     child = Child("package.module:function", plain=True)
     child.connection.send(question, timeout=60)
     answer = child.connection.receive(timeout=60)
     child.kill()
 
-`function` is called there with its end of the connection. Between the two processes stands a keeper
-(keeper.py): whatever the child started ends with it, and it ends with us. It starts afresh (no
-fork: torch and Ray live here), in a session of its own (a Ctrl-C at the terminal is ours to
-handle), without a stdin, and what it prints goes to stderr.
+`function` is called there with its end of the connection. A keeper (keeper.py) between the two
+processes sees to it that whatever the child started ends with it, and that it ends with us. The
+child is a new interpreter (no fork: torch and Ray live here) in a session of its own (a Ctrl-C at
+the terminal is ours to handle), without a stdin; what it prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 from tutelage.envs.keeper import GRACE, PATIENCE, die_with_parent, keep
 
-MARK = b"tutelage"  # begins every message: what somebody else writes into our socket does not
+MARK = b"tutelage"  # begins every message: bytes that another library writes into our socket do not
 HEADER = struct.Struct("!8sQ")  # the mark, and the length of the pickle that follows, in bytes
 MAX_MESSAGE = 64 * 2**20  # bytes of plain data: a thousand times the largest step of a household
 
@@ -43,7 +43,7 @@ class Disconnected(ConnectionError):
 
 
 class InvalidMessage(ValueError):
-    """What came is no message of ours: how the sender misbehaved, as a predicate."""
+    """What came is no message of ours. Its text is a predicate: "sent a message that ..."."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -54,12 +54,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class Connection:
-    """Messages over a socket, which either side begins with its process id.
+    """Messages over a socket. Each side's first message is its process id.
 
     plain: the other side may send built-in data only, of at most MAX_MESSAGE bytes.
 
     Attributes:
-        peer: the other side's process id, once it has told it.
+        peer: the other side's process id, once it has come.
         fault: why nothing more will come (Disconnected or InvalidMessage), once that is so.
     """
 
@@ -96,7 +96,7 @@ class Connection:
         self.send_packed(packed(message), timeout=timeout)
 
     def send_packed(self, payload: bytes, *, timeout: float | None = None) -> None:
-        """As `send`: a message that was packed to see how long it is."""
+        """As `send`, for a caller that packed the message itself, to see how long it is."""
         self._queue(payload)
         deadline = _deadline(timeout)
         while self._outgoing:
@@ -124,7 +124,7 @@ class Connection:
                 yield self.receive()
 
     def arrived(self) -> list[Any]:
-        """The messages that are here already; what waits to be sent is sent as far as it goes."""
+        """The messages that are here already. Also sends what the socket takes, without waiting."""
         self._flush()
         self._pull()
         messages = list(self._arrived)
@@ -138,7 +138,7 @@ class Connection:
         return bool(self._arrived or self.fault)
 
     def hang_up(self) -> None:
-        """The other side learns that nothing more comes; what it still says is heard."""
+        """Tell the other side that nothing more comes. What it still sends can be received."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -227,7 +227,7 @@ def _deadline(timeout: float | None) -> float:
 
 
 class Child:
-    """A process in which `call` ("package.module:function") is given its end of the connection.
+    """A process that runs `call` ("package.module:function") with its end of the connection.
 
     environment: its variables, PYTHONPATH aside: it finds modules where we do. plain: see
     Connection. stderr, cwd: as for subprocess.
@@ -261,7 +261,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its keeper's, until it has told its own."""
+        """The child's process id; its keeper's, until the child has sent its own."""
         return self.connection.peer or self._process.pid
 
     def exit_code(self, wait: float) -> int | None:
@@ -293,7 +293,7 @@ class Child:
         self.connection.close()
 
     def _hear_out(self, seconds: float) -> None:
-        """Until it hangs up; to wait for its end alone would be to look every 50 ms."""
+        """Receive until it hangs up, which comes at once; Popen.wait would look every 50 ms."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(Disconnected, InvalidMessage, TimeoutError):
             while (left := deadline - time.monotonic()) > 0:
@@ -301,14 +301,14 @@ class Child:
 
 
 def main() -> None:
-    """The child's own: its arguments are what to call, a socket, and whether to end with the thread
-    that started us.
+    """Runs in the child. Its arguments: what to call, a socket, and whether to end with the thread
+    that started it.
     """
     faulthandler.enable()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # who prints disturbs no caller
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a print must not end up in our stdout
     call, descriptor, in_main = sys.argv[1:4]
     connection = socket.socket(fileno=int(descriptor))
-    connection.set_inheritable(False)
+    connection.set_inheritable(False)  # what the function starts must not keep it open
     if in_main == "1":
         die_with_parent(signal.SIGTERM)
     keep(connection)

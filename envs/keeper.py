@@ -26,55 +26,55 @@ _PDEATHSIG, _CHILD_SUBREAPER = 1, 36  # prctl's
 
 
 def die_with_parent(by: int = signal.SIGKILL) -> None:
-    """Linux sends us `by`, stopped or not, when the thread that started us ends; so this is asked
-    for in a main thread only.
+    """Have Linux send us `by`, stopped or not, when the thread that started us ends. So only a
+    process that a main thread started may call this.
     """
     _prctl(_PDEATHSIG, by)
 
 
 def keep(connection: socket.socket) -> None:
-    """Make two of this process: in the one below the call returns, and it is the worker; the one
-    above never comes back. connection: whose other end is the owner's.
+    """Fork this process: the child is the worker, in which the call returns; the parent becomes its
+    keeper and never returns. connection: its other end is the owner's.
     """
     _prctl(_CHILD_SUBREAPER, 1)
-    told, tell = os.pipe()
-    for end in (told, tell):
+    signals, wakeup = os.pipe()  # to poll for signals and for the connection at once
+    for end in (signals, wakeup):
         os.set_blocking(end, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # so that they wake it
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # only signals with a handler are written
     signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     keeper = os.getpid()
     worker = os.fork()
     if worker:
-        _keep(connection, worker, told)
+        _keep(connection, worker, signals)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    for end in (told, tell):
+    for end in (signals, wakeup):
         os.close(end)
     os.setpgid(0, 0)  # an environment that signals its process group does not mean its keeper
     die_with_parent()
-    if os.getppid() != keeper:  # too late to be told
+    if os.getppid() != keeper:  # it ended before the line above: no signal will come
         os._exit(1)
 
 
-def _keep(connection: socket.socket, worker: int, told: int) -> NoReturn:
+def _keep(connection: socket.socket, worker: int, signals: int) -> NoReturn:
     status = 0
     try:
-        status = _outlive(connection, worker, told)
+        status = _outlive(connection, worker, signals)
     finally:
         _end_as(status)
 
 
-def _outlive(connection: socket.socket, worker: int, told: int) -> int:
-    """Wait for the worker's end, or make it; end whatever else there is; the worker's status."""
+def _outlive(connection: socket.socket, worker: int, signals: int) -> int:
+    """Wait for the worker's end, or end it; end whatever else there is; the worker's status."""
     poll = select.poll()
-    poll.register(told, select.POLLIN)
+    poll.register(signals, select.POLLIN)
     poll.register(connection, getattr(select, "POLLRDHUP", 0) | select.POLLHUP)
     deadline, found = float("inf"), None
     while found is None and (left := deadline - time.monotonic()) > 0:
         events = dict(poll.poll(None if left == float("inf") else 1000 * left))
-        if told in events and signal.SIGTERM in os.read(told, 4096):
+        if signals in events and signal.SIGTERM in os.read(signals, 4096):  # a byte a signal
             break
         if connection.fileno() in events:
             poll.unregister(connection)
@@ -84,7 +84,7 @@ def _outlive(connection: socket.socket, worker: int, told: int) -> int:
 
 
 def _reap(worker: int) -> int | None:
-    """Take note of those who have ended, orphans among them; the worker's status, if it has."""
+    """Reap all children that have ended, adopted orphans too; the worker's status, if it has."""
     found = None
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -94,7 +94,7 @@ def _reap(worker: int) -> int | None:
 
 
 def _end_all(worker: int, status: int | None) -> int:
-    """Kill our children, and those that their end makes ours, until none is left."""
+    """Kill our children, and the orphans that we adopt by that, until none is left."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for child in _children(worker):

@@ -37,13 +37,14 @@ class Garbage(Exception):
 
 
 class Undecided(RuntimeError):
-    """Raised by an environment that cannot say how an action went, for reasons that are the
-    machine's: the episode is played again, and lost at last, but never counted as a failure.
+    """Raised by an environment that cannot say how an action went because the machine is too busy:
+    the episode is repeated, and at last dropped, but never counted as unsolved.
     """
 
 
 class Host:
-    """Instances of one environment, used again when their episode ends: they are costly to make.
+    """Instances of one environment. One whose episode has ended is used again: they are costly to
+    make.
 
     max_observation: characters of one observation; a longer one is garbage.
     """
@@ -56,12 +57,12 @@ class Host:
         self._count = num_episodes(self._free[0])
 
     def probe(self) -> dict[str, Any]:
-        """What a caller must know before the first reset."""
+        """What the pool must know before the first reset."""
         return {"num_episodes": self._count}
 
     def handle(self, request: Request) -> Reply | None:
-        """Play one request. What an environment raises or makes up ends its own episode only, and
-        so does its sys.exit.
+        """Play one request. An exception, an invalid answer or a sys.exit of the environment ends
+        that episode only.
         """
         episode = request[1]
         try:
@@ -152,7 +153,7 @@ class Host:
 
 
 def _close(env: gym.Env[Any, Any]) -> None:
-    """Whatever it raises, nobody waits for it any more."""
+    """Close an environment that is not used again: what it raises then matters to nobody."""
     try:
         env.close()
     except KeyboardInterrupt:  # the user's
@@ -282,8 +283,8 @@ def _serve(
 
 
 def _reply(connection: Connection, replies: list[Reply]) -> None:
-    """In one message; in several, where it would be too long; and what alone is too long is
-    garbage.
+    """Send replies in one message, or in several where one would be too long. A reply that alone is
+    too long becomes garbage.
     """
     payload = packed(("replies", replies))
     if len(payload) <= MAX_MESSAGE:
