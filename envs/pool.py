@@ -166,7 +166,7 @@ class EnvironmentPool:
             self._exchange(process)
             if process.refused:
                 raise _cannot(self._setup[0], process.refused, process.absent)
-            if process.gone:
+            if process.connection.fault:
                 self._replace(at, "died", process.death())
             elif left <= 0 and not process.started:
                 self._replace(at, "timeout", f"not ready within {START_SECONDS:.0f} s")
@@ -326,7 +326,7 @@ class EnvironmentPool:
             self._exchange(by_descriptor[descriptor])
         now = time.monotonic()
         for at, process in enumerate(self._processes):
-            if process.gone or process.refused:
+            if process.connection.fault or process.refused:
                 self._replace(at, "died", process.refused or process.death())
             elif self._owes(process) and now >= process.deadline(self._timeout):
                 self._replace(at, "timeout", f"no answer within {self._timeout:g} s")
@@ -388,10 +388,6 @@ class _Process:
         )
         self.connection = self.child.connection
         self.connection.post(setup)
-
-    @property
-    def gone(self) -> bool:
-        return self.connection.fault is not None
 
     def deadline(self, timeout: float) -> float:
         """When its silence becomes a fault (time.monotonic seconds)."""

@@ -680,6 +680,17 @@ def test_a_stopped_worker_costs_its_request_a_replacement_and_nothing_else() -> 
     assert _gone(asked)
 
 
+@needs_math_verify
+def test_a_stopped_keeper_costs_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot tell that its worker ran out of time; a fresh worker is asked, and says so."""
+    grading_pool.close()
+    monkeypatch.setattr(grading_pool, "SILENCE", 0.1)
+    assert _algebra("x+3", "3+x") == (True, "symbolic")
+    (worker,) = grading_pool._pool._free
+    os.kill(worker.child._process.pid, signal.SIGSTOP)
+    assert _algebra("9^{9^{9}}", "x+1", seconds=0.3) == (False, "timeout")
+
+
 @pytest.mark.parametrize("reply", [42, {"correct": "yes", "reason": "symbolic"}, {}, "?"])
 def test_a_worker_that_answers_nonsense_is_asked_no_more(
     monkeypatch: pytest.MonkeyPatch, reply: Any
@@ -696,7 +707,7 @@ def test_a_worker_that_answers_nonsense_is_asked_no_more(
     monkeypatch.setattr(grading_pool._Worker, "_answer", nonsense)
     assert _algebra("x+3", "3+x") == (False, "crash")
     assert len(asked) == grading_pool.TRIES
-    assert all(_gone(worker.pid) for worker in asked)
+    assert all(_gone(worker.child.pid) for worker in asked)
     grading_pool.close()
     assert grading_pool._pool._count == 0
 

@@ -80,7 +80,7 @@ class _Worker:
 
     def __init__(self) -> None:
         path = os.environ.get("PATH", "")
-        self._child = Child(
+        self.child = Child(
             "tutelage.envs.grading.worker:main",
             # A fixed hash seed: sympy goes through sets, and so does the same in every process.
             environment={"PATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
@@ -94,17 +94,9 @@ class _Worker:
         self.grades = 0
 
     @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    @property
-    def dead(self) -> bool:
-        return self._child.exit_code(0) is not None
-
-    @property
     def answers(self) -> bool:
         """It is ready, or has just said so."""
-        return self.ready or self._child.connection.ready
+        return self.ready or self.child.connection.ready
 
     def wait_ready(self, deadline: float) -> None:
         if self.ready:
@@ -117,7 +109,7 @@ class _Worker:
 
     def ask(self, answer: str, gold: str, allowance: Allowance) -> tuple[bool, str]:
         request = {"answer": answer, "gold": gold, "seconds": allowance.seconds}
-        self._child.connection.post(request)
+        self.child.connection.post(request)
         reply = self._answer(allowance.deadline)
         self.grades += 1
         correct, reason, used = reply["correct"], reply["reason"], reply["seconds"]
@@ -130,7 +122,7 @@ class _Worker:
         before = self._work()
         while (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                return self._child.connection.receive(timeout=min(left, SILENCE))
+                return self.child.connection.receive(timeout=min(left, SILENCE))
             if left > SILENCE and self._stands_still(before):
                 raise Stalled
             before = self._work()
@@ -141,22 +133,23 @@ class _Worker:
         systems without /proc.
         """
         try:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
         return fields[0], fields[11:13]
 
     def _stands_still(self, before: tuple[str, list[str]] | None) -> bool:
-        """Whether it was stopped, or sleeps instead of computing. A worker that waits for a
-        processor (R) or for the disk (D) does not count: another process would be no faster. While
-        it starts, neither does a sleeping one: imports may sleep.
+        """Whether it was stopped, sleeps instead of computing, or has ended below a keeper that was
+        stopped (Z). A worker that waits for a processor (R) or for the disk (D) does not count:
+        another process would be no faster. While it starts, neither does a sleeping one: imports
+        may sleep.
         """
         now = self._work()
-        return now is not None and now == before and now[0] in ("TtS" if self.ready else "Tt")
+        return now is not None and now == before and now[0] in ("TtZS" if self.ready else "TtZ")
 
     def cause(self, deadline: float) -> str:
         """The reason that fits how it ended, once it has hung up."""
-        code = self._child.exit_code(max(REAPED, deadline - time.monotonic()))
+        code = self.child.exit_code(max(REAPED, deadline - time.monotonic()))
         if code is None:
             return "crash"
         if not self.ready:
@@ -164,9 +157,6 @@ class _Worker:
         if code == -signal.SIGPROF:
             return "timeout"
         return "crash" if code >= 0 or code in _OWN else "lost"
-
-    def kill(self) -> None:
-        self._child.kill()
 
 
 class _Pool:
@@ -251,10 +241,10 @@ class _Pool:
 
     def _bury(self) -> None:
         """Remove idle workers that somebody killed, before a request gets one."""
-        for worker in [worker for worker in self._free if worker.dead]:
+        for worker in [worker for worker in self._free if worker.child.exit_code(0) is not None]:
             self._free.remove(worker)
             self._count -= 1
-            worker.kill()
+            worker.child.kill()
 
     def _started(self) -> _Worker:
         """A new process, which is counted already."""
@@ -271,12 +261,12 @@ class _Pool:
 
     def _replace(self, worker: _Worker) -> None:
         """End it and start its successor now, so that the next request finds that one warm."""
-        worker.kill()
+        worker.child.kill()
         with contextlib.suppress(OSError):
             self._keep(self._started())
 
     def _end(self, worker: _Worker) -> None:
-        worker.kill()
+        worker.child.kill()
         self._uncount()
 
     def _uncount(self) -> None:
@@ -286,14 +276,14 @@ class _Pool:
 
     def pids(self) -> list[int]:
         with self._changed:
-            return [worker.pid for worker in self._free]
+            return [worker.child.pid for worker in self._free]
 
     def close(self) -> None:
         with self._changed:
             workers, self._free = self._free, []
             self._count -= len(workers)
         for worker in workers:
-            worker.kill()
+            worker.child.kill()
 
 
 _pool = _Pool()
