@@ -22,10 +22,10 @@ from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
 from tutelage.distill.models.loading import prepare_process
 from tutelage.distill.objectives import build
 from tutelage.distill.student.build import rank_student
+from tutelage.distill.student.examples import Example, TaskObjective
 from tutelage.distill.student.learner import Learner
-from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.student.sharded import Setup, start
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 
 VOCABULARY = 2048
 
@@ -47,13 +47,18 @@ def main() -> None:
         Setup(make_student=make_student, processes=count, timeout=600.0, threads=1, **shared)
     )
     alone = Learner(make_student(0), **shared)
-    lessons, courses = _lessons(options), {"t": Course(objective=build("imitation"), weight=1.0)}
+    examples, task_objectives = (
+        _examples(options),
+        {"t": TaskObjective(objective=build("imitation"), weight=1.0)},
+    )
     seconds: dict[int, list[float]] = {1: [], count: []}
     for step in range(1 + options.repeat):  # the first warms up
         for ranks, learner in ((1, alone), (count, over)):
             prepare_process(count // ranks)  # threads: with the ranks, `count` for both
             begun = time.perf_counter()
-            found = learner.update(lessons, courses, seed=step, diagnose=False)["t"]["loss/mean"]
+            found = learner.update(examples, task_objectives, seed=step, diagnose=False)["t"][
+                "loss/mean"
+            ]
             seconds[ranks].append(time.perf_counter() - begun)
             print(
                 f"update {step}, {ranks} process(es): loss {found:.6f}, {seconds[ranks][-1]:.2f} s"
@@ -83,20 +88,20 @@ def _save(options: argparse.Namespace) -> str:
     return folder
 
 
-def _lessons(options: argparse.Namespace) -> list[Lesson]:
+def _examples(options: argparse.Namespace) -> list[Example]:
     rng = np.random.default_rng(0)
     turns_T = np.zeros(options.length, dtype=np.int32)
-    turns_T[0] = NOT_CHOSEN
+    turns_T[0] = NO_ACTION
     rows = [
         Row(
             ids_T=rng.integers(VOCABULARY, size=options.length).astype(np.int32),
             turns_T=turns_T,
-            logprobs_T=np.full(options.length, np.nan, dtype=np.float32),
+            behavior_logprobs_T=np.full(options.length, np.nan, dtype=np.float32),
             branches_T=np.zeros(options.length, dtype=np.int32),
         )
         for _ in range(options.rows)
     ]
-    return [Lesson(task="t", row=row, scores=None, mask_T=row.chosen_T) for row in rows]
+    return [Example(task="t", row=row, scores=None, mask_T=row.action_mask_T) for row in rows]
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     from tutelage.distill.config.loading import load_config
     from tutelage.distill.run import assembly, routing, training
     from tutelage.distill.run.observers import Observer
-    from tutelage.distill.teachers.identity import Identity
+    from tutelage.distill.teachers.fingerprint import Fingerprint
     from tutelage.distill.teachers.transport import CompactScores
     from tutelage.evaluation.run_folder import read_metrics
     from tutelage.scheduler.cluster import ClusterSettings, RayCluster, _Job
@@ -170,7 +170,7 @@ def run_one(mode: str, steps: int, warm: int, mark: str) -> dict[str, float]:
     for method in ("plan", "orders", "record"):
         timers.wrap(Timetable, method, "scheduler")
     timers.wrap(routing, "_ledger", "routing")
-    timers.wrap(Identity, "check_same", "routing")
+    timers.wrap(Fingerprint, "check_same", "routing")
     timers.wrap(routing, "unpack_answer", "transport")
     timers.wrap(CompactScores, "pack", "transport")
     for method in ("sync", "start", "_played", "score"):

@@ -109,7 +109,7 @@ def _measure(arguments: argparse.Namespace, case: str, way: str, path: str) -> N
         sampled_N=torch.randn(count, generator=generator) - 12,
         vocabulary=vocabulary,
     ).to(device)
-    behaviour_N = (torch.randn(count, generator=generator) - 12).to(device)
+    behavior_logprobs_N = (torch.randn(count, generator=generator) - 12).to(device)
     seconds = []
     base = _reset_peak(device)
     for _ in range(arguments.repeat):
@@ -121,7 +121,7 @@ def _measure(arguments: argparse.Namespace, case: str, way: str, path: str) -> N
             else SparseStudent(hidden_ND, head, vocabulary=vocabulary)
         )
         draws = torch.Generator(device=device).manual_seed(1)
-        loss_N, _ = objective(student, scores, ids_N, behaviour_N, generator=draws)
+        loss_N, _ = objective(student, scores, ids_N, behavior_logprobs_N, generator=draws)
         loss = loss_N.mean()
         loss.backward()
         value = loss.item()

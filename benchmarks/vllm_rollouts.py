@@ -35,11 +35,11 @@ from tutelage.distill.engines.vllm.engine import make_engine
 from tutelage.distill.models.loading import load_model, load_tokenizer
 from tutelage.distill.models.student import Student
 from tutelage.scheduler.engine import Request
-from tutelage.scheduler.episodes import Episode, Order, SamplingLaw
+from tutelage.scheduler.episodes import Episode, Order, SamplingParams
 from tutelage.scheduler.rollouts import RolloutWorker
 
 STUDENT = "builtin:household"
-SAMPLING = SamplingLaw(temperature=1.0, top_p=0.9)
+SAMPLING = SamplingParams(temperature=1.0, top_p=0.9)
 LONG = 200
 GAMES = {"split": "train", "difficulty": {"preset": "tiny", "rooms": ["kitchen", "bed"]}}
 
@@ -109,7 +109,7 @@ def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tupl
     watch = Stopwatch()
     outcomes = [one for one in worker.collect(orders) if isinstance(one, Episode)]
     rows = [row for one in outcomes for row in one.rows]
-    sampled = sum(int(row.chosen_T.sum()) for row in rows)
+    sampled = sum(int(row.action_mask_T.sum()) for row in rows)
     speed = watch.speed(sampled)
     read = sum(len(row.ids_T) for row in rows) - sampled
     text = (
@@ -117,7 +117,7 @@ def play(worker: RolloutWorker, engine: Watched, count: int, first: int) -> tupl
         f" {sampled / engine.steps:.0f} sampled a step,"
         f" {100 * engine.seconds / speed.seconds:.0f} % of the time in steps"
     )
-    before = [np.flatnonzero(row.chosen_T) for row in rows]
+    before = [np.flatnonzero(row.action_mask_T) for row in rows]
     return speed, text, int(np.concatenate(before).mean())
 
 
@@ -162,7 +162,7 @@ def long_batch(live: int, context: int, vocabulary: int) -> list[Request]:
             ids=rng.integers(10, vocabulary, size=context - LONG // 2).tolist(),
             max_new_tokens=LONG,
             stop_ids=frozenset(),
-            law=SAMPLING,
+            sampling=SAMPLING,
             seed=seed,
         )
         for seed in range(live)

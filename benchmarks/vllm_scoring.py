@@ -54,7 +54,7 @@ def make_rows(count: int, length: int, vocabulary: int) -> list[Row]:
         Row(
             ids_T=rng.integers(vocabulary, size=length).astype(np.int32),
             turns_T=turns_T,
-            logprobs_T=np.full(length, np.nan, dtype=np.float32),
+            behavior_logprobs_T=np.full(length, np.nan, dtype=np.float32),
             branches_T=np.zeros(length, dtype=np.int32),
         )
         for _ in range(count)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from tutelage.evaluation.metrics import wilson
-from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.rollouts import TaskRollout
 from tutelage.scheduler.timetable import ENDLESS
 
-Collect = Callable[[Sequence[Order], SamplingLaw], list[Episode | Dropped]]
+Collect = Callable[[Sequence[Order], SamplingParams], list[Episode | Dropped]]
 
 EVALUATION = "evaluation:"
 """Prefix of a task's name when it is played for evaluation, with its eval_args."""
@@ -85,7 +85,7 @@ def evaluate_tasks(
             found = evaluate(
                 played,
                 collect,
-                law=GREEDY if mode == "greedy" else how.law,
+                sampling=GREEDY if mode == "greedy" else how.sampling,
                 episodes=episodes,
                 num_games=num_games(played),
                 progress=partial(progress, task, mode),
@@ -99,7 +99,7 @@ def evaluate(
     task: str,
     collect: Collect,
     *,
-    law: SamplingLaw,
+    sampling: SamplingParams,
     episodes: int | str,
     num_games: int | None,
     progress: Callable[[int, int], None] | None = None,
@@ -112,12 +112,12 @@ def evaluate(
     tell = progress or (lambda done, total: None)
     tell(0, len(wanted))
     for start in range(0, len(wanted), part):
-        outcomes += collect(wanted[start : start + part], law)
+        outcomes += collect(wanted[start : start + part], sampling)
         tell(len(outcomes), len(wanted))
     return summarise(outcomes) | {
         "seed": EVALUATION_SEED,
-        "temperature": law.temperature,
-        "top_p": law.top_p,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
     }
 
 

@@ -22,7 +22,7 @@ from typing import Any, Generic
 
 from tutelage.envs.errors import first_line
 from tutelage.scheduler.engine import Weights
-from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.placement import LOAD_SECONDS, AnswerT, AskT, Service, Started
 from tutelage.scheduler.ray_start import connected
 from tutelage.scheduler.rollouts import RolloutWorker
@@ -132,9 +132,9 @@ class RayCluster(Generic[AskT, AnswerT]):
             return  # an evaluation after a step: it is there
         self._loaded = self._ray.put(dict(self._weights())), version
 
-    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Started:
+    def start(self, orders: Sequence[Order], *, sampling: SamplingParams | None = None) -> Started:
         weights, version = self._loaded
-        how = {"law": law, "version": version}
+        how = {"sampling": sampling, "version": version}
         shares = [orders[i :: len(self._workers)] for i in range(len(self._workers))]
         jobs = [
             _Job(worker, "play", (share,), how, {"weights": weights})

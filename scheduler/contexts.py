@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tutelage.scheduler.chat import Chat
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 from tutelage.scheduler.formats import Said, find_format
 
 Kind = Literal["full", "window"]
@@ -62,7 +62,7 @@ class Reply:
     ids: Sequence[int]
     logprobs: Sequence[float]
     closed: bool  # ends with an end-of-turn token
-    law_logprobs: Sequence[float] | None = None
+    sampling_logprobs: Sequence[float] | None = None
 
 
 class _RowBuilder:
@@ -76,10 +76,10 @@ class _RowBuilder:
         self._branches: list[int] = []
 
     def prompt(self, ids: Sequence[int]) -> None:
-        self._add(ids, NOT_CHOSEN)
+        self._add(ids, NO_ACTION)
 
     def trunk(self, reply: Reply, turn: int) -> None:
-        self._add(reply.ids, turn, reply.logprobs, reply.law_logprobs)
+        self._add(reply.ids, turn, reply.logprobs, reply.sampling_logprobs)
 
     def given(self, ids: Sequence[int], turn: int) -> None:
         self._add(ids, turn)
@@ -92,22 +92,22 @@ class _RowBuilder:
         ids: Sequence[int],
         turn: int,
         logprobs: Sequence[float] | None = None,
-        law: Sequence[float] | None = None,
+        sampling: Sequence[float] | None = None,
         branch: int = 0,
     ) -> None:
         nobody = [float("nan")] * len(ids)
         self._ids.extend(ids)
         self._turns.extend([turn] * len(ids))
         self._logprobs.extend(nobody if logprobs is None else logprobs)
-        self._law.extend(nobody if law is None else law)
+        self._law.extend(nobody if sampling is None else sampling)
         self._branches.extend([branch] * len(ids))
 
     def row(self) -> Row:
         return Row(
             ids_T=np.asarray(self._ids, dtype=np.int32),
             turns_T=np.asarray(self._turns, dtype=np.int32),
-            logprobs_T=np.asarray(self._logprobs, dtype=np.float32),
-            law_logprobs_T=np.asarray(self._law, dtype=np.float32),
+            behavior_logprobs_T=np.asarray(self._logprobs, dtype=np.float32),
+            sampling_logprobs_T=np.asarray(self._law, dtype=np.float32),
             branches_T=np.asarray(self._branches, dtype=np.int32),
         )
 
@@ -192,7 +192,7 @@ class Context:
         if self._settings.kind == "window":
             return tuple(self._rows)
         row = self._builder.row()
-        chosen = np.flatnonzero(row.chosen_T)
+        chosen = np.flatnonzero(row.action_mask_T)
         if not len(chosen):
             return ()
         end = int(chosen[-1]) + 1
@@ -200,8 +200,8 @@ class Context:
             Row(
                 ids_T=row.ids_T[:end],
                 turns_T=row.turns_T[:end],
-                logprobs_T=row.logprobs_T[:end],
-                law_logprobs_T=row.law_logprobs_T[:end],
+                behavior_logprobs_T=row.behavior_logprobs_T[:end],
+                sampling_logprobs_T=row.sampling_logprobs_T[:end],
                 branches_T=row.branches_T[:end],
             ),
         )

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 
 Weights = Mapping[str, npt.NDArray[np.generic]]
 """The student's, by name, as they travel to where it plays."""
@@ -37,7 +37,7 @@ class Request:
     ids: Sequence[int]
     max_new_tokens: int
     stop_ids: frozenset[int]
-    law: SamplingLaw
+    sampling: SamplingParams
     seed: int
 
 
@@ -53,12 +53,12 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     stopped: bool  # ended by a stop id, not by the length limit
-    law_logprobs: list[float] | None = None
+    sampling_logprobs: list[float] | None = None
 
     def __post_init__(self) -> None:
         self._check(self.logprobs, "log-probability")
-        if self.law_logprobs is not None:
-            self._check(self.law_logprobs, "log-probability under the sampling law")
+        if self.sampling_logprobs is not None:
+            self._check(self.sampling_logprobs, "log-probability under the sampling law")
 
     def _check(self, logprobs: Sequence[float], what: str) -> None:
         if len(self.ids) != len(logprobs):

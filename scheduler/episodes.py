@@ -6,13 +6,13 @@ Letters of shape suffixes: T tokens of a row, N tokens that take loss, K support
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-NOT_CHOSEN = -1
+NO_ACTION = -1
 """The turn number of a token that nobody chose: prompt, observation, template."""
 
 
@@ -21,7 +21,7 @@ Ending = Literal["terminated", "truncated", "max_turns", "context"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingLaw:
+class SamplingParams:
     """How actions are drawn. `temperature=0` is greedy; `top_p` cuts the tail and renormalises."""
 
     temperature: float = 1.0
@@ -39,7 +39,7 @@ class SamplingLaw:
         return self.temperature == 1 and self.top_p == 1
 
 
-GREEDY = SamplingLaw(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def _unsaid() -> npt.NDArray[np.float32]:
@@ -65,35 +65,43 @@ class Row:
 
     ids_T: npt.NDArray[np.int32]
     turns_T: npt.NDArray[np.int32]
-    logprobs_T: npt.NDArray[np.float32]
+    behavior_logprobs_T: npt.NDArray[np.float32]
     branches_T: npt.NDArray[np.int32]
-    law_logprobs_T: npt.NDArray[np.float32] = field(default_factory=_unsaid)
+    sampling_logprobs_T: npt.NDArray[np.float32] = field(default_factory=_unsaid)
     advantage_T: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.ids_T), len(self.turns_T), len(self.logprobs_T), len(self.branches_T)}
-        if len(self.law_logprobs_T):
-            lengths.add(len(self.law_logprobs_T))
+        lengths = {
+            len(self.ids_T),
+            len(self.turns_T),
+            len(self.behavior_logprobs_T),
+            len(self.branches_T),
+        }
+        if len(self.sampling_logprobs_T):
+            lengths.add(len(self.sampling_logprobs_T))
         if self.advantage_T is not None:
             lengths.add(len(self.advantage_T))
         if len(lengths) != 1:
             raise ValueError(f"a row's fields differ in length: {sorted(lengths)}")
-        if len(self.ids_T) and self.turns_T[0] != NOT_CHOSEN:
+        if len(self.ids_T) and self.turns_T[0] != NO_ACTION:
             raise ValueError(
                 "a row must begin with a prompt: its first token was chosen from nothing"
             )
-        if self.advantage_T is not None and not np.isfinite(self.advantage_T[self.chosen_T]).all():
+        if (
+            self.advantage_T is not None
+            and not np.isfinite(self.advantage_T[self.action_mask_T]).all()
+        ):
             raise ValueError("a row's advantages must be finite where a token was chosen")
 
     @property
-    def chosen_T(self) -> npt.NDArray[np.bool_]:
+    def action_mask_T(self) -> npt.NDArray[np.bool_]:
         """True on the tokens that take loss before the special-token mask."""
-        return self.turns_T != NOT_CHOSEN
+        return self.turns_T != NO_ACTION
 
     @property
-    def law_T(self) -> npt.NDArray[np.float32]:
+    def sampling_T(self) -> npt.NDArray[np.float32]:
         """`law_logprobs_T`, NaN throughout where nobody said."""
-        said = self.law_logprobs_T
+        said = self.sampling_logprobs_T
         return said if len(said) else np.full(len(self.ids_T), np.nan, dtype=np.float32)
 
     def positions_T(self) -> npt.NDArray[np.int64]:
@@ -163,7 +171,7 @@ class Episode:
     reward: float
     task_type: str
     ended: Ending
-    law: SamplingLaw
+    sampling: SamplingParams
     version: int  # of the student's weights
     attempts: int = 1
     final_observation: str = ""
@@ -172,7 +180,7 @@ class Episode:
     @property
     def num_chosen(self) -> int:
         """Tokens that take loss, before the special-token mask."""
-        return int(sum(row.chosen_T.sum() for row in self.rows))
+        return int(sum(row.action_mask_T.sum() for row in self.rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,15 +205,37 @@ class Dropped:
         return f"its environment {self.reason}: {self.detail}" if environments else self.detail
 
 
-def revived(plain: Mapping[str, Any]) -> Episode | Dropped:
-    """The outcome that `dataclasses.asdict` took apart; arrays may have become CPU tensors."""
+_SAVED = {
+    "behavior_logprobs_T": "logprobs_T",
+    "sampling_logprobs_T": "law_logprobs_T",
+    "sampling": "law",
+}
+"""Names in checkpoints, which older runs have too."""
+
+
+def saved(outcome: Episode | Dropped) -> dict[str, Any]:
+    """An outcome as a checkpoint keeps it: plain data and arrays."""
+    plain = _renamed(asdict(outcome), _SAVED)
+    if "rows" in plain:
+        plain["rows"] = tuple(_renamed(row, _SAVED) for row in plain["rows"])
+    return plain
+
+
+def revived(saved: Mapping[str, Any]) -> Episode | Dropped:
+    """The outcome that `saved` took apart; arrays may have become CPU tensors."""
+    names = {old: name for name, old in _SAVED.items()}
+    plain = _renamed(saved, names)
     order = Order(**plain["order"])
     if "reason" in plain:
         return Dropped(**{**plain, "order": order})
     rows = tuple(
-        Row(**{name: np.asarray(array) for name, array in row.items() if array is not None})
+        Row(**{k: np.asarray(v) for k, v in _renamed(row, names).items() if v is not None})
         for row in plain["rows"]
     )
     turns = tuple(Turn(**turn) for turn in plain["turns"])
-    law = SamplingLaw(**plain["law"])
-    return Episode(**{**plain, "order": order, "rows": rows, "turns": turns, "law": law})
+    sampling = SamplingParams(**plain["sampling"])
+    return Episode(**{**plain, "order": order, "rows": rows, "turns": turns, "sampling": sampling})
+
+
+def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in fields.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Generic, Protocol, TypeVar
 
-from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.rollouts import RolloutWorker
 
 LOAD_SECONDS = 3600.0
@@ -53,7 +53,7 @@ class Placement(Protocol[AskT, AnswerT]):
     def sync(self, version: int) -> None:
         """From here on, rollouts use this version of the student."""
 
-    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Started:
+    def start(self, orders: Sequence[Order], *, sampling: SamplingParams | None = None) -> Started:
         """Begin to play the orders with the version that was synced last."""
 
     def num_episodes(self, task: str) -> int | None:
@@ -79,8 +79,8 @@ class InProcess(Generic[AskT, AnswerT]):
     def sync(self, version: int) -> None:
         self._worker.load(None, version)
 
-    def start(self, orders: Sequence[Order], *, law: SamplingLaw | None = None) -> Started:
-        played = self._worker.collect(orders, law=law)
+    def start(self, orders: Sequence[Order], *, sampling: SamplingParams | None = None) -> Started:
+        played = self._worker.collect(orders, sampling=sampling)
         return Started(lambda: played)
 
     def num_episodes(self, task: str) -> int | None:

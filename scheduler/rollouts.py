@@ -17,7 +17,7 @@ from tutelage.envs.replay import ReplayingPool
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request, Weights
-from tutelage.scheduler.episodes import Dropped, Ending, Episode, Order, SamplingLaw, Turn
+from tutelage.scheduler.episodes import Dropped, Ending, Episode, Order, SamplingParams, Turn
 
 GRACE, POLL = 0.1, 0.0005
 """An engine that goes without waiting gives environments this share of its last step to answer
@@ -33,7 +33,7 @@ class TaskRollout:
     env: str
     env_args: Mapping[str, Any]
     context: ContextSettings
-    law: SamplingLaw
+    sampling: SamplingParams
     max_turns: int
     max_new_tokens: int
     max_live: int
@@ -134,7 +134,7 @@ class RolloutWorker:
         self._loaded: int | None = None  # the version that it was given
 
     def collect(
-        self, orders: Sequence[Order], *, law: SamplingLaw | None = None
+        self, orders: Sequence[Order], *, sampling: SamplingParams | None = None
     ) -> list[Episode | Dropped]:
         """Play every order (all of one task) and return the outcomes in the orders' order.
 
@@ -143,21 +143,23 @@ class RolloutWorker:
         if not orders:
             return []
         (task,) = {order.task for order in orders}
-        play = _Play(self, task, law or self._tasks[task].law, scores=law is not None)
+        play = _Play(
+            self, task, sampling or self._tasks[task].sampling, scores=sampling is not None
+        )
         return play.run(orders)
 
     def play(
         self,
         orders: Sequence[Order],
         *,
-        law: SamplingLaw | None,
+        sampling: SamplingParams | None,
         weights: Weights | None,
         version: int | None,
     ) -> list[Episode | Dropped]:
         """`collect` with this version of the student; None: the one that is there."""
         if version is not None and version != self._loaded:
             self.load(weights, version)
-        return self.collect(orders, law=law)
+        return self.collect(orders, sampling=sampling)
 
     def chat(self, task: str) -> Chat:
         """How a task's conversation is written."""
@@ -187,10 +189,10 @@ class _Play:
     """One call of `collect`: the loop between an engine and an environment pool."""
 
     def __init__(
-        self, worker: RolloutWorker, task: str, law: SamplingLaw, *, scores: bool = False
+        self, worker: RolloutWorker, task: str, sampling: SamplingParams, *, scores: bool = False
     ) -> None:
         self._scores = scores  # an evaluation: what cannot be asked counts as not solved
-        self._worker, self._engine, self._law = worker, worker.engine, law
+        self._worker, self._engine, self._law = worker, worker.engine, sampling
         self._guide = worker._guides.get(task)
         self._how = worker._tasks[task]
         self._pool = ReplayingPool(worker._pools[task], attempts=self._how.attempts)
@@ -340,7 +342,7 @@ class _Play:
                 ids=[*live.context.prompt_ids, *live.given],
                 max_new_tokens=self._room(live) if at_most is None else at_most,
                 stop_ids=self._chat.eos_ids,
-                law=self._law,
+                sampling=self._law,
                 seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]),
             )
         )
@@ -379,12 +381,12 @@ class _Play:
         """Record the turn: what was given, then what the student sampled."""
         given = [float("nan")] * len(live.given)
         ids, logprobs = (sampled.ids, sampled.logprobs) if sampled else ([], [])
-        law = sampled.law_logprobs if sampled else None
+        sampling = sampled.sampling_logprobs if sampled else None
         reply = Reply(
             ids=[*live.given, *ids],
             logprobs=[*given, *logprobs],
             closed=closed,
-            law_logprobs=None if law is None else [*given, *law],
+            sampling_logprobs=None if sampling is None else [*given, *sampling],
         )
         live.given = []
         text = self._chat.text(reply.ids)
@@ -439,7 +441,7 @@ class _Play:
             reward=live.reward,
             task_type=str(live.info.get("task_type", "")),
             ended=ended,
-            law=self._law,
+            sampling=self._law,
             version=self._engine.version,
             attempts=self._pool.attempt(live.session),
             final_observation=live.observation,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tutelage.distill.objectives import TeacherScores
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 
 torch.set_num_threads(1)
 
@@ -151,16 +151,16 @@ def _make_row(parts: Sequence[tuple[str, Sequence[int]]], *, seed: int = 0) -> R
     fields: list[tuple[int, int, float, int]] = []
     turn = 0
     for kind, ids in parts:
-        chosen = NOT_CHOSEN if kind == "prompt" else turn
+        chosen = NO_ACTION if kind == "prompt" else turn
         for token in ids:
             logprob = float(-rng.exponential()) if kind == "said" else float("nan")
             fields.append((token, chosen, logprob, turn + 1 if kind == "branch" else 0))
         turn += kind == "said"
-    ids_T, turns_T, logprobs_T, branches_T = zip(*fields, strict=True)
+    ids_T, turns_T, behavior_logprobs_T, branches_T = zip(*fields, strict=True)
     return Row(
         ids_T=np.asarray(ids_T, dtype=np.int32),
         turns_T=np.asarray(turns_T, dtype=np.int32),
-        logprobs_T=np.asarray(logprobs_T, dtype=np.float32),
+        behavior_logprobs_T=np.asarray(behavior_logprobs_T, dtype=np.float32),
         branches_T=np.asarray(branches_T, dtype=np.int32),
     )
 

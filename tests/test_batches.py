@@ -13,7 +13,7 @@ from tests.rounding import FORWARD_SUMS, rounding
 from tutelage.distill.models.batches import Batch, pack
 from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transformers import TransformersTeacher
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 
 CPU = torch.device("cpu")
 PROMPT, FIRST, EXPERT, BETWEEN, SECOND = [5, 6, 7, 8], [20, 21, 22], [30, 31], [9, 10], [40, 41]
@@ -104,8 +104,8 @@ def test_dagger_rows_as_a_context_makes_them(model: Any) -> None:
     lengths = [len(PROMPT), len(EXPERT), len(FIRST), len(BETWEEN), len(EXPERT)]
     row = Row(
         ids_T=np.asarray(ids, dtype=np.int32),
-        turns_T=np.repeat([NOT_CHOSEN, 0, NOT_CHOSEN, NOT_CHOSEN, 1], lengths).astype(np.int32),
-        logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
+        turns_T=np.repeat([NO_ACTION, 0, NO_ACTION, NO_ACTION, 1], lengths).astype(np.int32),
+        behavior_logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
         branches_T=np.repeat([0, 1, 0, 0, 2], lengths).astype(np.int32),
     )
     hidden_ND = _hidden(model, [row])[0]
@@ -119,7 +119,7 @@ def test_adjacent_branches_stay_apart(model: Any) -> None:
     row = Row(
         ids_T=np.asarray([*PROMPT, 30, 31, 50, 51], dtype=np.int32),
         turns_T=np.asarray([-1] * 4 + [0, 0, 1, 1], dtype=np.int32),
-        logprobs_T=np.full(8, np.nan, dtype=np.float32),
+        behavior_logprobs_T=np.full(8, np.nan, dtype=np.float32),
         branches_T=np.asarray([0] * 4 + [1, 1, 2, 2], dtype=np.int32),
     )
     hidden_ND = _hidden(model, [row])[0]
@@ -153,8 +153,8 @@ def test_losses_of_plain_rows_come_from_the_token_before(
     (batch,) = pack([row], max_tokens=100, device=CPU)
     assert batch.sources_N.tolist() == [3, 4, 5, 8, 9]
     assert batch.targets_N.tolist() == [*FIRST, *SECOND]
-    assert batch.behaviour_N.tolist() == row.logprobs_T[row.chosen_T].tolist()
-    assert batch.behaviour_N.isfinite().all()
+    assert batch.behavior_logprobs_N.tolist() == row.behavior_logprobs_T[row.action_mask_T].tolist()
+    assert batch.behavior_logprobs_N.isfinite().all()
     states = _states(model, row.ids_T.tolist())
     _close(_hidden(model, [row])[0], states[[3, 4, 5, 8, 9]])
 
@@ -214,7 +214,7 @@ class TestTeacher:
             assert torch.equal(scores.ids_NK, top.indices)
             _close(scores.logprobs_NK, top.values)
             assert scores.vocabulary == 90
-        assert len(found[4]) == int(branched.chosen_T.sum())
+        assert len(found[4]) == int(branched.action_mask_T.sum())
 
     def test_chunks_of_positions_do_not_show(
         self, model: Any, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch

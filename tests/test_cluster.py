@@ -30,7 +30,7 @@ def _fragile(plan: Path) -> Any:
         def num_episodes(self, task: str) -> int:
             return len(task)
 
-        def play(self, orders: Any, *, law: Any, weights: Any, version: Any) -> list[Dropped]:
+        def play(self, orders: Any, *, sampling: Any, weights: Any, version: Any) -> list[Dropped]:
             _meet_fate("play")
             told = repr((weights, version))
             return [Dropped(order=o, reason="died", detail=told, attempts=1) for o in orders]

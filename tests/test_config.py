@@ -88,7 +88,7 @@ class TestReading:
         assert tasks["household"].objective.name == "local_support"
         math, household = tasks["math"].rollout, tasks["household"].rollout
         assert (math.max_turns, household.max_turns) == (1, 30)
-        assert math.law.top_p == household.law.top_p == 0.9
+        assert math.sampling.top_p == household.sampling.top_p == 0.9
         # Inside a section too, the task's keys replace the run's one by one.
         assert (math.context.kind, math.context.repeat_task) == ("window", True)
         assert household.context.kind == "full"
@@ -694,7 +694,7 @@ class TestEngines:
                 ids,
                 behaviour,
                 generator=torch.Generator(),
-                tokens=Tokens(law_N=behaviour),
+                tokens=Tokens(sampling_logprobs_N=behaviour),
             )
         except ValueError as error:
             assert "engine: transformers" in str(error)

@@ -52,7 +52,7 @@ def test_the_joint_paper_is_its_table_of_settings() -> None:
         task, how = tasks[name], tasks[name].rollout
         assert (task.schedule.episodes, task.schedule.group) == (16 * 8, 8)
         assert (how.max_turns, how.max_new_tokens) == (turns, tokens)
-        assert (how.law.temperature, how.law.top_p) == (1.0, 0.9)
+        assert (how.sampling.temperature, how.sampling.top_p) == (1.0, 0.9)
         (loss,) = task.losses
         assert (loss.name, loss.options["k"]) == ("local_support", 32)
     context = tasks["household"].rollout.context

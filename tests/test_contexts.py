@@ -11,7 +11,7 @@ import pytest
 from tests.settings import context as context_of
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, Reply
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 
 TASK = "Your task is to: put a mug on the desk."
 SEEN = [f"You are in a kitchen.\n\n{TASK}", "You see a mug 1.", "Nothing happens.", "Done."]
@@ -28,7 +28,7 @@ def _reply(chat: Chat, text: str, turn: int, *, closed: bool = True) -> Reply:
     """Log-probabilities that name their turn and place: -turn.place; the law's are half of them."""
     ids = chat.reply(text) if closed else chat.reply(text)[:-1]
     said = [-turn - 0.01 * i for i in range(len(ids))]
-    return Reply(ids=ids, logprobs=said, closed=closed, law_logprobs=[0.5 * x for x in said])
+    return Reply(ids=ids, logprobs=said, closed=closed, sampling_logprobs=[0.5 * x for x in said])
 
 
 def _play(
@@ -54,7 +54,7 @@ def _chosen(chat: Chat, row: Row) -> dict[int, str]:
     return {
         int(turn): chat.tokenizer.decode(row.ids_T[row.turns_T == turn].tolist())
         for turn in np.unique(row.turns_T)
-        if turn != NOT_CHOSEN
+        if turn != NO_ACTION
     }
 
 
@@ -74,12 +74,12 @@ class TestFull:
         _, (row,) = _play(chat)
         assert _chosen(chat, row) == {i: f"{said}<|end|>" for i, said in enumerate(SAID)}
         assert chat.tokenizer.decode(row.ids_T.tolist()).endswith("go to desk 1<|end|>")
-        assert row.chosen_T[-1]
+        assert row.action_mask_T[-1]
         for turn, said in enumerate(SAID):
             expected = _reply(chat, said, turn).logprobs
-            assert row.logprobs_T[row.turns_T == turn].tolist() == pytest.approx(expected)
-        assert np.isnan(row.logprobs_T[~row.chosen_T]).all()
-        np.testing.assert_array_equal(row.law_T, 0.5 * row.logprobs_T)
+            assert row.behavior_logprobs_T[row.turns_T == turn].tolist() == pytest.approx(expected)
+        assert np.isnan(row.behavior_logprobs_T[~row.action_mask_T]).all()
+        np.testing.assert_array_equal(row.sampling_T, 0.5 * row.behavior_logprobs_T)
         assert not row.branches_T.any()
 
     def test_a_reply_cut_off_is_closed_by_a_token_that_nobody_chose(self, chat: Chat) -> None:
@@ -155,8 +155,8 @@ class TestWindow:
         for turn, (row, prompt, said) in enumerate(zip(rows, prompts, SAID, strict=True)):
             assert _chosen(chat, row) == {turn: f"{said}<|end|>"}
             assert chat.tokenizer.decode(row.ids_T.tolist()) == f"{prompt}{said}<|end|>"
-            assert np.isfinite(row.logprobs_T[row.chosen_T]).all()
-            np.testing.assert_array_equal(row.law_T, 0.5 * row.logprobs_T)
+            assert np.isfinite(row.behavior_logprobs_T[row.action_mask_T]).all()
+            np.testing.assert_array_equal(row.sampling_T, 0.5 * row.behavior_logprobs_T)
         assert not Context(chat, context_of(kind="window")).appends
 
 
@@ -170,11 +170,14 @@ class TestDagger:
         plain_prompts, (plain,) = _play(chat)
         assert prompts == plain_prompts  # what the student sees is its own history
         assert _chosen(chat, row) == {i: f"{said}<|end|>" for i, said in enumerate(self.EXPERTS)}
-        assert np.isnan(row.logprobs_T).all()  # nobody sampled these
-        assert np.isnan(row.law_T).all()
+        assert np.isnan(row.behavior_logprobs_T).all()  # nobody sampled these
+        assert np.isnan(row.sampling_T).all()
         # Each branch has a number of its own, and all that takes loss is on one.
-        assert row.branches_T[row.chosen_T].tolist() == (row.turns_T[row.chosen_T] + 1).tolist()
-        assert not row.branches_T[~row.chosen_T].any()
+        assert (
+            row.branches_T[row.action_mask_T].tolist()
+            == (row.turns_T[row.action_mask_T] + 1).tolist()
+        )
+        assert not row.branches_T[~row.action_mask_T].any()
         trunk = row.ids_T[row.branches_T == 0].tolist()
         assert trunk == plain.ids_T[: len(trunk)].tolist()
         # The row ends with the last branch: the student's last words predict nothing.
@@ -197,8 +200,8 @@ class TestDagger:
             assert chat.tokenizer.decode(row.ids_T.tolist()) == (
                 f"{prompt}{self.EXPERTS[turn]}<|end|>"
             )
-            assert np.isnan(row.logprobs_T).all() and not row.branches_T.any()
-            assert np.isnan(row.law_T).all()
+            assert np.isnan(row.behavior_logprobs_T).all() and not row.branches_T.any()
+            assert np.isnan(row.sampling_T).all()
 
 
 def test_an_unknown_kind_is_refused(chat: Chat) -> None:
@@ -211,14 +214,14 @@ class TestRow:
         fields: dict[str, Any] = {
             "ids_T": np.asarray([1, 2, 3], dtype=np.int32),
             "turns_T": np.asarray([-1, 0, 0], dtype=np.int32),
-            "logprobs_T": np.zeros(3, dtype=np.float32),
+            "behavior_logprobs_T": np.zeros(3, dtype=np.float32),
             "branches_T": np.zeros(3, dtype=np.int32),
         }
         return Row(**(fields | changes))
 
     def test_fields_of_different_lengths_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"differ in length: \[2, 3\]"):
-            self._row(logprobs_T=np.zeros(2, dtype=np.float32))
+            self._row(behavior_logprobs_T=np.zeros(2, dtype=np.float32))
 
     def test_a_row_without_a_prompt_is_refused(self) -> None:
         """Its first token has no hidden state that predicts it."""
@@ -230,7 +233,7 @@ class TestRow:
         row = Row(
             ids_T=np.asarray([10, 11, 20, 21, 12, 30, 13], dtype=np.int32),
             turns_T=np.asarray([-1, -1, 0, 0, -1, 1, -1], dtype=np.int32),
-            logprobs_T=np.zeros(7, dtype=np.float32),
+            behavior_logprobs_T=np.zeros(7, dtype=np.float32),
             branches_T=np.asarray([0, 0, 1, 1, 0, 2, 0], dtype=np.int32),
         )
         assert row.positions_T().tolist() == [0, 1, 2, 3, 2, 3, 3]

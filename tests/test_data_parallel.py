@@ -27,12 +27,12 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.sections import OptimizerConfig, StudentConfig
 from tutelage.distill.objectives import Objective, build
 from tutelage.distill.run.observers import Observer
+from tutelage.distill.student.examples import Example, TaskObjective
 from tutelage.distill.student.learner import Learner
-from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.student.ranks import split
 from tutelage.distill.student.sharded import Setup, start
 from tutelage.distill.teachers.transformers import TransformersTeacher
-from tutelage.scheduler.episodes import Row, SamplingLaw
+from tutelage.scheduler.episodes import Row, SamplingParams
 
 pytestmark = pytest.mark.runs
 
@@ -162,41 +162,49 @@ def student_rows(make_model: Make, make_row: Callable[..., Row]) -> list[Row]:
         with torch.no_grad():
             logits_TV = model(input_ids=torch.tensor([ids])).logits[0, :, :VOCABULARY]
         said_N = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        logprobs_T = row.logprobs_T.copy()
-        logprobs_T[prompt:] = said_N[prompt - 1 :].numpy() + 0.1 * rng.standard_normal(said)
-        rows.append(replace(row, logprobs_T=logprobs_T, law_logprobs_T=0.8 * logprobs_T))
+        behavior_logprobs_T = row.behavior_logprobs_T.copy()
+        behavior_logprobs_T[prompt:] = said_N[prompt - 1 :].numpy() + 0.1 * rng.standard_normal(
+            said
+        )
+        rows.append(
+            replace(
+                row,
+                behavior_logprobs_T=behavior_logprobs_T,
+                sampling_logprobs_T=0.8 * behavior_logprobs_T,
+            )
+        )
     return rows
 
 
-def _lessons(
+def _examples(
     learner: Learner,
     rows: Sequence[Row],
     teacher: TransformersTeacher,
     objective: Any,
     task: str = "t",
-) -> list[Lesson]:
+) -> list[Example]:
     needs = objective.needs
     asked = learner.own_support(rows, needs.student_k) if needs.student_k else None
     scores: Sequence[Any] = [None] * len(rows)
     if needs.teacher:
         scores = teacher.score(rows, needs, asked)
     return [
-        Lesson(task=task, row=row, scores=one, mask_T=row.chosen_T.copy())
+        Example(task=task, row=row, scores=one, mask_T=row.action_mask_T.copy())
         for row, one in zip(rows, scores, strict=True)
     ]
 
 
 def _assert_same_updates(
     pair: Pair,
-    lessons: Callable[[Learner], list[Lesson]],
-    courses: dict[str, Course],
+    examples: Callable[[Learner], list[Example]],
+    task_objectives: dict[str, TaskObjective],
 ) -> None:
     """Every metric of every task is the same over several updates, and the weights after them."""
     alone, over_two = pair.reset()
     moved = {name: tensor.clone() for name, tensor in alone.student.model.state_dict().items()}
     for step in range(STEPS):
         one, two = (
-            learner.update(lessons(learner), courses, seed=step, progress=step / STEPS)
+            learner.update(examples(learner), task_objectives, seed=step, progress=step / STEPS)
             for learner in (alone, over_two)
         )
         assert one.keys() == two.keys()
@@ -245,17 +253,17 @@ def test_two_processes_learn_what_one_does(
     objective = build(name, **how)
     _assert_same_updates(
         pair(**options),
-        lambda learner: _lessons(learner, student_rows, teacher, objective),
-        {"t": Course(objective=objective, weight=0.7)},
+        lambda learner: _examples(learner, student_rows, teacher, objective),
+        {"t": TaskObjective(objective=objective, weight=0.7)},
     )
 
 
 def test_two_processes_say_what_one_does_of_a_sampling_law(
     pair: Pairs, student_rows: list[Row]
 ) -> None:
-    law = SamplingLaw(temperature=0.7, top_p=0.8)
+    sampling = SamplingParams(temperature=0.7, top_p=0.8)
     alone, over_two = (
-        learner.law_logprobs(student_rows, law) for learner in pair(sparse=True).reset()
+        learner.sampling_logprobs(student_rows, sampling) for learner in pair(sparse=True).reset()
     )
     for one, other in zip(alone, over_two, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
@@ -268,8 +276,8 @@ def test_one_row_is_learned_by_two_processes(
     objective = build("local_support", k=8, support="student")
     _assert_same_updates(
         pair(),
-        lambda learner: _lessons(learner, student_rows[1:2], teacher, objective),
-        {"t": Course(objective=objective, weight=1.0)},
+        lambda learner: _examples(learner, student_rows[1:2], teacher, objective),
+        {"t": TaskObjective(objective=objective, weight=1.0)},
     )
 
 
@@ -279,16 +287,18 @@ def test_a_state_goes_on_under_another_number_of_processes(
 ) -> None:
     """Saved as it is in a checkpoint: the next updates are those that would have come."""
     objective = build("local_support", k=8)
-    courses = {"t": Course(objective=objective, weight=1.0)}
+    task_objectives = {"t": TaskObjective(objective=objective, weight=1.0)}
     learners = pair().reset()
     here, there = learners[1 - first], learners[first]
-    lessons = _lessons(here, student_rows, teacher, objective)
+    examples = _examples(here, student_rows, teacher, objective)
     for step in range(2):
-        here.update(lessons, courses, seed=step)
+        here.update(examples, task_objectives, seed=step)
     there.student.model.load_state_dict(here.student.model.state_dict())
     there.restore(copy.deepcopy(here.optimizer_state()), version=here.version)
     for step in range(2, 4):
-        one, two = (learner.update(lessons, courses, seed=step) for learner in (here, there))
+        one, two = (
+            learner.update(examples, task_objectives, seed=step) for learner in (here, there)
+        )
         assert two["t"] == pytest.approx(one["t"], rel=SAME, abs=SAME)
     own, theirs = here.optimizer_state()["parts"][0], there.optimizer_state()["parts"][0]
     assert own["param_groups"] == theirs["param_groups"]
@@ -328,17 +338,19 @@ def test_tasks_and_minibatches_are_those_of_one_process(
     objectives = {"match": build("local_support", k=8), "copy": build("imitation")}
     rows = {"match": student_rows[:1], "copy": student_rows[1:]}
 
-    def lessons(learner: Learner) -> list[Lesson]:
+    def examples(learner: Learner) -> list[Example]:
         found = [
-            lesson
+            example
             for task, own in rows.items()
-            for lesson in _lessons(learner, own, teacher, objectives[task], task)
+            for example in _examples(learner, own, teacher, objectives[task], task)
         ]
         found[3] = replace(found[3], mask_T=np.zeros_like(found[3].mask_T))
         return found
 
-    courses = {task: Course(objective=one, weight=1.0) for task, one in objectives.items()}
-    _assert_same_updates(pair(**options), lessons, courses)
+    task_objectives = {
+        task: TaskObjective(objective=one, weight=1.0) for task, one in objectives.items()
+    }
+    _assert_same_updates(pair(**options), examples, task_objectives)
 
 
 @pytest.mark.parametrize(
@@ -357,10 +369,12 @@ def test_a_process_that_ends_or_hangs_is_named_and_none_is_left(
     student_rows: list[Row],
 ) -> None:
     learner = pair(lost=how, timeout=6.0).over_two
-    lessons = [Lesson(task="t", row=row, scores=None, mask_T=row.chosen_T) for row in student_rows]
+    examples = [
+        Example(task="t", row=row, scores=None, mask_T=row.action_mask_T) for row in student_rows
+    ]
     (rank,) = learner._ranks._others._ranks  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=said):
-        learner.update(lessons, {"t": Course(objective=trap(how), weight=1.0)}, seed=0)
+        learner.update(examples, {"t": TaskObjective(objective=trap(how), weight=1.0)}, seed=0)
     assert not learner.intact
     with pytest.raises(ProcessLookupError):
         os.kill(rank.pid, 0)

@@ -76,10 +76,10 @@ def test_gaps_fall_into_the_bucket_of_their_place() -> None:
     """The first place of a bucket is in it, the last before the next one's is too; weights count;
     buckets without a token are not reported."""
     meter = Meter()
-    places_N = torch.tensor([0, 3, 4, 15, 16, 8192, 100_000])
+    positions_N = torch.tensor([0, 3, 4, 15, 16, 8192, 100_000])
     gap_N = torch.tensor([1.0, 4.0, 10.0, 20.0, 5.0, 7.0, 9.0])
     weights_N = torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    diagnostics.add_by_place(meter, gap_N, places_N, weights_N)
+    diagnostics.add_by_place(meter, gap_N, positions_N, weights_N)
     assert meter.means() == pytest.approx(
         {"gap/place_0": 3.0, "gap/place_4": 10.0, "gap/place_16": 5.0, "gap/place_8192": 8.0}
     )
@@ -126,7 +126,7 @@ class TestExamined:
             )
             dense, gathered = (
                 diagnostics.examined(student, scores, sampled_ids_N)
-                | diagnostics.drift(student, sampled_ids_N, old_N)
+                | diagnostics.mismatch(student, sampled_ids_N, old_N)
                 for student in students
             )
         torch.testing.assert_close(gathered, dense)
@@ -135,5 +135,5 @@ class TestExamined:
 def test_drift_is_the_distance_of_the_learners_log_probability_from_the_recorded_one() -> None:
     student = DenseStudent(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
     recorded_N = torch.tensor([0.5, 0.25]).log()
-    found = diagnostics.drift(student, torch.tensor([0, 1]), recorded_N)
+    found = diagnostics.mismatch(student, torch.tensor([0, 1]), recorded_N)
     assert found["gap/engine"].tolist() == pytest.approx([math.log(2)] * 2)

@@ -66,7 +66,7 @@ def probes(model: Any) -> list[models.Probe]:
 def rows(probes: list[models.Probe]) -> list[Row]:
     """Replies alone, as the engine sampled them."""
     return [
-        replace(probe.row, turns_T=np.where(np.isfinite(probe.row.logprobs_T), 1, -1))
+        replace(probe.row, turns_T=np.where(np.isfinite(probe.row.behavior_logprobs_T), 1, -1))
         for probe in probes
     ]
 
@@ -100,7 +100,7 @@ def test_sound_scores_stand_at_their_tokens(
 ) -> None:
     found = models.check_alignment("teachers.t", teacher.score, probes, within=1e-3)
     _level(found, "ok", "scored alike at every token")
-    said = np.concatenate([probe.row.logprobs_T for probe in probes])
+    said = np.concatenate([probe.row.behavior_logprobs_T for probe in probes])
     assert f"{np.nanmean(said):.3f} nats" in found.text
 
 
@@ -151,7 +151,9 @@ def test_scores_must_be_those_of_generation(
     teacher: TransformersTeacher, probes: list[models.Probe]
 ) -> None:
     other = [
-        replace(probe, row=replace(probe.row, logprobs_T=probe.row.logprobs_T - 0.5))
+        replace(
+            probe, row=replace(probe.row, behavior_logprobs_T=probe.row.behavior_logprobs_T - 0.5)
+        )
         for probe in probes
     ]
     found = models.check_alignment("t", teacher.score, other, within=1e-3)
@@ -166,7 +168,7 @@ def test_a_confident_teacher_in_bfloat16_is_checked_as_well(tokenizer: Any) -> N
     probes = models.greedy_probes(
         Student(model, vocabulary=size), Chat(tokenizer).opening("12+34=")
     )
-    recorded_T = probes[0].row.logprobs_T
+    recorded_T = probes[0].row.behavior_logprobs_T
     assert np.isfinite(recorded_T).sum() == models.GREEDY_TOKENS  # an EOS does not end it
     assert np.nanmean(recorded_T) > -0.3
     within = models.tolerance(model)
@@ -250,7 +252,7 @@ def test_scores_that_change_are_named(
 
 def test_recorded_log_probabilities_must_be_the_learners(model: Any, rows: list[Row]) -> None:
     _level(models.check_engine("tasks.x", _student(model), rows), "ok", "on 36 tokens")
-    tempered = [replace(row, logprobs_T=row.logprobs_T * 0.9) for row in rows]
+    tempered = [replace(row, behavior_logprobs_T=row.behavior_logprobs_T * 0.9) for row in rows]
     found = models.check_engine("tasks.x", _student(model), tempered)
     _level(found, "fault", "apart by")
 

@@ -18,7 +18,7 @@ from tutelage.distill.engines.transformers import FORWARD, TransformersEngine, _
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import DenseStudent, SparseStudent
 from tutelage.scheduler.engine import Completion, Request
-from tutelage.scheduler.episodes import GREEDY, SamplingLaw
+from tutelage.scheduler.episodes import GREEDY, SamplingParams
 
 VOCABULARY = 101
 LOGPROB = rounding(sums=FORWARD_SUMS, size=6.0)
@@ -41,7 +41,7 @@ def _request(session: int, ids: Sequence[int], **options: Any) -> Request:
     defaults: dict[str, Any] = {
         "max_new_tokens": 8,
         "stop_ids": NEVER,
-        "law": SamplingLaw(),
+        "sampling": SamplingParams(),
         "seed": session,
     }
     return Request(session=session, ids=list(ids), **(defaults | options))
@@ -87,73 +87,79 @@ class TestOneRequest:
         ids = list(prompt)
         for _ in range(12):
             ids.append(int(_logprobs(model, ids)[-1].argmax()))
-        request = _request(1, prompt, max_new_tokens=12, law=GREEDY)
+        request = _request(1, prompt, max_new_tokens=12, sampling=GREEDY)
         assert _run(engine, [request])[1].ids == ids[7:]
 
     @pytest.mark.parametrize(
-        "law",
-        [GREEDY, SamplingLaw(), SamplingLaw(temperature=0.5), SamplingLaw(top_p=0.7)],
+        "sampling",
+        [GREEDY, SamplingParams(), SamplingParams(temperature=0.5), SamplingParams(top_p=0.7)],
         ids=["greedy", "plain", "cool", "nucleus"],
     )
     def test_logprobs_are_at_temperature_one_over_the_whole_vocabulary(
-        self, model: Any, engine: TransformersEngine, law: SamplingLaw
+        self, model: Any, engine: TransformersEngine, sampling: SamplingParams
     ) -> None:
         """Whatever law drew the token."""
         (prompt,) = _prompts([5])
-        completion = _run(engine, [_request(1, prompt, law=law, seed=77)])[1]
+        completion = _run(engine, [_request(1, prompt, sampling=sampling, seed=77)])[1]
         assert len(completion.ids) == 8
         _assert_exact(model, prompt, completion)
 
     @pytest.mark.parametrize(
-        "law",
+        "sampling",
         [
-            SamplingLaw(temperature=0.5),
-            SamplingLaw(temperature=1.7),
-            SamplingLaw(top_p=0.6),
-            SamplingLaw(temperature=0.7, top_p=0.8),
+            SamplingParams(temperature=0.5),
+            SamplingParams(temperature=1.7),
+            SamplingParams(top_p=0.6),
+            SamplingParams(temperature=0.7, top_p=0.8),
         ],
         ids=["cool", "hot", "nucleus", "both"],
     )
     def test_the_laws_own_logprobs_are_those_of_its_draws(
-        self, model: Any, engine: TransformersEngine, law: SamplingLaw
+        self, model: Any, engine: TransformersEngine, sampling: SamplingParams
     ) -> None:
         """Tempered, cut by hand to the fewest tokens with the mass, renormalised."""
         prompts = _prompts([5, 3, 9])
-        requests = [_request(i, ids, law=law, seed=i + 7) for i, ids in enumerate(prompts)]
+        requests = [
+            _request(i, ids, sampling=sampling, seed=i + 7) for i, ids in enumerate(prompts)
+        ]
         # a batch of mixed laws: none of them is another's
-        others = [SamplingLaw(), GREEDY]
-        requests += [_request(10 + i, prompts[0], law=other) for i, other in enumerate(others)]
+        others = [SamplingParams(), GREEDY]
+        requests += [_request(10 + i, prompts[0], sampling=other) for i, other in enumerate(others)]
         found = _run(engine, requests)
         for i, prompt in enumerate(prompts):
             said = found[i]
-            assert said.law_logprobs is not None
+            assert said.sampling_logprobs is not None
             logprobs_TV = _logprobs(model, [*prompt, *said.ids])
-            probs_TV = (logprobs_TV[len(prompt) - 1 : -1] / law.temperature).softmax(-1)
-            for token, logprob, probs_V in zip(said.ids, said.law_logprobs, probs_TV, strict=True):
+            probs_TV = (logprobs_TV[len(prompt) - 1 : -1] / sampling.temperature).softmax(-1)
+            for token, logprob, probs_V in zip(
+                said.ids, said.sampling_logprobs, probs_TV, strict=True
+            ):
                 mass, kept = 0.0, []
                 for v in sorted(range(len(probs_V)), key=lambda v, p=probs_V: -p[v]):
-                    if mass >= law.top_p:
+                    if mass >= sampling.top_p:
                         break
                     mass += probs_V[v].item()
                     kept.append(v)
                 assert token in kept
                 assert logprob == pytest.approx(math.log(probs_V[token].item() / mass), abs=1e-4)
-        assert found[10].law_logprobs == found[10].logprobs  # to the bit: w is 1
-        assert found[11].law_logprobs == [0.0] * len(found[11].ids)
-        assert any(abs(a - b) > 0.05 for a, b in zip(said.logprobs, said.law_logprobs, strict=True))
+        assert found[10].sampling_logprobs == found[10].logprobs  # to the bit: w is 1
+        assert found[11].sampling_logprobs == [0.0] * len(found[11].ids)
+        assert any(
+            abs(a - b) > 0.05 for a, b in zip(said.logprobs, said.sampling_logprobs, strict=True)
+        )
 
     def test_the_student_says_of_a_law_what_the_engine_does(
         self, model: Any, engine: TransformersEngine
     ) -> None:
         """So that an engine that does not know it can be helped; whole logits and gathered ones."""
-        for law in (
+        for sampling in (
             GREEDY,
-            SamplingLaw(),
-            SamplingLaw(temperature=0.7, top_p=0.8),
-            SamplingLaw(top_p=0.3),
+            SamplingParams(),
+            SamplingParams(temperature=0.7, top_p=0.8),
+            SamplingParams(top_p=0.3),
         ):
             (prompt,) = _prompts([5])
-            said = _run(engine, [_request(1, prompt, law=law, seed=77)])[1]
+            said = _run(engine, [_request(1, prompt, sampling=sampling, seed=77)])[1]
             engine.release(1)
             ids_T = torch.tensor([*prompt, *said.ids])
             with torch.no_grad():
@@ -164,10 +170,10 @@ class TestOneRequest:
                     DenseStudent(head(hidden_ND)[:, :VOCABULARY]),
                     SparseStudent(hidden_ND, head, vocabulary=VOCABULARY),
                 ):
-                    found_N = student.law_logprobs_at(
-                        ids_T[len(prompt) :], temperature=law.temperature, top_p=law.top_p
+                    found_N = student.sampling_logprobs_at(
+                        ids_T[len(prompt) :], temperature=sampling.temperature, top_p=sampling.top_p
                     )
-                    assert found_N.tolist() == pytest.approx(said.law_logprobs, abs=1e-4)
+                    assert found_N.tolist() == pytest.approx(said.sampling_logprobs, abs=1e-4)
 
     @pytest.mark.parametrize(
         ("probs", "top_p", "wanted"),
@@ -182,7 +188,7 @@ class TestOneRequest:
     ) -> None:
         """Logits in bfloat16 often are equal: one drawn does not take its whole group along."""
         student = DenseStudent(torch.tensor([probs]).log())
-        found_N = student.law_logprobs_at(torch.tensor([2]), temperature=1.0, top_p=top_p)
+        found_N = student.sampling_logprobs_at(torch.tensor([2]), temperature=1.0, top_p=top_p)
         assert found_N.exp().item() == pytest.approx(wanted)
 
     def test_a_stop_id_ends_the_reply_and_is_kept(
@@ -306,16 +312,16 @@ class TestBatches:
         rng = np.random.default_rng(8)
         laws = [
             GREEDY,
-            SamplingLaw(),
-            SamplingLaw(top_p=0.8),
-            SamplingLaw(temperature=1.5, top_p=0.9),
+            SamplingParams(),
+            SamplingParams(top_p=0.8),
+            SamplingParams(temperature=1.5, top_p=0.9),
         ]
         requests = [
             _request(
                 i,
                 prompt,
                 max_new_tokens=int(rng.integers(1, 25)),
-                law=laws[i % 4],
+                sampling=laws[i % 4],
                 stop_ids=frozenset(range(8)),
             )
             for i, prompt in enumerate(_prompts([int(n) for n in rng.integers(1, 60, 40)]))
@@ -447,13 +453,13 @@ class TestSampling:
     SEEDS = 4000
 
     def _frequencies(
-        self, engine: TransformersEngine, prompt: list[int], law: SamplingLaw
+        self, engine: TransformersEngine, prompt: list[int], sampling: SamplingParams
     ) -> np.ndarray:
         """How often each id comes first, over many seeds."""
         counts = np.zeros(VOCABULARY)
         for start in range(0, self.SEEDS, 500):
             requests = [
-                _request(seed, prompt, law=law, seed=seed, max_new_tokens=1)
+                _request(seed, prompt, sampling=sampling, seed=seed, max_new_tokens=1)
                 for seed in range(start, start + 500)
             ]
             for completion in _run(engine, requests).values():
@@ -477,7 +483,7 @@ class TestSampling:
         expected = np.zeros(VOCABULARY)
         expected[kept] = probs[kept] / probs[kept].sum()
         counts = self._frequencies(
-            engine, prompt, SamplingLaw(temperature=temperature, top_p=top_p)
+            engine, prompt, SamplingParams(temperature=temperature, top_p=top_p)
         )
         assert counts[expected == 0].sum() == 0
         assert 2 <= len(kept) <= VOCABULARY
@@ -518,8 +524,8 @@ class TestSampling:
         found = _run(
             engine,
             [
-                _request(1, prompt, law=SamplingLaw(top_p=1e-6), seed=9),
-                _request(2, prompt, law=GREEDY),
+                _request(1, prompt, sampling=SamplingParams(top_p=1e-6), seed=9),
+                _request(2, prompt, sampling=GREEDY),
             ],
         )
         assert found[1].ids == found[2].ids
@@ -535,7 +541,7 @@ class TestLimits:
             model.lm_head.weight[20:] = 10 * model.lm_head.weight[:12].sign()
         engine = TransformersEngine(Student(model, vocabulary=20))
         requests = [_request(i, [5, 6, 7], seed=i) for i in range(40)]
-        requests.append(_request(40, [5, 6, 7], law=GREEDY))
+        requests.append(_request(40, [5, 6, 7], sampling=GREEDY))
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
         assert logits[20:].max() > logits[:20].max()

@@ -11,9 +11,9 @@ import pytest
 from tests import settings
 from tutelage.evaluation.evaluate import EVALUATION, evaluate, evaluate_tasks, orders, summarise
 from tutelage.evaluation.metrics import wilson
-from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw, Turn
+from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingParams, Turn
 
-LAW = SamplingLaw(temperature=0.4, top_p=0.9)
+SAMPLING = SamplingParams(temperature=0.4, top_p=0.9)
 
 
 def _episode(
@@ -28,7 +28,7 @@ def _episode(
         reward=float(success),
         task_type=kind,
         ended="terminated" if success else "max_turns",
-        law=LAW,
+        sampling=SAMPLING,
         version=0,
     )
 
@@ -104,23 +104,23 @@ class TestSummary:
 
 
 def test_evaluate_plays_all_in_parts_and_reports_progress() -> None:
-    batches: list[tuple[int, SamplingLaw]] = []
+    batches: list[tuple[int, SamplingParams]] = []
     progress: list[tuple[int, int]] = []
 
-    def collect(wanted: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
-        batches.append((len(wanted), law))
+    def collect(wanted: Sequence[Order], sampling: SamplingParams) -> list[Episode | Dropped]:
+        batches.append((len(wanted), sampling))
         return [_episode(order, success=order.index % 4 == 0) for order in wanted]
 
     found = evaluate(
         "t",
         collect,
-        law=LAW,
+        sampling=SAMPLING,
         episodes="all",
         num_games=10,
         part=4,
         progress=lambda *at: progress.append(at),
     )
-    assert batches == [(4, LAW), (4, LAW), (2, LAW)]
+    assert batches == [(4, SAMPLING), (4, SAMPLING), (2, SAMPLING)]
     assert progress == [(0, 10), (4, 10), (8, 10), (10, 10)]
     assert (found["value"], found["n"]) == (0.3, 10)
     assert (found["temperature"], found["top_p"]) == (0.4, 0.9)
@@ -130,8 +130,8 @@ def test_each_task_is_played_in_each_mode_and_told_as_its_score_is_there() -> No
     told: list[tuple[Any, ...]] = []
     games = {"evaluation:one": 3, "evaluation:two": 2}
 
-    def collect(wanted: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
-        told.append((wanted[0].task, len(wanted), law))
+    def collect(wanted: Sequence[Order], sampling: SamplingParams) -> list[Episode | Dropped]:
+        told.append((wanted[0].task, len(wanted), sampling))
         return [_episode(order, success=True) for order in wanted]
 
     scores = evaluate_tasks(
@@ -149,16 +149,16 @@ def test_each_task_is_played_in_each_mode_and_told_as_its_score_is_there() -> No
     assert told == [
         event
         for task, n in (("one", 3), ("two", 2))
-        for mode, law in (("greedy", GREEDY), ("sampled", LAW))
+        for mode, sampling in (("greedy", GREEDY), ("sampled", SAMPLING))
         for event in (
             (task, mode, 0, n),
-            (EVALUATION + task, n, law),
+            (EVALUATION + task, n, sampling),
             (task, mode, n, n),
             (task, mode, n),
         )
     ]
     assert [scores[task]["metric"] for task in scores] == ["pass@1", "success rate"]
-    assert scores["two"]["sampled"]["top_p"] == LAW.top_p
+    assert scores["two"]["sampled"]["top_p"] == SAMPLING.top_p
 
 
 def test_prompts_none_of_which_can_be_asked_are_no_score() -> None:

@@ -17,7 +17,7 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.scheduler.chat import Chat
 from tutelage.scheduler.contexts import Context, Reply
 from tutelage.scheduler.engine import Completion, Request
-from tutelage.scheduler.episodes import NOT_CHOSEN, Episode, Order
+from tutelage.scheduler.episodes import NO_ACTION, Episode, Order
 from tutelage.scheduler.formats import GIGPO, find_format
 from tutelage.scheduler.rollouts import RolloutWorker
 
@@ -160,8 +160,8 @@ class TestContext:
             history.append((seen, remembered))
             row = context.rows()[turn]
             assert row.ids_T.tolist() == asked[turn] + ids
-            assert row.logprobs_T[row.chosen_T].tolist() == pytest.approx(logprobs)
-            assert row.turns_T.tolist() == [NOT_CHOSEN] * len(asked[turn]) + [turn] * len(ids)
+            assert row.behavior_logprobs_T[row.action_mask_T].tolist() == pytest.approx(logprobs)
+            assert row.turns_T.tolist() == [NO_ACTION] * len(asked[turn]) + [turn] * len(ids)
         assert [action for _, action in history] == ["look", "no tags", "help"]
         assert len(context.rows()) == 3
 
@@ -253,7 +253,7 @@ class TestEpisodes:
         for row, request, text in zip(episode.rows, engine.requests, texts, strict=True):
             at = len(request.ids)
             assert row.ids_T[:at].tolist() == list(request.ids)
-            assert tokenizer.decode(row.ids_T[row.chosen_T].tolist()) == text + "<|end|>"
+            assert tokenizer.decode(row.ids_T[row.action_mask_T].tolist()) == text + "<|end|>"
         assert "have already taken 3 step(s)" in tokenizer.decode(engine.requests[3].ids)
 
     def test_replies_without_tags_change_nothing_and_are_counted(self, tokenizer: Any) -> None:
@@ -268,13 +268,13 @@ class TestEpisodes:
     def test_an_experts_rows_put_its_command_between_the_tags(self, tokenizer: Any) -> None:
         episode, _ = _household(tokenizer, lambda prompt: "", actor="expert")
         for row, turn in zip(episode.rows, episode.turns, strict=True):
-            said = tokenizer.decode(row.ids_T[row.chosen_T].tolist())
+            said = tokenizer.decode(row.ids_T[row.action_mask_T].tolist())
             assert said == f"<action>{turn.action}</action><|end|>"
-            assert np.isnan(row.logprobs_T).all()
+            assert np.isnan(row.behavior_logprobs_T).all()
 
     def test_labels_put_the_experts_command_between_the_tags(self, tokenizer: Any) -> None:
         episode, _ = _household(tokenizer, lambda prompt: "look", labels=True, max_turns=2)
-        said = tokenizer.decode(episode.rows[1].ids_T[episode.rows[1].chosen_T].tolist())
+        said = tokenizer.decode(episode.rows[1].ids_T[episode.rows[1].action_mask_T].tolist())
         assert said == f"<action>{episode.turns[1].expert_action}</action><|end|>"
 
 

@@ -29,8 +29,8 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers import http_client
+from tutelage.distill.teachers.fingerprint import scored_row
 from tutelage.distill.teachers.http_client import ClientError, ServerError
-from tutelage.distill.teachers.identity import scored_row
 from tutelage.distill.teachers.server import ServerTeacher, check_server, read_candidates
 from tutelage.scheduler.episodes import Row
 
@@ -76,7 +76,10 @@ def _row() -> Row:
     turns_T = row.turns_T.copy()
     turns_T[:3] = -1  # token 3 is the first that counts
     return Row(
-        ids_T=row.ids_T, turns_T=turns_T, logprobs_T=row.logprobs_T, branches_T=row.branches_T
+        ids_T=row.ids_T,
+        turns_T=turns_T,
+        behavior_logprobs_T=row.behavior_logprobs_T,
+        branches_T=row.branches_T,
     )
 
 
@@ -426,7 +429,7 @@ def test_a_random_change_gives_scores_or_a_refusal_and_nothing_else(
         except ValueError:  # InvalidResponse, BadCandidates and ids outside are some
             continue
         taken += 1
-        assert scores.ids_NK.shape == (int(row.chosen_T.sum()), K)
+        assert scores.ids_NK.shape == (int(row.action_mask_T.sum()), K)
         assert int(scores.ids_NK.min()) >= 0 and int(scores.ids_NK.max()) < VOCABULARY
         assert all(len(set(ids)) == K for ids in scores.ids_NK.tolist())
         assert float(scores.logprobs_NK.exp().sum(1).max()) <= 1.01

@@ -44,7 +44,7 @@ def _maker() -> Any:
     import os
 
     class Witness:
-        def play(self, orders: Any, *, law: Any, weights: Any, version: int) -> list[Any]:
+        def play(self, orders: Any, *, sampling: Any, weights: Any, version: int) -> list[Any]:
             import tutelage.scheduler.cluster as module
 
             detail = f"{module.__file__} {os.getpid()} {(weights, version)}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from tutelage.distill.run.journal import Journal
-from tutelage.distill.student.lessons import Lesson
-from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingLaw
+from tutelage.distill.student.examples import Example
+from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingParams
 
 
 def test_an_episode_holds_its_own_lessons_whatever_their_rows_are(
@@ -28,7 +28,7 @@ def test_an_episode_holds_its_own_lessons_whatever_their_rows_are(
             reward=1.0,
             task_type="",
             ended="terminated",
-            law=SamplingLaw(),
+            sampling=SamplingParams(),
             version=3,
         )
 
@@ -40,13 +40,13 @@ def test_an_episode_holds_its_own_lessons_whatever_their_rows_are(
         played("b", 0),
     ]
     masks = {("a", 0): [[0, 0, 1]], ("a", 2): [[0, 1, 0], [0, 1, 1]], ("b", 0): [[0, 0, 0]]}
-    lessons = [
-        Lesson(task=task, row=row, scores=None, mask_T=np.array(mask, dtype=bool), number=number)
+    examples = [
+        Example(task=task, row=row, scores=None, mask_T=np.array(mask, dtype=bool), number=number)
         for (task, number), own in masks.items()
         for mask in own
     ]
     journal = Journal(tmp_path)
-    journal.write_episodes(7, outcomes, lessons, 4)
+    journal.write_episodes(7, outcomes, examples, 4)
     journal.close()
     lines = (tmp_path / "episodes" / "000007.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]

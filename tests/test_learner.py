@@ -24,8 +24,8 @@ from tutelage.distill.objectives import (
     weighted_sum,
 )
 from tutelage.distill.objectives.tokens import Case, Loss
+from tutelage.distill.student.examples import Example, TaskObjective
 from tutelage.distill.student.learner import Learner
-from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
@@ -62,12 +62,14 @@ def _own(loss: Callable[[Case], torch.Tensor]) -> Objective:
     return Objective(Rule())
 
 
-def _lessons(rows: Sequence[Row], teacher: TransformersTeacher | None, k: int = 8) -> list[Lesson]:
+def _examples(
+    rows: Sequence[Row], teacher: TransformersTeacher | None, k: int = 8
+) -> list[Example]:
     scores: Sequence[TeacherScores | None] = [None] * len(rows)
     if teacher is not None:
         scores = teacher.score(rows, Needs(k=k))
     return [
-        Lesson(task="t", row=row, scores=found, mask_T=row.chosen_T.copy())
+        Example(task="t", row=row, scores=found, mask_T=row.action_mask_T.copy())
         for row, found in zip(rows, scores, strict=True)
     ]
 
@@ -82,7 +84,7 @@ def _learner(model: Any, *, steps: int = 10, sparse: bool = False, **options: An
 
 def _ids(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """(the row's ids [1, T], where it has chosen tokens)."""
-    chosen = torch.from_numpy(np.flatnonzero(row.chosen_T))
+    chosen = torch.from_numpy(np.flatnonzero(row.action_mask_T))
     return torch.from_numpy(row.ids_T.astype(np.int64))[None], chosen
 
 
@@ -94,19 +96,25 @@ def _near_policy(rows: Sequence[Row], model: Any) -> list[Row]:
     for row in rows:
         ids_1T, chosen = _ids(row)
         full_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY].log_softmax(-1)
-        logprobs_T = row.logprobs_T.copy()
+        behavior_logprobs_T = row.behavior_logprobs_T.copy()
         said_N = full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0].numpy()
-        logprobs_T[row.chosen_T] = said_N + 0.1 * rng.standard_normal(len(said_N))
-        found.append(replace(row, logprobs_T=logprobs_T, law_logprobs_T=0.8 * logprobs_T))
+        behavior_logprobs_T[row.action_mask_T] = said_N + 0.1 * rng.standard_normal(len(said_N))
+        found.append(
+            replace(
+                row,
+                behavior_logprobs_T=behavior_logprobs_T,
+                sampling_logprobs_T=0.8 * behavior_logprobs_T,
+            )
+        )
     return found
 
 
 def _update(
-    learner: Learner, lessons: Sequence[Lesson], objective: Any, *, weight: float = 1.0, seed: int
+    learner: Learner, examples: Sequence[Example], objective: Any, *, weight: float = 1.0, seed: int
 ) -> dict[str, float]:
     """One update on the lessons of one task; its metrics."""
-    courses = {x.task: Course(objective=objective, weight=weight) for x in lessons}
-    (metrics,) = learner.update(lessons, courses, seed=seed).values()
+    task_objectives = {x.task: TaskObjective(objective=objective, weight=weight) for x in examples}
+    (metrics,) = learner.update(examples, task_objectives, seed=seed).values()
     return metrics
 
 
@@ -125,22 +133,30 @@ def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def _direct(
     model: Any,
-    lessons: Sequence[Lesson],
+    examples: Sequence[Example],
     objective: Any,
     reduce: Callable[[list[torch.Tensor]], torch.Tensor],
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by one plain forward a row, no packing, no micro-batches."""
     losses = []
-    for lesson in lessons:
-        ids_T = torch.from_numpy(lesson.row.ids_T.astype(np.int64))
-        chosen = torch.from_numpy(np.flatnonzero(lesson.row.chosen_T))
+    for example in examples:
+        ids_T = torch.from_numpy(example.row.ids_T.astype(np.int64))
+        chosen = torch.from_numpy(np.flatnonzero(example.row.action_mask_T))
         logits_NV = model(input_ids=ids_T[None]).logits[0, chosen - 1, :VOCABULARY]
-        behaviour_N = torch.from_numpy(lesson.row.logprobs_T[lesson.row.chosen_T])
-        tokens = Tokens(law_N=torch.from_numpy(lesson.row.law_T[lesson.row.chosen_T]))
-        loss_N, _ = objective(
-            DenseStudent(logits_NV), lesson.scores, ids_T[chosen], behaviour_N, tokens=tokens
+        behavior_logprobs_N = torch.from_numpy(
+            example.row.behavior_logprobs_T[example.row.action_mask_T]
         )
-        losses.append(loss_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])])
+        tokens = Tokens(
+            sampling_logprobs_N=torch.from_numpy(example.row.sampling_T[example.row.action_mask_T])
+        )
+        loss_N, _ = objective(
+            DenseStudent(logits_NV),
+            example.scores,
+            ids_T[chosen],
+            behavior_logprobs_N,
+            tokens=tokens,
+        )
+        losses.append(loss_N[torch.from_numpy(example.mask_T[example.row.action_mask_T])])
     loss = reduce(losses)
     model.zero_grad()
     loss.backward()
@@ -173,10 +189,10 @@ def test_loss_and_gradient_are_the_mean_that_the_config_names(
     beyond the vocabulary take no probability, hence no gradient."""
     objective = build(name)
     model = make_model(seed=1, padding=11)
-    lessons = _lessons(rows, teacher if objective.needs.teacher else None, k=32)
-    loss, expected = _direct(model, lessons, objective, reduce)
+    examples = _examples(rows, teacher if objective.needs.teacher else None, k=32)
+    loss, expected = _direct(model, examples, objective, reduce)
     learner = _learner(model, aggregate=aggregate, micro_tokens=40)
-    metrics = _update(learner, lessons, objective, weight=1.0, seed=0)
+    metrics = _update(learner, examples, objective, weight=1.0, seed=0)
     assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
     _assert_same(_gradients(model), expected)
     assert not model.lm_head.weight.grad[VOCABULARY:].any()
@@ -189,9 +205,9 @@ def test_the_two_means_differ_on_these_rows(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:
     """The guard of the test above."""
-    model, lessons = make_model(seed=1), _lessons(rows, teacher, k=32)
-    by_token, _ = _direct(model, lessons, build("local_support"), _token_mean)
-    by_row, _ = _direct(model, lessons, build("local_support"), _sequence_mean)
+    model, examples = make_model(seed=1), _examples(rows, teacher, k=32)
+    by_token, _ = _direct(model, examples, build("local_support"), _token_mean)
+    by_row, _ = _direct(model, examples, build("local_support"), _sequence_mean)
     assert abs(by_token - by_row) > 0.01 * by_token
 
 
@@ -209,8 +225,8 @@ def test_recomputing_changes_no_bit_and_runs_each_layer_again(
 
         learner = _learner(model, recompute=recompute)
         model.base_model.layers[1].mlp.register_forward_pre_hook(count)
-        lessons = _lessons(rows, teacher)
-        metrics = _update(learner, lessons, build("local_support", k=8), weight=1.0, seed=0)
+        examples = _examples(rows, teacher)
+        metrics = _update(learner, examples, build("local_support", k=8), weight=1.0, seed=0)
         found.append((metrics, model.state_dict()))
         passes.append(calls)
         assert not any(module.training for module in model.modules())
@@ -227,7 +243,7 @@ def test_micro_batches_do_not_change_the_update(
         model = make_model(seed=1)
         learner = _learner(model, micro_tokens=micro_tokens, clip=0.5, lr=1e-2)
         metrics = _update(
-            learner, _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
+            learner, _examples(rows, teacher), build("local_support", k=8), weight=1.0, seed=0
         )
         found.append((metrics, _gradients(model), model.state_dict()))
     (first, gradients, weights), *others = found
@@ -245,13 +261,13 @@ def test_masked_tokens_leave_numerator_and_denominator(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:
     model, objective = make_model(seed=1), build("local_support", k=8)
-    lessons = []
-    for lesson in _lessons(rows, teacher):
-        mask_T = lesson.mask_T.copy()
+    examples = []
+    for example in _examples(rows, teacher):
+        mask_T = example.mask_T.copy()
         mask_T[np.flatnonzero(mask_T)[1::2]] = False
-        lessons.append(Lesson(task="t", row=lesson.row, scores=lesson.scores, mask_T=mask_T))
-    loss, expected = _direct(model, lessons, objective, _token_mean)
-    metrics = _update(_learner(model), lessons, objective, weight=1.0, seed=0)
+        examples.append(Example(task="t", row=example.row, scores=example.scores, mask_T=mask_T))
+    loss, expected = _direct(model, examples, objective, _token_mean)
+    metrics = _update(_learner(model), examples, objective, weight=1.0, seed=0)
     assert metrics["tokens/trained"] == 1 + 9 + 1 + 3
     assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
     _assert_same(_gradients(model), expected)
@@ -264,10 +280,10 @@ def test_an_infinite_loss_under_the_mask_does_not_count(
 
     objective = _own(lambda case: torch.where(case.ids_N == 3, torch.inf, -case.student_logprobs()))
     row = make_row([("prompt", [1, 2]), ("said", [3, 4])])
-    mask_T = row.chosen_T & (row.ids_T != 3)
+    mask_T = row.action_mask_T & (row.ids_T != 3)
     model = make_model()
-    lesson = Lesson(task="t", row=row, scores=None, mask_T=mask_T)
-    metrics = _update(_learner(model), [lesson], objective, weight=1.0, seed=0)
+    example = Example(task="t", row=row, scores=None, mask_T=mask_T)
+    metrics = _update(_learner(model), [example], objective, weight=1.0, seed=0)
     assert math.isfinite(metrics["loss/mean"])
     assert all(gradient.isfinite().all() for gradient in _gradients(model).values())
 
@@ -280,7 +296,7 @@ def test_the_weight_scales_the_gradient_and_not_the_reported_loss(
         model = make_model(seed=1)
         metrics = _update(
             _learner(model),
-            _lessons(rows, teacher),
+            _examples(rows, teacher),
             build("local_support", k=8),
             weight=weight,
             seed=0,
@@ -297,7 +313,7 @@ def test_the_gradients_norm_is_clipped_after_it_is_reported(
     model = make_model(seed=1)
     metrics = _update(
         _learner(model, clip=0.01),
-        _lessons(rows, teacher),
+        _examples(rows, teacher),
         build("local_support", k=8),
         weight=1.0,
         seed=0,
@@ -311,21 +327,21 @@ def test_metrics_are_means_over_the_tokens_that_take_loss(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:
     """Entropy, gap to the teacher, gap to the rollout's own log-probabilities: by hand."""
-    model, lessons = make_model(seed=1), _lessons(rows, teacher)
+    model, examples = make_model(seed=1), _examples(rows, teacher)
     entropies, gaps, drifts = [], [], []
     with torch.no_grad():
-        for lesson in lessons:
-            ids_T = torch.from_numpy(lesson.row.ids_T.astype(np.int64))
-            chosen = torch.from_numpy(np.flatnonzero(lesson.row.chosen_T))
+        for example in examples:
+            ids_T = torch.from_numpy(example.row.ids_T.astype(np.int64))
+            chosen = torch.from_numpy(np.flatnonzero(example.row.action_mask_T))
             logprobs = model(input_ids=ids_T[None]).logits[0, chosen - 1].log_softmax(-1)
             said = logprobs.gather(1, ids_T[chosen][:, None])[:, 0]
-            assert lesson.scores is not None
+            assert example.scores is not None
             entropies += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
-            behaviour = torch.from_numpy(lesson.row.logprobs_T[lesson.row.chosen_T])
-            gaps += (lesson.scores.sampled_N - behaviour).tolist()
+            behaviour = torch.from_numpy(example.row.behavior_logprobs_T[example.row.action_mask_T])
+            gaps += (example.scores.sampled_N - behaviour).tolist()
             drifts += (said - behaviour).abs().tolist()
     metrics = _update(
-        _learner(model, micro_tokens=40), lessons, build("local_support", k=8), weight=1.0, seed=0
+        _learner(model, micro_tokens=40), examples, build("local_support", k=8), weight=1.0, seed=0
     )
     assert metrics["student/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
     assert metrics["gap/mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
@@ -337,7 +353,7 @@ def test_an_update_lowers_the_loss_of_its_own_lessons(
 ) -> None:
     learner = _learner(make_model(seed=1), lr=1e-2)
     losses = [
-        _update(learner, _lessons(rows, teacher), build("local_support", k=8), weight=1.0, seed=i)
+        _update(learner, _examples(rows, teacher), build("local_support", k=8), weight=1.0, seed=i)
         for i in range(5)
     ]
     assert losses[-1]["loss/mean"] < 0.7 * losses[0]["loss/mean"]
@@ -348,14 +364,14 @@ def test_an_empty_mask_is_refused(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:
     empty = [
-        Lesson(task="kitchen", row=x.row, scores=x.scores, mask_T=np.zeros_like(x.mask_T))
-        for x in _lessons(rows, teacher)
+        Example(task="kitchen", row=x.row, scores=x.scores, mask_T=np.zeros_like(x.mask_T))
+        for x in _examples(rows, teacher)
     ]
     learner = _learner(make_model())
-    courses = {"kitchen": Course(objective=build("local_support", k=8), weight=1.0)}
-    for lessons, said in ((empty, "'kitchen': no token takes loss"), ([], "there are no lessons")):
+    task_objectives = {"kitchen": TaskObjective(objective=build("local_support", k=8), weight=1.0)}
+    for examples, said in ((empty, "'kitchen': no token takes loss"), ([], "there are no lessons")):
         with pytest.raises(ValueError, match=said):
-            learner.update(lessons, courses, seed=0)
+            learner.update(examples, task_objectives, seed=0)
     assert learner.version == 0
 
 
@@ -370,10 +386,10 @@ def test_a_broken_loss_stops_before_the_weights_change(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learner, untouched = _learner(model, lr=1e-2), _learner(twin, lr=1e-2)
     with pytest.raises(FloatingPointError, match="weights are as they were"):
-        _update(learner, _lessons(rows, None), broken, weight=1.0, seed=0)
+        _update(learner, _examples(rows, None), broken, weight=1.0, seed=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for one in (learner, untouched):
-        _update(one, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+        _update(one, _examples(rows, None), build("imitation"), weight=1.0, seed=0)
     assert learner.version == untouched.version == 1
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -384,7 +400,7 @@ def test_weight_decay_spares_norms_and_biases(make_model: Make, rows: list[Row])
     model = make_model(seed=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learner = _learner(model, lr=1e-6, weight_decay=1e5)
-    _update(learner, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+    _update(learner, _examples(rows, None), build("imitation"), weight=1.0, seed=0)
     for name, parameter in model.named_parameters():
         kept = 0.9 if parameter.ndim >= 2 else 1.0
         torch.testing.assert_close(parameter, kept * before[name], rtol=1e-4, atol=5e-6, msg=name)
@@ -418,7 +434,9 @@ class TestLearningRate:
         moved = []
         for step in range(2):
             before = model.lm_head.weight.detach().clone()
-            metrics = _update(learner, _lessons(rows, None), build("imitation"), weight=1.0, seed=0)
+            metrics = _update(
+                learner, _examples(rows, None), build("imitation"), weight=1.0, seed=0
+            )
             assert metrics["optimizer/lr"] == pytest.approx(1e-4 * (step + 1))
             moved.append((model.lm_head.weight - before).abs().median().item())
         assert moved == pytest.approx([1e-4, 2e-4], rel=0.05)
@@ -426,17 +444,17 @@ class TestLearningRate:
 
 class TestLesson:
     def test_a_mask_beyond_the_chosen_tokens_is_refused(self, rows: list[Row]) -> None:
-        mask_T = rows[0].chosen_T.copy()
+        mask_T = rows[0].action_mask_T.copy()
         mask_T[0] = True
         with pytest.raises(ValueError, match="tokens that nobody chose"):
-            Lesson(task="t", row=rows[0], scores=None, mask_T=mask_T)
+            Example(task="t", row=rows[0], scores=None, mask_T=mask_T)
 
     def test_scores_of_another_length_are_refused(
         self, rows: list[Row], teacher: TransformersTeacher
     ) -> None:
         (scores,) = teacher.score(rows[:1], Needs(k=2))
         with pytest.raises(ValueError, match="2 teacher scores for 17"):
-            Lesson(task="t", row=rows[1], scores=scores, mask_T=rows[1].chosen_T)
+            Example(task="t", row=rows[1], scores=scores, mask_T=rows[1].action_mask_T)
 
     def test_a_teachers_objective_refuses_a_lesson_without_scores(
         self, make_model: Make, rows: list[Row]
@@ -444,7 +462,7 @@ class TestLesson:
         with pytest.raises(ValueError, match="without scores"):
             _update(
                 _learner(make_model()),
-                _lessons(rows, None),
+                _examples(rows, None),
                 build("sampled_token"),
                 weight=1.0,
                 seed=0,
@@ -457,7 +475,7 @@ class TestSparse:
     @pytest.fixture
     def full(
         self, make_row: Callable[..., Row], teacher: TransformersTeacher, make_model: Make
-    ) -> list[Lesson]:
+    ) -> list[Example]:
         """Lessons near the policy of the model of seed 1, scored with all that can be asked."""
         rng = np.random.default_rng(5)
         rows = [
@@ -466,12 +484,12 @@ class TestSparse:
         ]
         rows = _near_policy(rows, make_model(seed=1))
         return [
-            Lesson(task="t", row=row, scores=scores, mask_T=row.chosen_T.copy())
+            Example(task="t", row=row, scores=scores, mask_T=row.action_mask_T.copy())
             for row, scores in zip(rows, teacher.score(rows, Needs(k=8, full=True)), strict=True)
         ]
 
     def test_every_objective_updates_as_the_dense_learner_does(
-        self, variant: tuple[str, dict[str, Any]], full: list[Lesson], make_model: Make
+        self, variant: tuple[str, dict[str, Any]], full: list[Example], make_model: Make
     ) -> None:
         """Gradients of every weight, losses and all diagnostics."""
         name, options = variant
@@ -488,17 +506,17 @@ class TestSparse:
 
     @pytest.mark.parametrize("name", ["local_support", "sampled_token", "full_vocabulary"])
     def test_a_tied_head_gets_what_it_gets_as_embedding_and_as_head(
-        self, name: str, full: list[Lesson], make_model: Make
+        self, name: str, full: list[Example], make_model: Make
     ) -> None:
         """Against transformers' own logits, in micro-batches of one row."""
         model = make_model(seed=1, padding=11, tied=True)
-        lessons = [
+        examples = [
             replace(x, row=row)
             for x, row in zip(full, _near_policy([x.row for x in full], model), strict=True)
         ]
         objective = build(name, **({"k": 8} if name == "local_support" else {}))
-        loss, expected = _direct(model, lessons, objective, _token_mean)
-        metrics = _update(_learner(model, sparse=True, micro_tokens=1), lessons, objective, seed=0)
+        loss, expected = _direct(model, examples, objective, _token_mean)
+        metrics = _update(_learner(model, sparse=True, micro_tokens=1), examples, objective, seed=0)
         assert metrics["loss/mean"] == pytest.approx(loss, rel=1e-4)
         assert "lm_head.weight" not in expected
         _assert_same(_gradients(model), expected)
@@ -524,14 +542,16 @@ class TestSparse:
         own = _learner(make_model(seed=1)).own_support(rows, 5)
         answers = teacher.score(rows, Needs(k=2, student_k=5, full=True), own)
         for row, ids_NJ, scores in zip(rows, own, answers, strict=True):
-            asked_NJ = torch.from_numpy(ids_NJ).long()
+            query_ids_NJ = torch.from_numpy(ids_NJ).long()
             ids_1T, chosen = _ids(row)
             with torch.no_grad():
                 logits_NV = teacher.model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
             full_NV = logits_NV.log_softmax(-1)
-            assert scores.asked_ids_NJ is not None and torch.equal(scores.asked_ids_NJ, asked_NJ)
+            assert scores.query_ids_NJ is not None and torch.equal(
+                scores.query_ids_NJ, query_ids_NJ
+            )
             for found, wanted in (
-                (scores.asked_logprobs_NJ, full_NV.gather(1, asked_NJ)),
+                (scores.query_logprobs_NJ, full_NV.gather(1, query_ids_NJ)),
                 (scores.full_NV, full_NV),
             ):
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -540,17 +560,17 @@ class TestSparse:
 class TestSeveralTasks:
     """Thirty tokens of one task against three of another."""
 
-    def _lessons(self, make_row: Callable[..., Row]) -> dict[str, list[Lesson]]:
-        rng, lessons = np.random.default_rng(1), {}
+    def _examples(self, make_row: Callable[..., Row]) -> dict[str, list[Example]]:
+        rng, examples = np.random.default_rng(1), {}
         for task, lengths in (("chains", (18, 7, 5)), ("answers", (1, 2))):
             rows = [
                 make_row([("prompt", [1, 2]), ("said", rng.integers(1, VOCABULARY, n).tolist())])
                 for n in lengths
             ]
-            lessons[task] = [
-                Lesson(task=task, row=row, scores=None, mask_T=row.chosen_T) for row in rows
+            examples[task] = [
+                Example(task=task, row=row, scores=None, mask_T=row.action_mask_T) for row in rows
             ]
-        return lessons
+        return examples
 
     @pytest.mark.parametrize(
         ("aggregate", "normalize", "shares"),
@@ -572,14 +592,22 @@ class TestSeveralTasks:
     ) -> None:
         """normalize=task: its weight, however few its tokens; all: by its tokens (or rows) too, so
         that the short answers have a tenth. Interleaved, in micro-batches of a row or two."""
-        model, lessons, objective = make_model(seed=1), self._lessons(make_row), build("imitation")
+        model, examples, objective = (
+            make_model(seed=1),
+            self._examples(make_row),
+            build("imitation"),
+        )
         reduce = _token_mean if aggregate == "token" else _sequence_mean
-        alone = {task: _direct(model, own, objective, reduce) for task, own in lessons.items()}
+        alone = {task: _direct(model, own, objective, reduce) for task, own in examples.items()}
         learner = _learner(model, aggregate=aggregate, normalize=normalize, micro_tokens=24)
         weights = {"chains": 1.0, "answers": 0.5}
-        courses = {t: Course(objective=objective, weight=w) for t, w in weights.items()}
-        one, other = lessons["chains"], lessons["answers"]
-        found = learner.update([one[0], other[0], one[1], other[1], one[2]], courses, seed=0)
+        task_objectives = {
+            t: TaskObjective(objective=objective, weight=w) for t, w in weights.items()
+        }
+        one, other = examples["chains"], examples["answers"]
+        found = learner.update(
+            [one[0], other[0], one[1], other[1], one[2]], task_objectives, seed=0
+        )
         gradients = _gradients(model)
         for task, (loss, _) in alone.items():
             assert found[task]["loss/mean"] == pytest.approx(loss, rel=1e-4)
@@ -598,13 +626,15 @@ class TestSeveralTasks:
     ) -> None:
         model = make_model(seed=1)
         of = {
-            "match": (_lessons(rows[:2], teacher), build("local_support", k=8)),
-            "copy": (_lessons(rows[2:], None), build("imitation")),
+            "match": (_examples(rows[:2], teacher), build("local_support", k=8)),
+            "copy": (_examples(rows[2:], None), build("imitation")),
         }
         alone = {task: _direct(model, own, how, _token_mean) for task, (own, how) in of.items()}
-        lessons = [replace(x, task=task) for task, (own, _) in of.items() for x in own]
-        courses = {task: Course(objective=how, weight=1.0) for task, (_, how) in of.items()}
-        found = _learner(model).update(lessons, courses, seed=0)
+        examples = [replace(x, task=task) for task, (own, _) in of.items() for x in own]
+        task_objectives = {
+            task: TaskObjective(objective=how, weight=1.0) for task, (_, how) in of.items()
+        }
+        found = _learner(model).update(examples, task_objectives, seed=0)
         assert {task: x["loss/mean"] for task, x in found.items()} == pytest.approx(
             {task: loss for task, (loss, _) in alone.items()}, rel=1e-4
         )
@@ -618,13 +648,15 @@ class TestMicroBatches:
     """How an update is cut into micro-batches is a matter of memory, and of nothing else."""
 
     @pytest.fixture
-    def full(self, make_model: Make, rows: list[Row], teacher: TransformersTeacher) -> list[Lesson]:
+    def full(
+        self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    ) -> list[Example]:
         """Ragged lessons near the policy, a third of their tokens masked."""
         rows = _near_policy(rows, make_model(seed=1))
         scores = teacher.score(rows, Needs(k=8, full=True))
-        masks = [row.chosen_T & (np.arange(len(row.ids_T)) % 3 > 0) for row in rows]
+        masks = [row.action_mask_T & (np.arange(len(row.ids_T)) % 3 > 0) for row in rows]
         return [
-            Lesson(task="t", row=row, scores=own, mask_T=mask_T)
+            Example(task="t", row=row, scores=own, mask_T=mask_T)
             for row, own, mask_T in zip(rows, scores, masks, strict=True)
         ]
 
@@ -634,7 +666,7 @@ class TestMicroBatches:
         self,
         aggregate: str,
         variant: tuple[str, dict[str, Any]],
-        full: list[Lesson],
+        full: list[Example],
         make_model: Make,
     ) -> None:
         """Losses, diagnostics and the gradient of every weight."""
@@ -656,22 +688,24 @@ class TestMicroBatches:
     @pytest.mark.parametrize("micro_tokens", [1, 10_000])
     @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
     def test_the_undecided_tokens_are_those_of_the_whole_optimizer_step(
-        self, share: float, micro_tokens: int, full: list[Lesson], make_model: Make
+        self, share: float, micro_tokens: int, full: list[Example], make_model: Make
     ) -> None:
         """Of every task by itself: the highest entropies of all of its tokens that take loss,
         computed row by row."""
-        lessons = [*full, *(replace(lesson, task="other") for lesson in full[:1])]
+        examples = [*full, *(replace(example, task="other") for example in full[:1])]
         model, entropies = make_model(seed=1), []
-        for lesson in full:
-            ids_1T, chosen = _ids(lesson.row)
+        for example in full:
+            ids_1T, chosen = _ids(example.row)
             with torch.no_grad():
                 logits_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
             own_N = DenseStudent(logits_NV).entropy()
-            entropies.append(own_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])])
+            entropies.append(own_N[torch.from_numpy(example.mask_T[example.row.action_mask_T])])
         objective = build("reward_clipped", switch=0.5, share=share)
-        courses = {task: Course(objective=objective, weight=1.0) for task in ("t", "other")}
+        task_objectives = {
+            task: TaskObjective(objective=objective, weight=1.0) for task in ("t", "other")
+        }
         learner = _learner(model, micro_tokens=micro_tokens)
-        found = learner.update(lessons, courses, seed=0, progress=0.5)
+        found = learner.update(examples, task_objectives, seed=0, progress=0.5)
         for task, own in {"t": torch.cat(entropies), "other": entropies[0]}.items():
             kept = (own >= own.double().quantile(1 - share) - 1e-6).double().mean().item()
             assert found[task]["reward/kept"] == pytest.approx(kept)
@@ -692,7 +726,7 @@ class TestTokens:
             model = make_model(seed=1)
             metrics = _update(
                 _learner(model, micro_tokens=micro_tokens),
-                _lessons(rows, teacher),
+                _examples(rows, teacher),
                 build("trust_region", k=8),
                 seed=seed,
             )
@@ -722,7 +756,7 @@ class TestTokens:
                 return -case.student_logprobs()
 
             learner = _learner(make_model(seed=1), micro_tokens=micro_tokens)
-            _update(learner, _lessons(rows, None), _own(look), seed=seed)
+            _update(learner, _examples(rows, None), _own(look), seed=seed)
             return seen
 
         one = draws(0, 1)
@@ -747,8 +781,8 @@ class TestTokens:
         name, options = variant
         rows = [make_row([("prompt", [1, 2]), ("said", ids)]) for ids in ([5, 9, 30], [7, 7, 2, 3])]
         rows = _near_policy(rows, make_model(seed=1))
-        lesson, masked = (
-            Lesson(task="t", row=row, scores=scores, mask_T=row.chosen_T.copy())
+        example, masked = (
+            Example(task="t", row=row, scores=scores, mask_T=row.action_mask_T.copy())
             for row, scores in zip(rows, teacher.score(rows, Needs(k=8, full=True)), strict=True)
         )
         assert masked.scores is not None
@@ -759,10 +793,10 @@ class TestTokens:
             scores=replace(masked.scores, sampled_N=ruled_out),
         )
         found = []
-        for lessons in ([lesson], [lesson, masked]):
+        for examples in ([example], [example, masked]):
             model = make_model(seed=1)
             learner = _learner(model, aggregate=aggregate, micro_tokens=micro_tokens)
-            metrics = _update(learner, lessons, build(name, **options), seed=0)
+            metrics = _update(learner, examples, build(name, **options), seed=0)
             found.append((metrics, _gradients(model)))
         (metrics, gradients), (with_masked, with_masked_gradients) = found
         assert with_masked == pytest.approx(metrics, rel=1e-4, abs=1e-6)
@@ -776,32 +810,32 @@ class TestTokens:
         parts = [("prompt", [1, 2]), ("said", [5, 9]), ("prompt", [3]), ("said", [7, 4, 8])]
         (row,) = _near_policy([make_row(parts)], make_model(seed=1))
         (scores,) = teacher.score([row], Needs(k=1))
-        mask_T = row.chosen_T.copy()
+        mask_T = row.action_mask_T.copy()
         mask_T[6] = False  # the 4
-        lesson = Lesson(task="t", row=row, scores=scores, mask_T=mask_T)
+        example = Example(task="t", row=row, scores=scores, mask_T=mask_T)
         objective = build("sampled_token", gamma=1.0, clip=0.9)
         model = make_model(seed=1)
         ids_1T, chosen = _ids(row)
-        old_N = torch.from_numpy(row.logprobs_T)[chosen]
+        old_N = torch.from_numpy(row.behavior_logprobs_T)[chosen]
         with torch.no_grad():
             full_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY].log_softmax(-1)
         ratios = (full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0] - old_N).exp().tolist()
         reward = (scores.sampled_N - old_N).tolist()
         advantages = [reward[0] + reward[1], reward[1], reward[2] + reward[4], None, reward[4]]
         wanted = -sum(a * r for a, r in zip(advantages, ratios, strict=True) if a is not None) / 4
-        metrics = _update(_learner(model), [lesson], objective, seed=0)
+        metrics = _update(_learner(model), [example], objective, seed=0)
         assert metrics["loss/mean"] == pytest.approx(wanted, rel=1e-4)
 
     def test_progress_turns_the_phase(
         self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
     ) -> None:
         rows = _near_policy(rows, make_model(seed=1))
-        lessons, objective = _lessons(rows, teacher), build("reward_clipped", switch=0.5)
+        examples, objective = _examples(rows, teacher), build("reward_clipped", switch=0.5)
         losses = {}
         for progress in (0.0, 0.49, 0.5, 1.0):
-            courses = {"t": Course(objective=objective, weight=1.0)}
+            task_objectives = {"t": TaskObjective(objective=objective, weight=1.0)}
             learner = _learner(make_model(seed=1))
-            found = learner.update(lessons, courses, seed=0, progress=progress)
+            found = learner.update(examples, task_objectives, seed=0, progress=progress)
             losses[progress] = found["t"]["loss/mean"]
         assert losses[0.0] == losses[0.49] != losses[0.5] == losses[1.0]
 
@@ -809,14 +843,16 @@ class TestTokens:
         self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
     ) -> None:
         rows = _near_policy(rows, make_model(seed=1))
-        lessons, objective = _lessons(rows, teacher), build("reward_clipped", switch=0.5)
-        lessons += [replace(lesson, task="late") for lesson in lessons]
-        courses = {task: Course(objective=objective, weight=1.0) for task in ("t", "late")}
+        examples, objective = _examples(rows, teacher), build("reward_clipped", switch=0.5)
+        examples += [replace(example, task="late") for example in examples]
+        task_objectives = {
+            task: TaskObjective(objective=objective, weight=1.0) for task in ("t", "late")
+        }
 
         def losses(progress: Any) -> list[float]:
             learner = _learner(make_model(seed=1))
-            found = learner.update(lessons, courses, seed=0, progress=progress)
-            return [found[task]["loss/mean"] for task in courses]
+            found = learner.update(examples, task_objectives, seed=0, progress=progress)
+            return [found[task]["loss/mean"] for task in task_objectives]
 
         own = losses({"t": 0.9, "late": 0.1})
         assert own == [losses(0.9)[0], losses(0.1)[1]] != losses(0.9)
@@ -829,23 +865,25 @@ class TestTokens:
         near = _near_policy(rows, make_model(seed=1))
         given = []
         for row in near:
-            logprobs_T = row.logprobs_T.copy()
-            logprobs_T[np.flatnonzero(row.chosen_T)[::2]] = np.nan
-            given.append(replace(row, logprobs_T=logprobs_T))
+            behavior_logprobs_T = row.behavior_logprobs_T.copy()
+            behavior_logprobs_T[np.flatnonzero(row.action_mask_T)[::2]] = np.nan
+            given.append(replace(row, behavior_logprobs_T=behavior_logprobs_T))
         drifts = []
         with torch.no_grad():
             for row in given:
                 ids_1T, chosen = _ids(row)
                 logits_NV = make_model(seed=1)(input_ids=ids_1T).logits[0, chosen - 1]
                 said_N = logits_NV.log_softmax(-1).gather(1, ids_1T[0, chosen][:, None])[:, 0]
-                drift_N = (said_N - torch.from_numpy(row.logprobs_T)[chosen]).abs()
+                drift_N = (said_N - torch.from_numpy(row.behavior_logprobs_T)[chosen]).abs()
                 drifts += drift_N[drift_N.isfinite()].tolist()
-        lessons = _lessons(given, teacher)
-        courses = {"t": Course(objective=build("trust_region", k=8), weight=1.0)}
-        found = _learner(make_model(seed=1)).update(lessons, courses, seed=0)["t"]
+        examples = _examples(given, teacher)
+        task_objectives = {"t": TaskObjective(objective=build("trust_region", k=8), weight=1.0)}
+        found = _learner(make_model(seed=1)).update(examples, task_objectives, seed=0)["t"]
         assert found["gap/engine"] == pytest.approx(np.mean(drifts), rel=1e-3)
         assert found["trust/given"] == pytest.approx((1 + 9 + 1 + 3) / 26)
-        cheap = _learner(make_model(seed=1)).update(lessons, courses, seed=0, diagnose=False)["t"]
+        cheap = _learner(make_model(seed=1)).update(
+            examples, task_objectives, seed=0, diagnose=False
+        )["t"]
         assert "gap/mean" in cheap and not {"gap/engine", "student/entropy"} & set(cheap)
 
 
@@ -854,18 +892,18 @@ def test_a_minibatch_is_an_update_of_its_own_at_the_steps_learning_rate(
 ) -> None:
     """Every second row, then the others: as two updates in a row, but one step of the schedule."""
     objective = build("local_support", k=8)
-    lessons = _lessons(rows, teacher)
+    examples = _examples(rows, teacher)
     split, whole = (_learner(make_model(seed=1), lr=1e-2, minibatch=size) for size in (2, 9))
     by_hand, once = (_learner(make_model(seed=1), lr=1e-2) for _ in range(2))
-    metrics = _update(split, lessons, objective, seed=0)
-    found = [_update(by_hand, lessons[part::2], objective, seed=0) for part in (0, 1)]
+    metrics = _update(split, examples, objective, seed=0)
+    found = [_update(by_hand, examples[part::2], objective, seed=0) for part in (0, 1)]
     for name, tensor in by_hand.student.model.state_dict().items():
         assert torch.equal(split.student.model.state_dict()[name], tensor), name
     assert metrics["loss/mean"] == pytest.approx(sum(f["loss/mean"] for f in found) / 2)
     assert metrics["tokens/trained"] == sum(f["tokens/trained"] for f in found)
     assert (split.version, by_hand.version) == (1, 2)
-    _update(whole, lessons, objective, seed=0)  # larger than the step: one update
-    _update(once, lessons, objective, seed=0)
+    _update(whole, examples, objective, seed=0)  # larger than the step: one update
+    _update(once, examples, objective, seed=0)
     for name, tensor in once.student.model.state_dict().items():
         assert torch.equal(whole.student.model.state_dict()[name], tensor), name
 
@@ -888,7 +926,7 @@ class TestNumbersThatAreNone:
         )
         with pytest.raises(FloatingPointError, match=said):
             objective = build("local_support", k=8, renormalize=False)
-            _update(_learner(model, sparse=sparse), _lessons(rows, teacher), objective, seed=0)
+            _update(_learner(model, sparse=sparse), _examples(rows, teacher), objective, seed=0)
         for name, weight in model.state_dict().items():
             assert torch.equal(weight.nan_to_num(), before[name].nan_to_num())
 
@@ -897,11 +935,13 @@ class TestNumbersThatAreNone:
     ) -> None:
         """A recorded log-probability that no engine would give: the student's own is sound."""
         near = _near_policy(rows, make_model(seed=1))
-        logprobs_T = near[0].logprobs_T.copy()
-        logprobs_T[np.flatnonzero(near[0].chosen_T)[0]] = -1e30
-        lessons = _lessons([replace(near[0], logprobs_T=logprobs_T), *near[1:]], teacher)
+        behavior_logprobs_T = near[0].behavior_logprobs_T.copy()
+        behavior_logprobs_T[np.flatnonzero(near[0].action_mask_T)[0]] = -1e30
+        examples = _examples(
+            [replace(near[0], behavior_logprobs_T=behavior_logprobs_T), *near[1:]], teacher
+        )
         with pytest.raises(FloatingPointError, match=r"token 0 of a row.*log-probability is -\d"):
-            _update(_learner(make_model(seed=1)), lessons, build("reward_clipped"), seed=0)
+            _update(_learner(make_model(seed=1)), examples, build("reward_clipped"), seed=0)
 
 
 class TestAdvantages:
@@ -923,21 +963,21 @@ class TestAdvantages:
 
         objective = weighted_sum([(1.0, build("local_support", k=8)), (0.1, _own(look))])
         learner = _learner(make_model(), micro_tokens=44)  # two rows, and two alone
-        metrics = _update(learner, _lessons(given, teacher), objective, seed=0)
+        metrics = _update(learner, _examples(given, teacher), objective, seed=0)
         assert seen == {
             float(100 * i + t): int(row.ids_T[t])
             for i, row in enumerate(rows)
-            for t in np.flatnonzero(row.chosen_T)
+            for t in np.flatnonzero(row.action_mask_T)
         }
         assert metrics["loss/mean"] == pytest.approx(
             metrics["loss/local_support"] + 0.1 * metrics["loss/own"]
         )
 
     def test_all_rows_of_a_batch_have_them_or_none(self, make_model: Make, rows: list[Row]) -> None:
-        some = [replace(rows[0], advantage_T=np.zeros_like(rows[0].logprobs_T)), *rows[1:]]
+        some = [replace(rows[0], advantage_T=np.zeros_like(rows[0].behavior_logprobs_T)), *rows[1:]]
         objective = _own(lambda case: -case.student_logprobs())
         with pytest.raises(ValueError, match="1 of 4 rows have advantages"):
-            _update(_learner(make_model()), _lessons(some, None), objective, seed=0)
+            _update(_learner(make_model()), _examples(some, None), objective, seed=0)
 
     @pytest.mark.parametrize(
         ("advantages", "message"),

@@ -289,7 +289,7 @@ class TestSupports:
             "student", student_NV, make_scores(teacher_NV, sampled_ids_N, k=1), sampled_ids_N
         )
         asked = TeacherScores.from_logits(
-            teacher_NV, sampled_ids_N, k=1, keep_full=False, asked_ids_NJ=own_NK
+            teacher_NV, sampled_ids_N, k=1, keep_full=False, query_ids_NJ=own_NK
         )
         found, _ = self._losses("student", student_NV, asked, sampled_ids_N)
         torch.testing.assert_close(found, looked, rtol=1e-5, atol=1e-6, check_dtype=False)
@@ -310,7 +310,7 @@ class TestSupports:
             sampled_ids_N,
             k=4,
             keep_full=False,
-            asked_ids_NJ=student_NV.topk(3).indices,
+            query_ids_NJ=student_NV.topk(3).indices,
         )
         with pytest.raises(ValueError, match=r"k=4, but the teacher was asked for 3 ids"):
             self._losses("student+sampled", student_NV, few, sampled_ids_N)

@@ -23,7 +23,7 @@ def test_without_special_ids_the_loss_falls_on_exactly_what_was_chosen(
 ) -> None:
     row = make_row([("prompt", [1, 2]), ("said", [3, 1]), ("prompt", [3]), ("said", [2])])
     assert _taken(row, []) == [(2, 3), (3, 1), (5, 2)]
-    assert row.chosen_T.tolist() == [False, False, True, True, False, True]
+    assert row.action_mask_T.tolist() == [False, False, True, True, False, True]
 
 
 def test_the_first_occurrence_of_each_id_in_each_turn_is_left_out(
@@ -54,7 +54,7 @@ def test_a_branch_is_masked_like_a_reply(make_row: Callable[..., Row]) -> None:
 def test_the_row_itself_stays_as_it_was(make_row: Callable[..., Row]) -> None:
     row = make_row([("prompt", [1]), ("said", [60, 2])])
     loss_mask(row, [60])
-    assert row.chosen_T.tolist() == [False, True, True]
+    assert row.action_mask_T.tolist() == [False, True, True]
 
 
 def test_texts_give_every_id_of_theirs_once(tokenizer: Any) -> None:

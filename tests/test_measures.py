@@ -19,7 +19,7 @@ def _episode(number: int, verdict: str) -> Episode:
         reward=float(verdict == "exact"),
         task_type="",
         ended="terminated",
-        law=GREEDY,
+        sampling=GREEDY,
         version=0,
         verdict=verdict,
     )

@@ -102,13 +102,13 @@ def test_a_model_that_looks_ahead_is_found_by_its_forward(
     check_forward(model, "it")
     plain = model.model.forward
 
-    def ahead(*given: Any, **named: Any) -> Any:
+    def prefetch(*given: Any, **named: Any) -> Any:
         found = plain(*given, **named)
         last = found.last_hidden_state
         found.last_hidden_state = last + last.mean(1, keepdim=True)
         return found
 
-    monkeypatch.setattr(model.model, "forward", ahead)
+    monkeypatch.setattr(model.model, "forward", prefetch)
     with pytest.raises(ConfigError, match="not causal"):
         check_forward(model, "it")
 

@@ -10,18 +10,18 @@ from tutelage.distill.objectives import NAMES, Needs, build
 from tutelage.distill.objectives.needs import union
 
 DRAWS = {"draws": True}
-LAW = {"behavior": "sampling"}
+SAMPLING = {"behavior": "sampling"}
 NEEDS: list[tuple[str, dict[str, Any], Needs]] = [
     ("imitation", {}, Needs(generated_by="expert", given=True)),
     ("full_vocabulary", {}, Needs(k=1, full=True)),
     ("local_support", {"k": 5}, Needs(k=5)),
-    ("local_support", {"k": 5, **LAW}, Needs(k=5)),  # no draw matters
+    ("local_support", {"k": 5, **SAMPLING}, Needs(k=5)),  # no draw matters
     ("local_support", {"k": 5, "support": "teacher+sampled"}, Needs(k=5, draws=True)),
     ("local_support", {"k": 5, "support": "student"}, Needs(k=1, student_k=5)),
     (
         "local_support",
-        {"k": 5, "support": "student+sampled", **LAW},
-        Needs(k=1, student_k=5, draws=True, law=True),
+        {"k": 5, "support": "student+sampled", **SAMPLING},
+        Needs(k=1, student_k=5, draws=True, sampling=True),
     ),
     (
         "local_support",
@@ -29,7 +29,7 @@ NEEDS: list[tuple[str, dict[str, Any], Needs]] = [
         Needs(k=5, draws=True),
     ),
     ("sampled_token", {}, Needs(k=1, draws=True)),
-    ("sampled_token", LAW, Needs(k=1, draws=True, law=True)),
+    ("sampled_token", SAMPLING, Needs(k=1, draws=True, sampling=True)),
     ("trust_region", {"k": 6}, Needs(k=6, given=True, draws=True)),
     ("entropy_aware", {"k": 7}, Needs(k=7, entropy=True, draws=True)),
     ("advantage_gated", {"k": 8}, Needs(k=8, draws=True)),
@@ -64,12 +64,12 @@ def test_a_teacher_names_as_many_ids_as_the_student() -> None:
 class TestUnion:
     def test_it_is_what_either_needs_and_takes_what_both_take(self) -> None:
         parts = {
-            "a": Needs(k=3, student_k=5, given=True, draws=True, law=True, undecided=0.2),
+            "a": Needs(k=3, student_k=5, given=True, draws=True, sampling=True, undecided=0.2),
             "b": Needs(k=4, full=True, entropy=True, advantage=True, progress=True),
         }
         whole = Needs(
             k=4, student_k=5, full=True, entropy=True, given=False, advantage=True, draws=True,
-            law=True, progress=True, undecided=0.2,
+            sampling=True, progress=True, undecided=0.2,
         )  # fmt: skip
         assert union(parts) == whole == union(dict(reversed(parts.items())))
 

@@ -22,7 +22,7 @@ TOKENS = Tokens(
     segments_N=torch.tensor([0, 0, 0, 1, 1, 1, 1]),
     mask_N=torch.tensor([True, True, True, False, True, True, True]),
     uniforms_N=torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6]),
-    law_N=torch.tensor([-0.3, -1.5, -2.5, -0.1, -3.0, -0.8, -1.2]),
+    sampling_logprobs_N=torch.tensor([-0.3, -1.5, -2.5, -0.1, -3.0, -0.8, -1.2]),
 )
 Variant = tuple[str, dict[str, Any]]
 
@@ -40,7 +40,7 @@ def _differences(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor)
 
 
 @pytest.fixture
-def lesson(
+def example(
     draw: Draw, sampled_ids_N: torch.Tensor, make_scores: Scores
 ) -> tuple[torch.Tensor, TeacherScores, torch.Tensor]:
     """(student logits, scores with everything, log pi_old): near, but off policy."""
@@ -52,7 +52,7 @@ def lesson(
 
 def test_gradients_equal_float64_finite_differences(
     variant: Variant,
-    lesson: tuple[torch.Tensor, TeacherScores, torch.Tensor],
+    example: tuple[torch.Tensor, TeacherScores, torch.Tensor],
     sampled_ids_N: torch.Tensor,
     gradient: Gradient,
 ) -> None:
@@ -60,7 +60,7 @@ def test_gradients_equal_float64_finite_differences(
     name, options = variant
     if "importance_clip" in options or options.get("outlier") == "forward_kl_pg":
         pytest.skip("its weight moves with the value and not with the gradient: see by hand")
-    objective, (student_NV, scores, old_N) = build(name, **options), lesson
+    objective, (student_NV, scores, old_N) = build(name, **options), example
     if objective.needs.given:
         old_N = old_N.clone()
         old_N[[1, 4]] = torch.nan
@@ -75,10 +75,10 @@ def test_gradients_equal_float64_finite_differences(
 
 
 def test_the_lesson_reaches_every_branch(
-    lesson: tuple[torch.Tensor, TeacherScores, torch.Tensor], sampled_ids_N: torch.Tensor
+    example: tuple[torch.Tensor, TeacherScores, torch.Tensor], sampled_ids_N: torch.Tensor
 ) -> None:
     """The guard of the test above: each switch stands both ways on some token."""
-    student_NV, scores, old_N = lesson
+    student_NV, scores, old_N = example
     for name, options, switch in (
         ("local_support", {"k": 4}, "support/sampled_outside"),
         ("sampled_token", {"clip": 0.05, "dual_clip": 1.5}, "ppo/clip_share"),
@@ -98,12 +98,12 @@ def test_the_lesson_reaches_every_branch(
 
 def test_diagnostics_hold_no_graph_and_one_value_a_token(
     variant: Variant,
-    lesson: tuple[torch.Tensor, TeacherScores, torch.Tensor],
+    example: tuple[torch.Tensor, TeacherScores, torch.Tensor],
     sampled_ids_N: torch.Tensor,
 ) -> None:
     """A graph kept in the metrics is the step's memory kept."""
     name, options = variant
-    student_NV, scores, old_N = lesson
+    student_NV, scores, old_N = example
     student = DenseStudent(student_NV.clone().requires_grad_())
     loss_N, metrics = build(name, **options)(student, scores, sampled_ids_N, old_N, tokens=TOKENS)
     assert loss_N.shape == (N,) and loss_N.requires_grad
@@ -137,7 +137,7 @@ def test_no_tokens_are_no_loss(variant: Variant) -> None:
     name, options = variant
     objective, none = build(name, **options), torch.zeros(0, dtype=torch.long)
     scores = TeacherScores.from_logits(torch.zeros(0, V), none, k=max(1, objective.needs.k))
-    nobody = Tokens(law_N=torch.zeros(0))
+    nobody = Tokens(sampling_logprobs_N=torch.zeros(0))
     student = DenseStudent(torch.zeros(0, V))
     loss_N, _ = objective(student, scores, none, torch.zeros(0), tokens=nobody)
     assert loss_N.shape == (0,)
@@ -147,11 +147,11 @@ class TestImitation:
     def test_value_and_gradient_are_the_scaled_negative_log_likelihood(
         self, draw: Draw, sampled_ids_N: torch.Tensor, gradient: Gradient
     ) -> None:
-        student_NV, behaviour_N = draw(N, V), torch.full((N,), torch.nan)
+        student_NV, behavior_logprobs_N = draw(N, V), torch.full((N,), torch.nan)
 
         def loss(logits_NV: torch.Tensor) -> torch.Tensor:
             objective = build("imitation", beta=0.25)
-            return objective(DenseStudent(logits_NV), None, sampled_ids_N, behaviour_N)[0]
+            return objective(DenseStudent(logits_NV), None, sampled_ids_N, behavior_logprobs_N)[0]
 
         for n, y in enumerate(sampled_ids_N.tolist()):
             pi = student_NV[n].softmax(-1)
@@ -226,22 +226,22 @@ class TestTeacherScores:
 
     def test_answers_stand_at_the_asked_ids(self, draw: Draw, sampled_ids_N: torch.Tensor) -> None:
         """In the order that they were asked in, joined and taken like the rest."""
-        logits_NV, asked_NJ = draw(N, V), torch.stack([torch.randperm(V)[:3] for _ in range(N)])
+        logits_NV, query_ids_NJ = draw(N, V), torch.stack([torch.randperm(V)[:3] for _ in range(N)])
         parts = [
             TeacherScores.from_logits(
                 logits_NV[at],
                 sampled_ids_N[at],
                 k=1,
                 keep_full=False,
-                asked_ids_NJ=asked_NJ[at],
+                query_ids_NJ=query_ids_NJ[at],
             )
             for at in (slice(0, 2), slice(2, N))
         ]
         scores = TeacherScores.join(parts).take(torch.tensor([6, 0]))
-        assert scores.full_NV is None and scores.asked_logprobs_NJ is not None
-        for found, n in zip(scores.asked_logprobs_NJ, (6, 0), strict=True):
+        assert scores.full_NV is None and scores.query_logprobs_NJ is not None
+        for found, n in zip(scores.query_logprobs_NJ, (6, 0), strict=True):
             q = logits_NV[n].softmax(-1)
-            assert found.exp().tolist() == pytest.approx(q[asked_NJ[n]].tolist(), rel=1e-5)
+            assert found.exp().tolist() == pytest.approx(q[query_ids_NJ[n]].tolist(), rel=1e-5)
 
     def test_what_one_part_lacks_the_whole_lacks(
         self, draw: Draw, sampled_ids_N: torch.Tensor
@@ -259,7 +259,7 @@ class TestTeacherScores:
         [
             ("logprobs_NK", torch.zeros(2, 3), "differ in shape"),
             ("entropy_N", torch.zeros(3), "entropy_N is of 3 tokens, not 2"),
-            ("asked_ids_NJ", torch.zeros(2, 1, dtype=torch.long), "must come together"),
+            ("query_ids_NJ", torch.zeros(2, 1, dtype=torch.long), "must come together"),
             ("full_NV", torch.zeros(2, 5), "full_NV has 5 columns for a vocabulary of 3"),
             ("full_NV", torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]]), r"at \[1, 1\]"),
             ("ids_NK", torch.tensor([[0], [-1]]), "outside the vocabulary of 3"),

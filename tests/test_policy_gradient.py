@@ -304,7 +304,7 @@ def test_a_scalar_of_the_state_alone_teaches_nothing(
             student=DenseStudent(logits_VV),
             scores=scores,
             ids_N=ids_V,
-            behaviour_N=pi_V.log(),
+            behavior_logprobs_N=pi_V.log(),
             tokens=Tokens(),
             generator=None,
         )
@@ -332,7 +332,7 @@ def test_a_scalar_of_the_state_alone_teaches_nothing(
 
 
 @pytest.fixture
-def lesson(draw: Draw, sampled_ids_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def example(draw: Draw, sampled_ids_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(student logits, teacher logits, log pi_old of the sampled ids): near, but off policy."""
     student_NV, teacher_NV = draw(N, V), draw(N, V)
     old_NV = (student_NV + draw(N, V, scale=0.3)).log_softmax(-1)
@@ -347,10 +347,10 @@ def _forward_kl(student_NV: torch.Tensor, teacher_NV: torch.Tensor, n: int, k: i
 
 class TestEntropyAware:
     def test_the_forward_kl_is_added_where_the_teacher_is_undecided(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
         """And it replaces nothing: the clipped surrogate stands on every token."""
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         scores = make_scores(teacher_NV, sampled_ids_N, k=4)
         student, rest = DenseStudent(student_NV), (scores, sampled_ids_N, old_N)
         loss_N, metrics = build("entropy_aware", k=4, tau=1.2)(student, *rest)
@@ -364,11 +364,11 @@ class TestEntropyAware:
         assert 0 < metrics["teacher/undecided"].sum() < N
 
     def test_renormalised_the_teacher_sums_to_one_on_its_top_k(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
         """sum_K q^ log(q^ / pi), q^ = q / q(K), pi over the whole vocabulary: by a loop, and by two
         tokens of four that are written out. Its gradient is 1 / q(K) times the plain one's."""
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         scores = make_scores(teacher_NV, sampled_ids_N, k=4)
         student, rest = DenseStudent(student_NV), (scores, sampled_ids_N, old_N)
         options: dict[str, Any] = {"k": 4, "tau": 1.2}
@@ -419,11 +419,11 @@ class TestEntropyAware:
 
 class TestAdvantageGated:
     def test_the_gate_closes_opens_and_splits_at_its_thresholds(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
         """tau = -1: the sampled token's objective; 1: the forward KL; 0: the forward KL where
         q(y) <= pi_old(y)."""
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         scores = make_scores(teacher_NV, sampled_ids_N, k=4)
         student, rest = DenseStudent(student_NV), (scores, sampled_ids_N, old_N)
         sampled_N, _ = build("sampled_token")(student, *rest)
@@ -453,12 +453,12 @@ class TestRewardClipped:
     def test_first_phase_by_hand(
         self,
         options: dict[str, float],
-        lesson: tuple[torch.Tensor, ...],
+        example: tuple[torch.Tensor, ...],
         sampled_ids_N: torch.Tensor,
         make_scores: Scores,
     ) -> None:
         """-rho R where R >= c, else nothing; c = log(lam) / (1 - lam): -2.01 at 0.2."""
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         objective = build("reward_clipped", switch=0.5, **options)
         loss_N, metrics = objective(
             DenseStudent(student_NV),
@@ -477,11 +477,11 @@ class TestRewardClipped:
         assert 0 < metrics["reward/kept"].sum() < N
 
     def test_second_phase_by_hand(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
         """-rho max(R, c) on the tokens where the student is least decided, among those that take
         loss: the masked ones, however undecided, take no place."""
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         student_NV[:2] = 0.0  # uniform: the highest entropies, and masked
         mask_N = torch.tensor([False, False, True, True, True, True, True])
         loss_N, metrics = build("reward_clipped", floor=-0.5, share=0.5, switch=0.5)(
@@ -506,9 +506,9 @@ class TestRewardClipped:
         assert floored
 
     def test_the_floor_of_the_whole_update_is_taken_where_there_is_one(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         entropy_N = DenseStudent(student_NV).entropy()
         scores = make_scores(teacher_NV, sampled_ids_N, k=1)
         for floor in (0.0, float(entropy_N.sort().values[4]), 10.0):
@@ -537,12 +537,14 @@ class TestBehavior:
     def test_the_weight_multiplies_what_the_clips_leave(
         self,
         weight: float,
-        lesson: tuple[torch.Tensor, ...],
+        example: tuple[torch.Tensor, ...],
         sampled_ids_N: torch.Tensor,
         make_scores: Scores,
     ) -> None:
-        student_NV, teacher_NV, old_N = lesson
-        tokens = Tokens(law_N=old_N - math.log(weight), uniforms_N=torch.linspace(0, 0.99, N))
+        student_NV, teacher_NV, old_N = example
+        tokens = Tokens(
+            sampling_logprobs_N=old_N - math.log(weight), uniforms_N=torch.linspace(0, 0.99, N)
+        )
         scores = make_scores(teacher_NV, sampled_ids_N, k=4)
         student, rest = DenseStudent(student_NV), (scores, sampled_ids_N, old_N)
         for name, options in (
@@ -566,7 +568,7 @@ class TestBehavior:
         now_1V, teacher_1V = draw(1, V), draw(1, V)
         old_1V = now_1V + 0.5 * draw(1, V)
         old_V, mu_V = old_1V[0].log_softmax(-1), (old_1V[0] / temperature).softmax(-1)
-        ids_V, tokens = torch.arange(V), Tokens(law_N=mu_V.log())
+        ids_V, tokens = torch.arange(V), Tokens(sampling_logprobs_N=mu_V.log())
         scores = make_scores(teacher_1V.expand(V, V), ids_V, k=3)
 
         def mean(name: str, **options: Any) -> torch.Tensor:
@@ -599,27 +601,29 @@ class TestBehavior:
         assert found_N.tolist() == [1 + 0.25 * second, second, third, 8 + 0.125 * last, last]
 
     def test_given_tokens_have_no_law(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
         """A teacher's prefix keeps -beta log pi(y)."""
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         old_N[:3] = torch.nan
-        law_N = old_N + 1.0
+        sampling_logprobs_N = old_N + 1.0
         loss_N, metrics = build("trust_region", k=4, beta=0.5, behavior="sampling")(
             DenseStudent(student_NV),
             make_scores(teacher_NV, sampled_ids_N, k=4),
             sampled_ids_N,
             old_N,
-            tokens=Tokens(law_N=law_N),
+            tokens=Tokens(sampling_logprobs_N=sampling_logprobs_N),
         )
         logprobs_N = student_NV.log_softmax(-1).gather(1, sampled_ids_N[:, None])[:, 0]
         torch.testing.assert_close(loss_N[:3], -0.5 * logprobs_N[:3])
-        torch.testing.assert_close(metrics["behavior/weight"][3:].log(), old_N[3:] - law_N[3:])
+        torch.testing.assert_close(
+            metrics["behavior/weight"][3:].log(), old_N[3:] - sampling_logprobs_N[3:]
+        )
 
     def test_a_law_that_nobody_recorded_is_refused(
-        self, lesson: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
+        self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
-        student_NV, teacher_NV, old_N = lesson
+        student_NV, teacher_NV, old_N = example
         objective = build("sampled_token", behavior="sampling")
         rest = (
             DenseStudent(student_NV),
@@ -629,11 +633,11 @@ class TestBehavior:
         )
         with pytest.raises(ValueError, match=r"behavior='sampling' needs .* give tokens"):
             objective(*rest)
-        law_N = old_N.clone()
-        law_N[4] = torch.nan
+        sampling_logprobs_N = old_N.clone()
+        sampling_logprobs_N[4] = torch.nan
         with pytest.raises(ValueError, match="log-probability of token 4 is not known"):
-            objective(*rest, tokens=Tokens(law_N=law_N))
+            objective(*rest, tokens=Tokens(sampling_logprobs_N=sampling_logprobs_N))
         with pytest.raises(ValueError, match="under the sampling law of 3 tokens for 7 positions"):
-            objective(*rest, tokens=Tokens(law_N=law_N[:3]))
+            objective(*rest, tokens=Tokens(sampling_logprobs_N=sampling_logprobs_N[:3]))
         with pytest.raises(ValueError, match="did you mean 'sampling'"):
             build("sampled_token", behavior="sample")

@@ -90,7 +90,7 @@ def test_every_key_of_a_task_arrives() -> None:
         **{k: v for k, v in DATA["tasks"]["own"]["rollout"].items() if k != "lost"},
     )
     assert task.rollout == how
-    assert (how.law.temperature, how.law.top_p, how.max_turns, how.max_new_tokens) == (
+    assert (how.sampling.temperature, how.sampling.top_p, how.max_turns, how.max_new_tokens) == (
         0.7,
         0.8,
         3,

@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from tests.settings import rollout
 from tutelage.scheduler.engine import Completion, Request
-from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.rollouts import RolloutWorker
 
 Say = Callable[[str], str]
@@ -111,7 +111,7 @@ class FakeEngine:
             ids=ids,
             logprobs=[-0.5] * len(ids),
             stopped=ids[-1] in request.stop_ids,
-            law_logprobs=[-0.25] * len(ids),
+            sampling_logprobs=[-0.25] * len(ids),
         )
 
     def release(self, session: int) -> None:
@@ -300,7 +300,7 @@ class TestLimits:
         assert re.match(
             r"its first prompt has \d+ tokens, and the student's context is 3", lost.why
         )
-        (episode,) = _episodes(worker.collect(_orders(2), law=SamplingLaw(temperature=0.0)))
+        (episode,) = _episodes(worker.collect(_orders(2), sampling=SamplingParams(temperature=0.0)))
         assert (episode.ended, episode.rows, episode.turns) == ("context", (), ())
         assert not episode.success
 
@@ -372,7 +372,7 @@ class TestExperts:
         assert episode.success and not worker.engine.requests
         assert _chosen_text(tokenizer, episode) == ["3<|end|>", "2<|end|>", "1<|end|>"]
         (row,) = episode.rows
-        assert np.isnan(row.logprobs_T).all() and not row.branches_T.any()
+        assert np.isnan(row.behavior_logprobs_T).all() and not row.branches_T.any()
         assert [turn.expert_action for turn in episode.turns] == ["3", "2", "1"]
 
     @pytest.mark.parametrize("kind", ["full", "window"])
@@ -391,12 +391,12 @@ class TestExperts:
             if (row.turns_T == turn).any()
         ]
         assert labels == ["3<|end|>", "2<|end|>", "1<|end|>"]
-        assert all(np.isnan(row.logprobs_T).all() for row in episode.rows)
+        assert all(np.isnan(row.behavior_logprobs_T).all() for row in episode.rows)
 
     def test_without_labels_the_students_own_tokens_are_chosen(self, make_worker: Any) -> None:
         (episode,) = _episodes(make_worker().collect(_orders(3)))
         (row,) = episode.rows
-        assert np.isfinite(row.logprobs_T[row.chosen_T]).all()
+        assert np.isfinite(row.behavior_logprobs_T[row.action_mask_T]).all()
         assert [turn.expert_action for turn in episode.turns] == [None] * 3
 
 
@@ -412,15 +412,15 @@ class TestWindow:
 
 class TestLaws:
     def test_the_tasks_law_is_used_and_recorded(self, make_worker: Any) -> None:
-        law = SamplingLaw(temperature=0.7, top_p=0.9)
-        worker = make_worker(temperature=law.temperature, top_p=law.top_p)
+        sampling = SamplingParams(temperature=0.7, top_p=0.9)
+        worker = make_worker(temperature=sampling.temperature, top_p=sampling.top_p)
         (episode,) = _episodes(worker.collect(_orders(1)))
-        assert episode.law == law == worker.engine.requests[0].law
+        assert episode.sampling == sampling == worker.engine.requests[0].sampling
 
     def test_evaluation_replaces_it(self, make_worker: Any) -> None:
         worker = make_worker()
-        (episode,) = _episodes(worker.collect(_orders(1), law=GREEDY))
-        assert episode.law == GREEDY == worker.engine.requests[0].law
+        (episode,) = _episodes(worker.collect(_orders(1), sampling=GREEDY))
+        assert episode.sampling == GREEDY == worker.engine.requests[0].sampling
 
 
 def test_success_is_a_positive_reward_where_the_environment_does_not_say(
@@ -474,9 +474,9 @@ class TestGuidance:
         (row,) = episode.rows
         for turn, count in enumerate(given):
             inside = row.turns_T == turn
-            sampled = np.isfinite(row.logprobs_T[inside])
+            sampled = np.isfinite(row.behavior_logprobs_T[inside])
             assert sampled.tolist() == [False] * count + [True] * (inside.sum() - count)
-            assert (np.isfinite(row.law_T[inside]) == sampled).all()
+            assert (np.isfinite(row.sampling_T[inside]) == sampled).all()
             said = tokenizer.decode(row.ids_T[inside].tolist())
             right = f"{4 - turn}<|end|>"
             assert said == {0: "look<|end|>", 1: f"{4 - turn}look<|end|>", 2: right}[count]
@@ -503,9 +503,9 @@ class TestGuidance:
         worker._guides["t"] = guide
         guided, alone = _episodes(worker.collect([*_orders(4, guide=0.29), *_orders(0, 2)[1:]]))
         assert [request.max_new_tokens for request in guide.requests] == [8, 1]
-        given = [int(np.isnan(r.logprobs_T[r.chosen_T]).sum()) for r in guided.rows]
+        given = [int(np.isnan(r.behavior_logprobs_T[r.action_mask_T]).sum()) for r in guided.rows]
         assert given == ([3] if kind == "full" else [2, 1, 0, 0])
-        assert not any(np.isnan(r.logprobs_T[r.chosen_T]).any() for r in alone.rows)
+        assert not any(np.isnan(r.behavior_logprobs_T[r.action_mask_T]).any() for r in alone.rows)
         assert guide.pending == worker.engine.pending == 0
         seeds = [request.seed for request in (*guide.requests, *worker.engine.requests)]
         assert len(set(seeds)) == len(seeds)  # the teacher's draws are not the student's

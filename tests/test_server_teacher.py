@@ -158,7 +158,7 @@ def _row(ids: Sequence[int]) -> Row:
     return Row(
         ids_T=np.asarray(ids, dtype=np.int32),
         turns_T=np.asarray(turns, dtype=np.int32),
-        logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
+        behavior_logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
         branches_T=np.zeros(len(ids), dtype=np.int32),
     )
 
@@ -331,9 +331,9 @@ class TestExam:
         self, serve: Serve, make_model: Callable[..., Any]
     ) -> None:
         """But for the entropies, for which -log of the largest probability stands."""
-        found = self._service(serve()).identity
+        found = self._service(serve()).fingerprint
         own = TransformersTeacher(make_model(seed=9), vocabulary=VOCABULARY)
-        exact = serving(own, digest="d").identity
+        exact = serving(own, digest="d").fingerprint
         assert np.allclose(found.logprobs, exact.logprobs, atol=1e-5)
         assert all(a <= b for a, b in zip(found.entropies, exact.entropies, strict=True))
 
@@ -352,11 +352,11 @@ class TestExam:
     ) -> None:
         server = serve()
         service = self._service(server)
-        first = service.identity
-        service.score(rows, Needs(k=4)).identity.check_same(first)
+        first = service.fingerprint
+        service.score(rows, Needs(k=4)).fingerprint.check_same(first)
         server.model = make_model(seed=10)  # restarted by somebody, with another checkpoint
         with pytest.raises(RuntimeError, match=r"teachers\.one: its weights were lost or changed"):
-            service.score(rows, Needs(k=4)).identity.check_same(first)
+            service.score(rows, Needs(k=4)).fingerprint.check_same(first)
 
 
 # --- runs ----------------------------------------------------------------------------------------

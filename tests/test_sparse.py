@@ -28,7 +28,7 @@ TOKENS = Tokens(
     segments_N=torch.tensor([0, 0, 0, 1, 1, 1, 1]),
     mask_N=torch.tensor([True, True, True, False, True, True, True]),
     uniforms_N=torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.6]),
-    law_N=torch.tensor([-0.3, -1.5, -2.5, -0.1, -3.0, -0.8, -1.2]),
+    sampling_logprobs_N=torch.tensor([-0.3, -1.5, -2.5, -0.1, -3.0, -0.8, -1.2]),
 )
 
 
@@ -272,7 +272,7 @@ class TestMemory:
         teacher_NV = torch.randn(self.N, self.V, generator=generator)
         own_NJ = (hidden_ND @ layer.weight.T).detach().topk(self.K).indices
         scores = TeacherScores.from_logits(
-            teacher_NV, ids_N, k=self.K, keep_full=False, asked_ids_NJ=own_NJ
+            teacher_NV, ids_N, k=self.K, keep_full=False, query_ids_NJ=own_NJ
         )
         old_N = torch.full((self.N,), -8.0)  # about log 1/V: no ratio is clipped away
         with _Largest() as forward:

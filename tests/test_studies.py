@@ -40,7 +40,7 @@ from tutelage.distill.studies.toy_control import (
     score,
     train_teachers,
 )
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 
 pytestmark = pytest.mark.runs
 
@@ -247,12 +247,12 @@ def test_a_lost_run_counts_as_diverged_and_leaves_valid_json() -> None:
 
 
 ALL_PARAMS = [
-    SamplingLaw(top_p=0.9),
-    SamplingLaw(top_p=0.6),
-    SamplingLaw(temperature=0.7),
-    SamplingLaw(temperature=1.3),
-    SamplingLaw(temperature=0.7, top_p=0.8),
-    SamplingLaw(temperature=0.0),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_p=0.6),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.3),
+    SamplingParams(temperature=0.7, top_p=0.8),
+    SamplingParams(temperature=0.0),
 ]
 DRAWING: list[tuple[str, dict[str, Any]]] = [
     ("sampled_token", {}),
@@ -288,7 +288,7 @@ def test_top_p_leaves_a_distribution_over_the_fewest_tokens_with_its_mass(world:
     wanted = {0.9: [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], 0.6: [0.5 / 0.8, 0.3 / 0.8, 0, 0]}
     for top_p, mu in wanted.items():
         close(
-            behavior_logprobs(by_hand, SamplingLaw(top_p=top_p)).exp(),
+            behavior_logprobs(by_hand, SamplingParams(top_p=top_p)).exp(),
             torch.tensor([mu], dtype=torch.float64),
         )
 
@@ -299,7 +299,7 @@ def test_under_temperature_alone_sampling_is_exactly_unbiased(
     world: World, name: str, options: dict[str, Any], temperature: float
 ) -> None:
     """And full is not."""
-    params = SamplingLaw(temperature=temperature)
+    params = SamplingParams(temperature=temperature)
     assert sampling_shift(build(name, behavior="sampling", **options), world, params) < 1e-12
     assert sampling_shift(build(name, **options), world, params) > 1e-3
 
@@ -320,7 +320,7 @@ def test_drawn_from_the_whole_policy_the_two_behaviors_are_one(
     "params", [params for params in ALL_PARAMS if params.top_p < 1 or not params.temperature]
 )
 def test_what_a_cut_leaves_of_the_gradient_is_the_sum_over_what_is_drawn(
-    world: World, params: SamplingLaw
+    world: World, params: SamplingParams
 ) -> None:
     """sum over the nucleus of pi(v) (onehot(v) - pi) log(pi(v) / q(v)): what is missing is the same
     sum over the tail, whatever the temperature; full weighs the nucleus by mu in pi's place."""
@@ -346,7 +346,7 @@ def test_what_a_cut_leaves_of_the_gradient_is_the_sum_over_what_is_drawn(
 
 
 def test_a_prefix_is_reached_as_often_as_it_is_sampled(world: World) -> None:
-    for params in (SamplingLaw(), *ALL_PARAMS):
+    for params in (SamplingParams(), *ALL_PARAMS):
         reach_C = world.reach(params)
         mu_CV = behavior_logprobs(world.student_CV, params).exp()
         assert reach_C[0].item() == pytest.approx(1)

@@ -21,16 +21,16 @@ from tutelage.distill.models.dtypes import TOLERANCE
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, build
 from tutelage.distill.objectives import scores as objective_scores
+from tutelage.distill.student.examples import Example, TaskObjective
 from tutelage.distill.student.learner import Learner
-from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.teachers.answers import unpack_answer
-from tutelage.distill.teachers.identity import Identity, digest_of
+from tutelage.distill.teachers.fingerprint import Fingerprint, digest_of
 from tutelage.distill.teachers.service import Answer, Ask, TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
 
 VOCABULARY = 101
-FIELDS = ("ids_NK", "logprobs_NK", "sampled_N", "entropy_N", "asked_logprobs_NJ", "full_NV")
+FIELDS = ("ids_NK", "logprobs_NK", "sampled_N", "entropy_N", "query_logprobs_NJ", "full_NV")
 Service = Callable[..., TeacherService]
 
 
@@ -142,36 +142,36 @@ class TestExam:
     ) -> None:
         """The usual initial scale and a hidden size of 32: as flat as a model that is there gets.
         It stands eight times further from uniform than what is refused."""
-        found = serve(make_model(scale=0.02)).identity
+        found = serve(make_model(scale=0.02)).fingerprint
         short = 1 - float(np.mean(found.entropies)) / math.log(VOCABULARY)
         assert 8e-4 < short < 1e-2
 
     def test_another_model_is_far_outside_the_tolerance_and_rounding_far_inside(
         self, serve: Service, make_model: Callable[..., Any]
     ) -> None:
-        here = serve(make_model(seed=9)).identity
-        assert serve(make_model(seed=9)).identity == here
-        assert serve(make_model(seed=10)).identity.distance(here) > 1000 * TOLERANCE["float32"]
-        narrow = serve(make_model(seed=9).bfloat16(), dtype="bfloat16").identity
+        here = serve(make_model(seed=9)).fingerprint
+        assert serve(make_model(seed=9)).fingerprint == here
+        assert serve(make_model(seed=10)).fingerprint.distance(here) > 1000 * TOLERANCE["float32"]
+        narrow = serve(make_model(seed=9).bfloat16(), dtype="bfloat16").fingerprint
         assert 1e-4 < narrow.distance(here) < TOLERANCE["bfloat16"] / 3
         narrow.check_same(here)
         with pytest.raises(RuntimeError, match="lost or changed"):
             replace(narrow, dtype="float32").check_same(here)
 
     def test_what_cannot_be_compared_is_not_the_same(self, serve: Service) -> None:
-        here = serve().identity
+        here = serve().fingerprint
         other = replace(here, logprobs=here.logprobs[:-1])
         broken = replace(here, entropies=(math.nan, *here.entropies[1:]))
         assert here.distance(other) == here.distance(broken) == math.inf
 
     def test_it_comes_back_from_the_run_folder(self, serve: Service, tmp_path: Path) -> None:
         path = tmp_path / "teachers" / "one.json"
-        here = serve().identity
-        assert Identity.read(path) is None
+        here = serve().fingerprint
+        assert Fingerprint.read(path) is None
         here.write(path)
-        assert Identity.read(path) == here
+        assert Fingerprint.read(path) == here
         path.write_text(path.read_text()[:-20])
-        assert Identity.read(path) is None
+        assert Fingerprint.read(path) is None
 
 
 class TestSleeping:
@@ -270,7 +270,7 @@ class TestCache:
             **{
                 n: np.append(getattr(row, n), [x])
                 for n, x in zip(
-                    ("ids_T", "turns_T", "logprobs_T", "branches_T"),
+                    ("ids_T", "turns_T", "behavior_logprobs_T", "branches_T"),
                     (3, -1, math.nan, 0),
                     strict=True,
                 )
@@ -356,11 +356,11 @@ def test_a_score_is_looked_at_twice_as_logits_and_in_its_message(
     ask = Ask(teacher="one", rows=rows, needs=objective.needs)
     scores = unpack_answer(ask, service.answer(ask), vocabulary=VOCABULARY)
     assert looks == [64] + [2] * 32
-    lessons = [
-        Lesson(task="t", row=row, scores=one, mask_T=row.chosen_T)
+    examples = [
+        Example(task="t", row=row, scores=one, mask_T=row.action_mask_T)
         for row, one in zip(rows, scores, strict=True)
     ]
     student = Student(make_model(seed=1), vocabulary=VOCABULARY)
     learner = Learner(student, config=OptimizerConfig(lr=1e-3), steps=1)
-    learner.update(lessons, {"t": Course(objective=objective, weight=1.0)}, seed=0)
+    learner.update(examples, {"t": TaskObjective(objective=objective, weight=1.0)}, seed=0)
     assert looks == [64] + [2] * 32

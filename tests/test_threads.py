@@ -122,7 +122,7 @@ def test_rollouts_share_out_what_is_worth_it(
     monkeypatch.setattr(model.base_model, "forward", forward)
     ids = tuple(range(1, 61))
     engine.submit(
-        Request(session=0, ids=ids, max_new_tokens=3, stop_ids=frozenset(), law=GREEDY, seed=0)
+        Request(session=0, ids=ids, max_new_tokens=3, stop_ids=frozenset(), sampling=GREEDY, seed=0)
     )
     while engine.pending:
         engine.step()

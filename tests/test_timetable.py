@@ -257,8 +257,8 @@ class TestWindows:
 
 
 class TestPlanningAhead:
-    @pytest.mark.parametrize("ahead", [1, 2, 5])
-    def test_steps_planned_early_are_the_steps_planned_in_time(self, ahead: int) -> None:
+    @pytest.mark.parametrize("prefetch", [1, 2, 5])
+    def test_steps_planned_early_are_the_steps_planned_in_time(self, prefetch: int) -> None:
         """Tasks, games and seeds, where the policy does not hang on what steps did."""
         plans = PLANS | {"third": schedule(episodes=5, start=4, end=20, most=6)}
         for policy in (Alternate([*plans]), Weighted([*plans], {"math": 2.5}), Mixed()):
@@ -268,7 +268,7 @@ class TestPlanningAhead:
             )
             found = []
             while len(early.history) < 25:
-                while len(early.planned) <= ahead and (planned := early.plan()):
+                while len(early.planned) <= prefetch and (planned := early.plan()):
                     turns = planned.turns
                     found.append({t: early.orders(t, 17, turn) for t, turn in turns.items()})
                 early.record(Step(active=early.active(), trained=tuple(early.planned[0].turns)))

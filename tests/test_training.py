@@ -230,12 +230,12 @@ class TestResuming:
         with pytest.raises(ConfigError, match=r"teachers.two: .* holds other weights than"):
             train(config)
         shutil.copy(Path(models["two"]) / "model.safetensors", folder)
-        exam = Path(config.run) / "teachers" / "two.json"
-        first = json.loads(exam.read_text(encoding="utf-8"))
-        files.write_json(exam, first | {"entropies": [x + 1 for x in first["entropies"]]})
+        self_test = Path(config.run) / "teachers" / "two.json"
+        first = json.loads(self_test.read_text(encoding="utf-8"))
+        files.write_json(self_test, first | {"entropies": [x + 1 for x in first["entropies"]]})
         with pytest.raises(RuntimeError, match=r"teachers.two: its weights were lost or changed"):
             train(config)  # the same files, and another answer than at first
-        files.write_json(exam, first)
+        files.write_json(self_test, first)
         assert len(runs.metrics(train(config))) == 3
 
     @pytest.mark.parametrize("changed", ["config.json", "chat_template.jinja"])
@@ -321,7 +321,7 @@ class TestResuming:
                 teacher = service._teachers["two"]
                 with torch.no_grad():
                     teacher.model.get_output_embeddings().weight.mul_(0.5)
-                teacher.identity = teacher._exam()
+                teacher.fingerprint = teacher._self_test()
 
         thief, config = Thief(), configure({"math": MATH})
         with (
@@ -621,8 +621,8 @@ class TestLosses:
         start = InProcess.start
         losses = iter([0, 3, 4])
 
-        def lossy(self: Any, orders: Any, **law: Any) -> Started:
-            outcomes = start(self, orders, **law).outcomes()
+        def lossy(self: Any, orders: Any, **sampling: Any) -> Started:
+            outcomes = start(self, orders, **sampling).outcomes()
             for i in range(next(losses)):
                 outcomes[i] = Dropped(
                     order=orders[i], reason="timeout", detail="60 s passed", attempts=3
@@ -671,13 +671,13 @@ class TestCollectingAhead:
             lines = path.read_text(encoding="utf-8").splitlines()
             return [[row["ids"] for row in json.loads(line)["rows"]] for line in lines]
 
-        ahead = self._config(configure, "ahead")
+        prefetch = self._config(configure, "ahead")
         still = configure({"household": HOUSEHOLD, "math": MATH}, "still", steps=2)
         still = still.model_copy(
             update={"optimizer": still.optimizer.model_copy(update={"lr": 1e-30})}
         )
         on_policy = self._config(configure, "on_policy", max_staleness=0)
-        assert second(ahead) == second(still) != second(on_policy)
+        assert second(prefetch) == second(still) != second(on_policy)
 
     @pytest.mark.parametrize("kill", [False, True])
     @pytest.mark.parametrize(
@@ -722,14 +722,14 @@ class TestCollectingAhead:
         """Kept in the checkpoint it would stop the run again for ever."""
         start, calls = InProcess.start, iter(range(99))
 
-        def lossy(self: Any, orders: Any, **law: Any) -> Started:
+        def lossy(self: Any, orders: Any, **sampling: Any) -> Started:
             if next(calls) == 3:
                 return Started(
                     lambda: [
                         Dropped(order=o, reason="died", detail="-", attempts=3) for o in orders
                     ]
                 )
-            return start(self, orders, **law)
+            return start(self, orders, **sampling)
 
         monkeypatch.setattr(InProcess, "start", lossy)
         config = self._config(configure, "lossy")
@@ -762,7 +762,7 @@ class TestSeveralTeachers:
                     one = Row(
                         ids_T=ids,
                         turns_T=np.asarray(row["turn"], dtype=np.int32),
-                        logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
+                        behavior_logprobs_T=np.full(len(ids), np.nan, dtype=np.float32),
                         branches_T=np.zeros(len(ids), dtype=np.int32),
                     )
                     (exact,) = services[episode["teacher"]].score([one], Needs(k=8)).scores
@@ -904,7 +904,7 @@ class TestEpisodeFiles:
                     assert (row[key][i] is None) == (turn == -1)
             # a part of the policy's mass is cut off: what is left has more of it
             pairs = zip(row["law_logprob"], row["sampled_logprob"], strict=True)
-            gains = [law - own for law, own in pairs if own is not None]
+            gains = [sampling - own for sampling, own in pairs if own is not None]
             assert all(-1e-5 < gain <= -math.log(0.9) + 1e-5 for gain in gains) and any(gains)
             assert episode["top_p"] == 0.9 and episode["version"] == 0
 
@@ -927,7 +927,7 @@ class TestSamplingLaw:
         step = TransformersEngine.step
 
         def silent(self: TransformersEngine) -> list[Any]:
-            return [replace(one, law_logprobs=None) for one in step(self)]
+            return [replace(one, sampling_logprobs=None) for one in step(self)]
 
         monkeypatch.setattr(TransformersEngine, "step", silent)
         folder = train(self._config(configure, "silent", steps=2))
@@ -939,15 +939,15 @@ class TestSamplingLaw:
         for text in runs.episodes(folder)["000001.jsonl"].decode().splitlines():
             for row in json.loads(text)["rows"]:
                 drawn = [own is not None for own in row["sampled_logprob"]]
-                assert [law is not None for law in row["law_logprob"]] == drawn
+                assert [sampling is not None for sampling in row["law_logprob"]] == drawn
 
     def test_it_is_kept_with_the_episodes_that_were_played_ahead(
         self, configure: Configure
     ) -> None:
         """Their weights are gone: a run that goes on finds it in the checkpoint, to the bit."""
-        ahead = {"steps": 3, "schedule": {"max_staleness": 1}}
-        whole = train(self._config(configure, "whole", **ahead))
-        config = self._config(configure, "parts", **ahead)
+        prefetch = {"steps": 3, "schedule": {"max_staleness": 1}}
+        whole = train(self._config(configure, "whole", **prefetch))
+        config = self._config(configure, "parts", **prefetch)
         watch = _StopAfter(0)
         with Run(config, watch=watch) as run:
             watch.run = run

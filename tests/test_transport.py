@@ -32,8 +32,8 @@ def sampled_N() -> torch.Tensor:
 
 def _there_and_back(scores: TeacherScores) -> TeacherScores:
     packed: CompactScores = pickle.loads(pickle.dumps(CompactScores.pack(scores, teacher="one")))
-    asked_NJ = scores.asked_ids_NJ
-    return packed.unpack(None if asked_NJ is None else asked_NJ.numpy().astype(np.int32))
+    query_ids_NJ = scores.query_ids_NJ
+    return packed.unpack(None if query_ids_NJ is None else query_ids_NJ.numpy().astype(np.int32))
 
 
 def _scores(logits_NV: torch.Tensor, sampled_N: torch.Tensor, **options: Any) -> TeacherScores:
@@ -44,16 +44,16 @@ class TestRounding:
     def test_every_log_probability_stays_within_the_stated_bound(
         self, logits_NV: torch.Tensor, sampled_N: torch.Tensor
     ) -> None:
-        asked_NJ = torch.arange(7).expand(N, 7)
-        scores = _scores(logits_NV, sampled_N, asked_ids_NJ=asked_NJ)
+        query_ids_NJ = torch.arange(7).expand(N, 7)
+        scores = _scores(logits_NV, sampled_N, query_ids_NJ=query_ids_NJ)
         back = _there_and_back(scores)
         assert scores.full_NV is not None and scores.full_NV.min() < -60
         assert (scores.logprobs_NK > -1e-4).any()  # float16 is subnormal there
-        for name in ("logprobs_NK", "asked_logprobs_NJ", "full_NV", "entropy_N"):
+        for name in ("logprobs_NK", "query_logprobs_NJ", "full_NV", "entropy_N"):
             there, here = getattr(scores, name), getattr(back, name)
             assert ((there - here).abs() <= rounding_bound(there)).all(), name
             assert (there != here).any(), name
-        for name in ("ids_NK", "asked_ids_NJ", "sampled_N"):
+        for name in ("ids_NK", "query_ids_NJ", "sampled_N"):
             assert torch.equal(getattr(scores, name), getattr(back, name)), name
 
     def test_the_bound_is_reached(self) -> None:
@@ -98,15 +98,15 @@ class TestBytes:
     def test_asked_ids_do_not_come_back(
         self, logits_NV: torch.Tensor, sampled_N: torch.Tensor
     ) -> None:
-        asked_NJ = torch.arange(16).expand(N, 16)
+        query_ids_NJ = torch.arange(16).expand(N, 16)
         plain = CompactScores.pack(_scores(logits_NV, sampled_N, keep_full=False), teacher="one")
-        scores = _scores(logits_NV, sampled_N, keep_full=False, asked_ids_NJ=asked_NJ)
+        scores = _scores(logits_NV, sampled_N, keep_full=False, query_ids_NJ=query_ids_NJ)
         packed = CompactScores.pack(scores, teacher="one")
         assert packed.nbytes == plain.nbytes + 2 * 16 * N
         with pytest.raises(ValueError, match="must come together"):
             packed.unpack()
-        back = packed.unpack(asked_NJ.numpy().astype(np.int32))
-        assert back.asked_ids_NJ is not None and torch.equal(back.asked_ids_NJ, asked_NJ)
+        back = packed.unpack(query_ids_NJ.numpy().astype(np.int32))
+        assert back.query_ids_NJ is not None and torch.equal(back.query_ids_NJ, query_ids_NJ)
 
     def test_the_whole_distribution_takes_two_bytes_an_id(
         self, logits_NV: torch.Tensor, sampled_N: torch.Tensor
@@ -138,16 +138,16 @@ def test_rounding_moves_a_gradient_by_a_fifth_of_a_percent_at_most(
     objective = build(name, **options)
     noise_NV = torch.randn(N, VOCABULARY, generator=torch.Generator().manual_seed(7))
     student_NV = (logits_NV * 0.9 + noise_NV).double()
-    behaviour_N = student_NV.log_softmax(-1).gather(1, sampled_N[:, None])[:, 0]
+    behavior_logprobs_N = student_NV.log_softmax(-1).gather(1, sampled_N[:, None])[:, 0]
     scores = _scores(logits_NV, sampled_N, k=8) if objective.needs.teacher else None
 
     def slope(given: TeacherScores | None) -> torch.Tensor:
         def loss(at_NV: torch.Tensor) -> torch.Tensor:
             draws = torch.Generator().manual_seed(8)
-            tokens = Tokens(law_N=0.8 * behaviour_N)
+            tokens = Tokens(sampling_logprobs_N=0.8 * behavior_logprobs_N)
             student = DenseStudent(at_NV)
             return objective(
-                student, given, sampled_N, behaviour_N, generator=draws, tokens=tokens
+                student, given, sampled_N, behavior_logprobs_N, generator=draws, tokens=tokens
             )[0]
 
         return gradient(loss, student_NV)

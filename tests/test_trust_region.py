@@ -29,7 +29,7 @@ def _forward_kl(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Ten
 
 
 @pytest.fixture
-def lesson(
+def example(
     draw: Draw, sampled_ids_N: torch.Tensor, make_scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TeacherScores]:
     """(student logits, teacher logits, log pi_old, scores): near, but off policy."""
@@ -86,11 +86,11 @@ class TestTrust:
         assert (gradient(loss, student_NV) == 0).all()
 
     def test_it_is_decided_against_the_policy_that_sampled(
-        self, lesson: Any, sampled_ids_N: torch.Tensor, draw: Draw
+        self, example: Any, sampled_ids_N: torch.Tensor, draw: Draw
     ) -> None:
         """However far the student has moved since: accepted just below q / pi_old, and not just
         above it."""
-        student_NV, _, old_N, scores = lesson
+        student_NV, _, old_N, scores = example
         accepted_N = (scores.sampled_N - old_N).exp().clamp(max=1)
         below_N = torch.tensor([True, False] * 4)[:N]
         uniforms_N = torch.where(below_N, 0.99 * accepted_N, (1.01 * accepted_N).clamp(max=0.999))
@@ -107,9 +107,9 @@ class TestTrust:
             assert torch.equal(metrics["trust/share"], wanted_N)
 
     def test_a_static_threshold_needs_no_draw(
-        self, lesson: Any, sampled_ids_N: torch.Tensor
+        self, example: Any, sampled_ids_N: torch.Tensor
     ) -> None:
-        student_NV, _, old_N, scores = lesson
+        student_NV, _, old_N, scores = example
         wanted_N = (scores.sampled_N - old_N > -0.5).float()
         assert 0 < wanted_N.sum() < N
         generator = torch.Generator().manual_seed(0)
@@ -130,13 +130,13 @@ class TestTokens:
         self,
         trust: str,
         outlier: str,
-        lesson: Any,
+        example: Any,
         sampled_ids_N: torch.Tensor,
         gradient: Gradient,
     ) -> None:
         """Trusted: -R rho, pushing y up where the teacher likes it better. Outliers: nothing; R
         floored at tau; the teacher's top K pulled up directly; or y pushed down by their KL."""
-        student_NV, teacher_NV, old_N, scores = lesson
+        student_NV, teacher_NV, old_N, scores = example
         tokens = Tokens(uniforms_N=torch.full((N,), 0.6))
 
         def loss(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -202,17 +202,17 @@ class TestTokens:
         )
 
     def test_given_tokens_are_imitated_weakly_and_they_alone_feel_beta(
-        self, lesson: Any, sampled_ids_N: torch.Tensor, gradient: Gradient
+        self, example: Any, sampled_ids_N: torch.Tensor, gradient: Gradient
     ) -> None:
         """A teacher's prefix, its behaviour NaN: -beta log pi(y), gradient beta (pi - onehot)."""
-        student_NV, _, old_N, scores = lesson
+        student_NV, _, old_N, scores = example
         given_N = torch.tensor([True, True, False, False, False, True, False])
         mixed_N = old_N.masked_fill(given_N, torch.nan)
         tokens = Tokens(uniforms_N=torch.full((N,), 0.6))
 
-        def loss(beta: float, behaviour_N: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def loss(beta: float, behavior_logprobs_N: torch.Tensor) -> Callable[..., torch.Tensor]:
             return lambda z: _build("forward_kl", beta=beta)(
-                DenseStudent(z), scores, sampled_ids_N, behaviour_N, tokens=tokens
+                DenseStudent(z), scores, sampled_ids_N, behavior_logprobs_N, tokens=tokens
             )[0]
 
         plain = gradient(loss(0.5, old_N), student_NV)
@@ -236,9 +236,9 @@ class TestTokens:
 class TestDraws:
     @staticmethod
     def _loss(
-        lesson: Any, ids_N: torch.Tensor, seed: int, uniforms_N: torch.Tensor | None = None
+        example: Any, ids_N: torch.Tensor, seed: int, uniforms_N: torch.Tensor | None = None
     ) -> tuple[list[float], torch.Tensor]:
-        student_NV, _, old_N, scores = lesson
+        student_NV, _, old_N, scores = example
         generator = torch.Generator().manual_seed(seed)
         loss_N, _ = _build("mask")(
             DenseStudent(student_NV.repeat(9, 1)),
@@ -251,16 +251,16 @@ class TestDraws:
         return loss_N.tolist(), generator.get_state()
 
     def test_a_seed_draws_the_same_and_another_seed_does_not(
-        self, lesson: Any, sampled_ids_N: torch.Tensor
+        self, example: Any, sampled_ids_N: torch.Tensor
     ) -> None:
-        assert self._loss(lesson, sampled_ids_N, 1)[0] == self._loss(lesson, sampled_ids_N, 1)[0]
-        assert self._loss(lesson, sampled_ids_N, 1)[0] != self._loss(lesson, sampled_ids_N, 2)[0]
+        assert self._loss(example, sampled_ids_N, 1)[0] == self._loss(example, sampled_ids_N, 1)[0]
+        assert self._loss(example, sampled_ids_N, 1)[0] != self._loss(example, sampled_ids_N, 2)[0]
 
     def test_a_tokens_own_draws_win_over_the_generator(
-        self, lesson: Any, sampled_ids_N: torch.Tensor
+        self, example: Any, sampled_ids_N: torch.Tensor
     ) -> None:
         uniforms_N = torch.rand(9 * N, generator=torch.Generator().manual_seed(7))
-        one, state = self._loss(lesson, sampled_ids_N, 1, uniforms_N)
-        other, _ = self._loss(lesson, sampled_ids_N, 2, uniforms_N)
+        one, state = self._loss(example, sampled_ids_N, 1, uniforms_N)
+        other, _ = self._loss(example, sampled_ids_N, 2, uniforms_N)
         assert one == other
         assert torch.equal(state, torch.Generator().manual_seed(1).get_state())

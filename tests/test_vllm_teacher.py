@@ -102,7 +102,7 @@ def test_the_students_ids_are_scored_at_the_tokens_that_they_are_asked_at(
     teacher = VllmTeacher("one", StandIn(make_model(seed=9)), vocabulary=VOCABULARY)
     exact = own.score(rows, Needs(k=4, student_k=6), asked)
     for one, other in zip(teacher.score(rows, Needs(k=4, student_k=6), asked), exact, strict=True):
-        for name in ("ids_NK", "logprobs_NK", "sampled_N", "asked_ids_NJ", "asked_logprobs_NJ"):
+        for name in ("ids_NK", "logprobs_NK", "sampled_N", "query_ids_NJ", "query_logprobs_NJ"):
             assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-5), name
 
 

@@ -25,7 +25,7 @@ def show_plan(plan: Plan, console: Console, also: Sequence[str] = ()) -> None:
     if len(config.tasks) > 1:
         parts.append(f"{len(config.tasks)} tasks by {config.schedule.policy}")
     console.print(", ".join(parts), highlight=False)
-    for table in (_tasks(plan), _lessons(plan), _placement(plan), _memory(plan)):
+    for table in (_tasks(plan), _examples(plan), _placement(plan), _memory(plan)):
         console.print()
         console.print(table)
     console.print()
@@ -88,7 +88,7 @@ def _tasks(plan: Plan) -> Table:
     )
 
 
-def _lessons(plan: Plan) -> Table:
+def _examples(plan: Plan) -> Table:
     rows = []
     for task in plan.tasks:
         sizes = [size(task.score_bytes), size(task.step_bytes)] if task.teacher else ["-", "-"]

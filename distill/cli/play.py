@@ -146,7 +146,7 @@ def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
                 ids=context.prompt_ids,
                 max_new_tokens=room,
                 stop_ids=chat.eos_ids,
-                law=GREEDY,
+                sampling=GREEDY,
                 seed=0,
             )
         )

@@ -21,7 +21,7 @@ from tutelage.distill.config.sections import (
 )
 from tutelage.distill.objectives import Objective
 from tutelage.evaluation.evaluate import EVALUATION
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 from tutelage.scheduler.rollouts import TaskRollout
 from tutelage.scheduler.timetable import TaskPlan
 
@@ -90,7 +90,7 @@ def played(how: RolloutConfig, env: str, env_args: Mapping[str, Any]) -> TaskRol
         env=env,
         env_args=env_args,
         context=how.context.settings(),
-        law=SamplingLaw(temperature=how.temperature, top_p=how.top_p),
+        sampling=SamplingParams(temperature=how.temperature, top_p=how.top_p),
         **how.model_dump(exclude=OUTSIDE_PLAY),
     )
 

@@ -47,7 +47,7 @@ from tutelage.distill.config.values import (
 )
 from tutelage.distill.objectives import Objective
 from tutelage.envs.names import unknown
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 from tutelage.scheduler.policies import Policy, make_policy
 from tutelage.scheduler.timetable import Timetable
 
@@ -99,8 +99,8 @@ class RunConfig(Section):
             raise ValueError("tasks is empty: name at least one")
         for name, task in self.resolve().items():
             self._check_teachers(name, task)
-            if task.objective.needs.law:
-                self._check_law(name, task.rollout.law)
+            if task.objective.needs.sampling:
+                self._check_sampling(name, task.rollout.sampling)
         if self.learner.processes > 1 and ":" in self.student.device:
             raise ValueError(
                 f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
@@ -180,15 +180,15 @@ class RunConfig(Section):
                 " asleep: set one of sleeps=false and guidance.by=expert"
             )
 
-    def _check_law(self, task: str, law: SamplingLaw) -> None:
+    def _check_sampling(self, task: str, sampling: SamplingParams) -> None:
         """Raises ValueError where nobody can say what the sampling law gave the task's tokens."""
         stale = self.schedule.max_staleness
-        if self.rollout.engine == "vllm" and stale and not law.whole:
+        if self.rollout.engine == "vllm" and stale and not sampling.whole:
             raise ValueError(
                 f"tasks.{task}: objective.behavior: sampling needs what temperature"
-                f" {law.temperature:g} with top_p {law.top_p:g} gave each token: vLLM does not say,"
-                f" and with schedule.max_staleness {stale} the learner's weights are no longer"
-                " those that played: set max_staleness 0, or rollout.engine transformers"
+                f" {sampling.temperature:g} with top_p {sampling.top_p:g} gave each token: vLLM"
+                f" does not say, and with schedule.max_staleness {stale} the learner's weights are"
+                " no longer those that played: set max_staleness 0, or rollout.engine transformers"
             )
 
     @property

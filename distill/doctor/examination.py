@@ -38,7 +38,7 @@ from tutelage.distill.models.loading import (
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs
 from tutelage.distill.run.preflight import check_devices
-from tutelage.distill.teachers.identity import exam_rows
+from tutelage.distill.teachers.fingerprint import self_test_rows
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.envs.errors import one_line
 from tutelage.scheduler.engine import Engine
@@ -133,7 +133,7 @@ def _texts(config: RunConfig, settings: Settings, tokenizer: Any) -> Iterator[Fi
     for name, task in settings.items():
         yield texts.check_mask(f"tasks.{name}", tokenizer, task.mask_tokens)
         if task.objective.needs.draws:
-            yield numbers.check_law(f"tasks.{name}", task.objective, task.rollout.law)
+            yield numbers.check_law(f"tasks.{name}", task.objective, task.rollout.sampling)
 
 
 def _student(
@@ -235,7 +235,7 @@ def _play(
             "the student had no room to say a word: the first prompt fills its context",
             "a student with more max_position_embeddings, or a shorter prompt",
         )
-    first = int(rows[0].chosen_T.argmax())
+    first = int(rows[0].action_mask_T.argmax())
     return Played(rows=rows, opening=tuple(rows[0].ids_T[:first].tolist()))
 
 
@@ -275,7 +275,7 @@ def _teacher(
         yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
         if section.engine != "transformers":
             own_rows = [row for found in tasks.values() for row in found.rows]
-            own_rows = own_rows or exam_rows(len(tokenizer))
+            own_rows = own_rows or self_test_rows(len(tokenizer))
             scores = teacher.score(own_rows, Needs(k=support_of(name, settings)))
             known = Known(reference=section.files, rows=tuple(own_rows), scores=tuple(scores))
         del model, teacher

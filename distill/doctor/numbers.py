@@ -24,10 +24,10 @@ from tutelage.distill.models.dtypes import ROWS_TOLERANCE
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import Needs, Objective, TeacherScores, Tokens
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
-from tutelage.distill.student.laws import bias
+from tutelage.distill.student.sampling_bias import bias
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.engine import Completion, Request
-from tutelage.scheduler.episodes import GREEDY, NOT_CHOSEN, Row, SamplingLaw
+from tutelage.scheduler.episodes import GREEDY, NO_ACTION, Row, SamplingParams
 
 GREEDY_TOKENS, PROMPT_TOKENS = 24, 256  # the reference keeps whole logits: 0.2 GB at V = 150,000
 LOST = 0.9
@@ -65,7 +65,7 @@ def greedy_probes(student: Student, prompt: Sequence[int]) -> list[Probe]:
             ids=ids,
             max_new_tokens=GREEDY_TOKENS,
             stop_ids=frozenset(),  # what follows an EOS is a text like another
-            law=GREEDY,
+            sampling=GREEDY,
             seed=0,
         )
     )
@@ -90,13 +90,16 @@ def _probe(
     inside: range,
 ) -> Probe:
     ids_T = np.asarray([*prompt, *said], dtype=np.int32)
-    turns_T = np.full(len(ids_T), NOT_CHOSEN, dtype=np.int32)
+    turns_T = np.full(len(ids_T), NO_ACTION, dtype=np.int32)
     turns_T[inside.start : inside.stop] = 0
     turns_T[len(prompt) :] = 1
-    logprobs_T = np.full(len(ids_T), np.nan, dtype=np.float32)
-    logprobs_T[len(prompt) :] = logprobs
+    behavior_logprobs_T = np.full(len(ids_T), np.nan, dtype=np.float32)
+    behavior_logprobs_T[len(prompt) :] = logprobs
     row = Row(
-        ids_T=ids_T, turns_T=turns_T, logprobs_T=logprobs_T, branches_T=np.zeros_like(turns_T)
+        ids_T=ids_T,
+        turns_T=turns_T,
+        behavior_logprobs_T=behavior_logprobs_T,
+        branches_T=np.zeros_like(turns_T),
     )
     after_TV = student.plain_logprobs(torch.from_numpy(ids_T)).cpu()
     first_1V = torch.full_like(after_TV[:1], math.nan)  # nothing predicts the first token
@@ -147,7 +150,7 @@ def _errors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far in nats (what is said to be the most probable id, the token's own log-probability)
     are [N] from the plain forward's `offset` tokens on."""
-    at_N = torch.from_numpy(np.flatnonzero(probe.row.chosen_T)) + offset
+    at_N = torch.from_numpy(np.flatnonzero(probe.row.action_mask_T)) + offset
     keep_N = (at_N >= 1) & (at_N < len(probe.row.ids_T))
     logprobs_NV = probe.logprobs_TV[at_N[keep_N]].clamp(min=IMPOSSIBLE)
     best_N = logprobs_NV.amax(-1)
@@ -163,12 +166,12 @@ def _errors(
 
 def _generated(probe: Probe) -> torch.Tensor:
     """The log-probabilities recorded in generation, of those tokens that were generated."""
-    recorded_T = probe.row.logprobs_T
+    recorded_T = probe.row.behavior_logprobs_T
     return torch.from_numpy(recorded_T[np.isfinite(recorded_T)])
 
 
 def _against_generation(scores: TeacherScores, probe: Probe) -> torch.Tensor:
-    recorded_N = torch.from_numpy(probe.row.logprobs_T[probe.row.chosen_T])
+    recorded_N = torch.from_numpy(probe.row.behavior_logprobs_T[probe.row.action_mask_T])
     error_N = (scores.sampled_N.clamp(min=IMPOSSIBLE) - recorded_N).abs()
     return error_N[recorded_N.isfinite()]
 
@@ -237,7 +240,9 @@ def check_teacher_on_student(
     """What the teacher thinks of the student's replies: log q - log pi, in the mean."""
     check = Check(subject, f"on {task}'s replies")
     sampled_N = torch.cat([found.sampled_N for found in scores]).clamp(min=IMPOSSIBLE)
-    own_N = torch.cat([torch.from_numpy(row.logprobs_T[row.chosen_T]) for row in rows])
+    own_N = torch.cat(
+        [torch.from_numpy(row.behavior_logprobs_T[row.action_mask_T]) for row in rows]
+    )
     known_N = own_N.isfinite()
     if not known_N.any():
         return check.ok("none of them are the student's own")
@@ -252,13 +257,13 @@ def check_teacher_on_student(
     return check.ok(text)
 
 
-def check_law(subject: str, objective: Objective, law: SamplingLaw) -> Finding:
+def check_law(subject: str, objective: Objective, sampling: SamplingParams) -> Finding:
     """Whether the objective's gradient is, in the mean, what it says, under the law that plays."""
     check = Check(subject, "sampling law")
-    found = bias(objective, law)
+    found = bias(objective, sampling)
     if found is not None:
         return check.note(found.text, found.cure)
-    if law.whole:
+    if sampling.whole:
         return check.ok(f"{objective.name}'s tokens are drawn from the whole policy")
     return check.ok(f"{objective.name} weighs its tokens by the law that draws them")
 
@@ -278,7 +283,11 @@ def check_engine(
     with torch.no_grad():
         for batch in _packed(rows, student):
             own_N = student.view(batch).logprobs_at(batch.targets_N[:, None])[:, 0]
-            gaps.append((own_N - batch.behaviour_N)[batch.behaviour_N.isfinite()].abs().cpu())
+            gaps.append(
+                (own_N - batch.behavior_logprobs_N)[batch.behavior_logprobs_N.isfinite()]
+                .abs()
+                .cpu()
+            )
     gap_N = torch.cat(gaps)
     if not len(gap_N):
         return checked.note("no token was sampled by the student")
@@ -333,7 +342,7 @@ def self_distilled(
             batch.targets_N,
             logprobs_N,
             generator=torch.Generator(student.device).manual_seed(0),
-            tokens=Tokens(law_N=logprobs_N),
+            tokens=Tokens(sampling_logprobs_N=logprobs_N),
         )
         losses.append(loss_N.abs())
     loss, reward = float(torch.cat(losses).mean()), float(torch.cat(rewards).mean())

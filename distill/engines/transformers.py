@@ -151,7 +151,7 @@ class _Running:
     draws: np.ndarray  # one uniform number per token to come
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    law_logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
     done: bool = False
 
 
@@ -324,13 +324,13 @@ class TransformersEngine:
             last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
             sampled = _sample(self._student.logits(last_BD).float(), rows)
         self.prefilled_tokens += sum(lengths) if width > 1 else 0
-        for row, chunk, token, logprob, law in zip(rows, chunks, *sampled, strict=True):
+        for row, chunk, token, logprob, sampling in zip(rows, chunks, *sampled, strict=True):
             if row.done:
                 continue
             row.session.cached.extend(chunk)
             row.ids.append(token)
             row.logprobs.append(logprob)
-            row.law_logprobs.append(law)
+            row.sampling_logprobs.append(sampling)
             self.generated_tokens += 1
 
     def _collect(self) -> list[Completion]:
@@ -348,7 +348,7 @@ class TransformersEngine:
                         ids=row.ids,
                         logprobs=row.logprobs,
                         stopped=stopped,
-                        law_logprobs=row.law_logprobs,
+                        sampling_logprobs=row.sampling_logprobs,
                     )
                 )
         return finished
@@ -383,20 +383,20 @@ def _sample(
         )
     logprobs_BV = logits_BV.log_softmax(-1)
     device = logits_BV.device
-    laws = [row.request.law for row in rows]
-    if all(law.temperature == 0 for law in laws):
+    laws = [row.request.sampling for row in rows]
+    if all(sampling.temperature == 0 for sampling in laws):
         tokens_B = logits_BV.argmax(-1)
-        law_B = torch.zeros_like(logits_BV[:, 0])
+        sampling_B = torch.zeros_like(logits_BV[:, 0])
     else:
         draw = [row.draws[min(len(row.ids), len(row.draws) - 1)] for row in rows]
-        tokens_B, law_B = _draw(
+        tokens_B, sampling_B = _draw(
             logits_BV,
-            temperature_B=torch.tensor([law.temperature for law in laws], device=device),
-            top_p_B=torch.tensor([law.top_p for law in laws], device=device),
+            temperature_B=torch.tensor([sampling.temperature for sampling in laws], device=device),
+            top_p_B=torch.tensor([sampling.top_p for sampling in laws], device=device),
             uniform_B=torch.tensor(np.asarray(draw), device=device),
         )
     chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-    return tokens_B.tolist(), chosen_B.tolist(), law_B.tolist()
+    return tokens_B.tolist(), chosen_B.tolist(), sampling_B.tolist()
 
 
 def _draw(
@@ -420,6 +420,6 @@ def _draw(
     kept_B = (~outside_BV).sum(-1) - 1
     rank_B = torch.minimum(rank_B, kept_B).masked_fill(greedy_B, 0)
     tokens_B = order_BV.gather(1, rank_B[:, None])[:, 0]
-    law_B = scaled_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
-    law_B = law_B - torch.where(top_p_B < 1, mass_B.log(), 0.0)
-    return tokens_B, law_B.clamp(max=0).masked_fill(greedy_B, 0.0)
+    sampling_B = scaled_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
+    sampling_B = sampling_B - torch.where(top_p_B < 1, mass_B.log(), 0.0)
+    return tokens_B, sampling_B.clamp(max=0).masked_fill(greedy_B, 0.0)

@@ -26,11 +26,13 @@ class Batch:
     rows_N: torch.Tensor
     sources_N: torch.Tensor  # index of the hidden state that predicts each chosen token
     targets_N: torch.Tensor
-    behaviour_N: torch.Tensor
-    law_N: torch.Tensor  # log-probability under the law that drew the token; NaN: unknown
+    behavior_logprobs_N: torch.Tensor
+    sampling_logprobs_N: (
+        torch.Tensor
+    )  # log-probability under the law that drew the token; NaN: unknown
     advantage_N: torch.Tensor | None  # None: no row has any
     segments_N: torch.Tensor  # tokens of one number are one turn's reply
-    places_N: torch.Tensor  # how far into its reply a token stands, from 0
+    positions_N: torch.Tensor  # how far into its reply a token stands, from 0
 
     def hidden(self, model: Any) -> torch.Tensor:
         """The hidden states [N, D] that predict the chosen tokens."""
@@ -76,7 +78,7 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
     for b, row in enumerate(chosen):
         ids_BT[b, : len(row.ids_T)] = row.ids_T
     branched = any(row.branches_T.any() for row in chosen)
-    where = [np.flatnonzero(row.chosen_T) for row in chosen]
+    where = [np.flatnonzero(row.action_mask_T) for row in chosen]
     rows_N = np.concatenate([np.full(len(at), b) for b, at in enumerate(where)])
     turns_N = np.concatenate([row.turns_T[at] for row, at in zip(chosen, where, strict=True)])
     begins_N = np.ones(len(rows_N), dtype=bool)
@@ -94,15 +96,17 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
         targets_N=_joined(
             [row.ids_T[at] for row, at in zip(chosen, where, strict=True)], device
         ).long(),
-        behaviour_N=_joined(
-            [row.logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
+        behavior_logprobs_N=_joined(
+            [row.behavior_logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
         ),
-        law_N=_joined([row.law_T[at] for row, at in zip(chosen, where, strict=True)], device),
+        sampling_logprobs_N=_joined(
+            [row.sampling_T[at] for row, at in zip(chosen, where, strict=True)], device
+        ),
         advantage_N=_advantages(chosen, device),
         segments_N=torch.from_numpy(segments_N).to(device),
-        places_N=torch.from_numpy(np.arange(len(rows_N)) - np.flatnonzero(begins_N)[segments_N]).to(
-            device
-        ),
+        positions_N=torch.from_numpy(
+            np.arange(len(rows_N)) - np.flatnonzero(begins_N)[segments_N]
+        ).to(device),
     )
 
 
@@ -112,7 +116,7 @@ def _joined(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
 
 def _advantages(rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
     """Of the chosen tokens."""
-    parts = [row.advantage_T[row.chosen_T] for row in rows if row.advantage_T is not None]
+    parts = [row.advantage_T[row.action_mask_T] for row in rows if row.advantage_T is not None]
     if parts and len(parts) < len(rows):
         raise ValueError(f"{len(parts)} of {len(rows)} rows have advantages: all must, or none")
     return _joined(parts, device) if parts else None

@@ -132,7 +132,7 @@ class Objective:
             student=student,
             scores=scores,
             ids_N=sampled_ids_N,
-            behaviour_N=behaviour_logprobs_N,
+            behavior_logprobs_N=behaviour_logprobs_N,
             tokens=tokens or Tokens(),
             generator=generator,
         )
@@ -143,12 +143,12 @@ class Objective:
         needs, count, vocabulary = self.needs, len(case.student), case.student.vocabulary
         given = {
             "sampled ids": case.ids_N,
-            "behaviour log-probabilities": case.behaviour_N,
+            "behaviour log-probabilities": case.behavior_logprobs_N,
             "teacher scores": case.scores,
             "segments": case.tokens.segments_N,
             "a mask": case.tokens.mask_N,
             "uniform draws": case.tokens.uniforms_N,
-            "log-probabilities under the sampling law": case.tokens.law_N,
+            "log-probabilities under the sampling law": case.tokens.sampling_logprobs_N,
             "advantages": case.tokens.advantage_N,
         }
         for what, value in given.items():
@@ -184,8 +184,8 @@ class Objective:
                 f"{self.name}: k={needs.k}, but the teacher's scores hold"
                 f" {case.scores.ids_NK.shape[1]} ids a token"
             )
-        if not needs.given and case.behaviour_N.isnan().any():
-            where = int(case.behaviour_N.isnan().nonzero()[0])
+        if not needs.given and case.behavior_logprobs_N.isnan().any():
+            where = int(case.behavior_logprobs_N.isnan().nonzero()[0])
             raise ValueError(
                 f"{self.name}: token {where} was not sampled by the student (its behaviour"
                 " log-probability is NaN): only imitation and trust_region take given tokens"

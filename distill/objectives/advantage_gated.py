@@ -44,10 +44,10 @@ class AdvantageGated:
             raise ValueError(f"advantage_gated: tau={tau}: it must be between -1 and 1")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip
         self.behavior = behavior
-        self.needs = Needs(k=k, draws=True, law=behavior == "sampling")
+        self.needs = Needs(k=k, draws=True, sampling=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
-        gap_N = case.teacher_logprobs().exp() - case.behaviour_N.exp()
+        gap_N = case.teacher_logprobs().exp() - case.behavior_logprobs_N.exp()
         # -1 turns the gate off: a sure student and a teacher that excludes its token are at -1 too.
         gated_N = (gap_N <= self.tau) & (self.tau > -1)
         loss_N, metrics = surrogate(case, case.reward(), clip=self.clip, dual_clip=self.dual_clip)

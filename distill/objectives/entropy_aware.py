@@ -51,7 +51,7 @@ class EntropyAware:
             raise ValueError(f"entropy_aware: tau={tau}: an entropy in nats is never negative")
         self.k, self.tau, self.clip, self.dual_clip = k, tau, clip, dual_clip
         self.renormalize, self.behavior = renormalize, behavior
-        self.needs = Needs(k=k, entropy=True, draws=True, law=behavior == "sampling")
+        self.needs = Needs(k=k, entropy=True, draws=True, sampling=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
         loss_N, metrics = surrogate(

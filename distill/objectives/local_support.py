@@ -98,7 +98,7 @@ class LocalSupport:
             k=k if self.by == "teacher" else 1,
             student_k=k if self.by == "student" else 0,
             draws=draws,
-            law=self.behavior == "sampling",
+            sampling=self.behavior == "sampling",
         )
 
     def __call__(self, case: Case) -> Loss:
@@ -154,7 +154,7 @@ class LocalSupport:
 
     def _tail(self, case: Case, drawn_N: torch.Tensor | None) -> torch.Tensor:
         logprobs_N = case.student_logprobs()
-        weight_N = (logprobs_N.detach() - case.behaviour_N).clamp(-20, 20).exp()
+        weight_N = (logprobs_N.detach() - case.behavior_logprobs_N).clamp(-20, 20).exp()
         if drawn_N is not None:
             weight_N = weight_N * drawn_N
         if self.importance_clip is not None:

@@ -38,7 +38,7 @@ class Needs:
     given: bool = False
     advantage: bool = False
     draws: bool = False
-    law: bool = False
+    sampling: bool = False
     progress: bool = False
     undecided: float | None = None
     undecided_from: float = 0.0
@@ -74,7 +74,7 @@ def union(parts: Mapping[str, Needs]) -> Needs:
         given=all(needs.given for needs in every),
         advantage=any(needs.advantage for needs in every),
         draws=any(needs.draws for needs in every),
-        law=any(needs.law for needs in every),
+        sampling=any(needs.sampling for needs in every),
         progress=any(needs.progress for needs in every),
         undecided=sharp.undecided,
         undecided_from=sharp.undecided_from,

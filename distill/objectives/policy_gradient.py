@@ -33,7 +33,7 @@ def surrogate(
     and where A < 0 no more than -A dual_clip (Ye et al. 2020, arXiv:1912.09729, equation 5).
     weight_N: of `Case.drawn`, outside the clips.
     """
-    ratio_N = (case.student_logprobs() - case.behaviour_N).exp()
+    ratio_N = (case.student_logprobs() - case.behavior_logprobs_N).exp()
     clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
     loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * clipped_N)
     if dual_clip is not None:

@@ -64,7 +64,7 @@ class RewardClipped:
         self.needs = Needs(
             k=1,
             draws=True,
-            law=behavior == "sampling",
+            sampling=behavior == "sampling",
             progress=switch > 0,
             undecided=share,
             undecided_from=switch,
@@ -76,7 +76,7 @@ class RewardClipped:
             kept_N = reward_N >= self.floor
         else:
             kept_N = self._undecided(case)
-        ratio_N = (case.student_logprobs() - case.behaviour_N).exp()
+        ratio_N = (case.student_logprobs() - case.behavior_logprobs_N).exp()
         loss_N = torch.where(kept_N, -ratio_N * reward_N.clamp(min=self.floor), 0.0)
         return weighted(loss_N, {"reward/kept": kept_N.float()}, case.drawn(self.behavior))
 

@@ -49,7 +49,7 @@ class SampledToken:
             )
         self.clip, self.dual_clip, self.reward_clip = clip, dual_clip, reward_clip
         self.gamma, self.behavior = gamma, behavior
-        self.needs = Needs(k=1, draws=True, law=behavior == "sampling")
+        self.needs = Needs(k=1, draws=True, sampling=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
         reward_N = case.reward()

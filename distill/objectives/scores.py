@@ -40,8 +40,8 @@ class TeacherScores:
     sampled_N: torch.Tensor
     vocabulary: int
     entropy_N: torch.Tensor | None = None
-    asked_ids_NJ: torch.Tensor | None = None
-    asked_logprobs_NJ: torch.Tensor | None = None
+    query_ids_NJ: torch.Tensor | None = None
+    query_logprobs_NJ: torch.Tensor | None = None
     full_NV: torch.Tensor | None = None
     checked: InitVar[bool] = False
 
@@ -51,7 +51,7 @@ class TeacherScores:
                 f"teacher scores differ in shape: ids {tuple(self.ids_NK.shape)}, log-probabilities"
                 f" {tuple(self.logprobs_NK.shape)}, sampled {tuple(self.sampled_N.shape)}"
             )
-        asked, answered = self.asked_ids_NJ, self.asked_logprobs_NJ
+        asked, answered = self.query_ids_NJ, self.query_logprobs_NJ
         if (None if asked is None else asked.shape) != (
             None if answered is None else answered.shape
         ):
@@ -108,13 +108,13 @@ class TeacherScores:
         Raises:
             ValueError: the teacher was not asked for them and its whole distribution is not here.
         """
-        if self.asked_ids_NJ is not None:
-            assert self.asked_logprobs_NJ is not None
-            if self.asked_ids_NJ.shape[1] < k:
+        if self.query_ids_NJ is not None:
+            assert self.query_logprobs_NJ is not None
+            if self.query_ids_NJ.shape[1] < k:
                 raise ValueError(
-                    f"k={k}, but the teacher was asked for {self.asked_ids_NJ.shape[1]} ids a token"
+                    f"k={k}, but the teacher was asked for {self.query_ids_NJ.shape[1]} ids a token"
                 )
-            return self.asked_ids_NJ[:, :k], self.asked_logprobs_NJ[:, :k]
+            return self.query_ids_NJ[:, :k], self.query_logprobs_NJ[:, :k]
         if self.full_NV is None:
             raise ValueError(
                 "these teacher scores hold the teacher's own top"
@@ -133,7 +133,7 @@ class TeacherScores:
         *,
         k: int,
         keep_full: bool = True,
-        asked_ids_NJ: torch.Tensor | None = None,
+        query_ids_NJ: torch.Tensor | None = None,
     ) -> TeacherScores:
         """Scores from the teacher's logits. `keep_full=False` drops the whole distribution, which
         student supports and full-vocabulary divergences need; `asked_ids_NJ` keeps some of it.
@@ -152,8 +152,8 @@ class TeacherScores:
             sampled_N=full_NV.gather(1, sampled_ids_N[:, None].long())[:, 0],
             vocabulary=vocabulary,
             entropy_N=-torch.where(full_NV == -torch.inf, 0.0, full_NV.exp() * full_NV).sum(-1),
-            asked_ids_NJ=asked_ids_NJ,
-            asked_logprobs_NJ=None if asked_ids_NJ is None else full_NV.gather(1, asked_ids_NJ),
+            query_ids_NJ=query_ids_NJ,
+            query_logprobs_NJ=None if query_ids_NJ is None else full_NV.gather(1, query_ids_NJ),
             full_NV=full_NV if keep_full else None,
         )
 

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.distill.objectives.scores import CHUNK
-from tutelage.distill.objectives.students import law_logprobs
+from tutelage.distill.objectives.students import sampling_logprobs
 
 GATHERED = 1 << 21
 """Elements of gathered head rows at once: 8 MB in float32, what a CPU's cache holds."""
@@ -83,7 +83,7 @@ class SparseStudent:
         )
 
     @torch.no_grad()
-    def law_logprobs_at(
+    def sampling_logprobs_at(
         self, ids_N: torch.Tensor, *, temperature: float, top_p: float
     ) -> torch.Tensor:
         weight_VD, bias_V = self._head()
@@ -91,7 +91,7 @@ class SparseStudent:
         parts = zip(chunks, ids_N.split([len(chunk) for chunk in chunks]), strict=True)
         return torch.cat(
             [
-                law_logprobs(
+                sampling_logprobs(
                     _affine(hidden_CD, weight_VD, bias_V),
                     ids_C,
                     temperature=temperature,

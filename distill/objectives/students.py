@@ -30,7 +30,7 @@ class StudentView(Protocol):
     def entropy(self) -> torch.Tensor:
         """Over the whole vocabulary, in nats [N]. No gradient."""
 
-    def law_logprobs_at(
+    def sampling_logprobs_at(
         self, ids_N: torch.Tensor, *, temperature: float, top_p: float
     ) -> torch.Tensor:
         """See `law_logprobs` [N]. No gradient."""
@@ -43,7 +43,7 @@ class StudentView(Protocol):
         """measure(log pi, log q) -> [N], over every token of the vocabulary."""
 
 
-def law_logprobs(
+def sampling_logprobs(
     logits_NV: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, top_p: float
 ) -> torch.Tensor:
     """Log-probability of each token under the law that drew it: softmax(logits / temperature), cut
@@ -95,11 +95,11 @@ class DenseStudent:
         logprobs_NV = self.logprobs().detach()
         return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
 
-    def law_logprobs_at(
+    def sampling_logprobs_at(
         self, ids_N: torch.Tensor, *, temperature: float, top_p: float
     ) -> torch.Tensor:
         logits_NV = self.logits_NV.detach()
-        return law_logprobs(logits_NV, ids_N, temperature=temperature, top_p=top_p)
+        return sampling_logprobs(logits_NV, ids_N, temperature=temperature, top_p=top_p)
 
     def over_vocabulary(
         self,

@@ -54,7 +54,7 @@ class Tokens:
     segments_N: torch.Tensor | None = None
     mask_N: torch.Tensor | None = None
     uniforms_N: torch.Tensor | None = None
-    law_N: torch.Tensor | None = None
+    sampling_logprobs_N: torch.Tensor | None = None
     advantage_N: torch.Tensor | None = None
     entropy_floor: float | None = None
     progress: float = 0.0
@@ -67,7 +67,7 @@ class Case:
     student: StudentView
     scores: TeacherScores | None
     ids_N: torch.Tensor
-    behaviour_N: torch.Tensor
+    behavior_logprobs_N: torch.Tensor
     tokens: Tokens
     generator: torch.Generator | None
 
@@ -90,7 +90,7 @@ class Case:
         the whole laws', whatever drew y: which y are met is `drawn`'s to mend. pi_old stays that of
         the weights that played, through the minibatches of an update and under max_staleness, as
         PPO's advantages do; the ratio pi / pi_old corrects for the rest."""
-        return (self.teacher_logprobs() - self.behaviour_N).detach()
+        return (self.teacher_logprobs() - self.behavior_logprobs_N).detach()
 
     def drawn(self, behavior: str) -> torch.Tensor | None:
         """w = pi_old(y) / mu(y) [N], by which a mean over y ~ mu, the law that drew the tokens
@@ -108,20 +108,20 @@ class Case:
         """
         if behavior == "full":
             return None
-        if self.tokens.law_N is None:
+        if self.tokens.sampling_logprobs_N is None:
             raise ValueError(
                 "behavior='sampling' needs the tokens' log-probabilities under the law that drew"
                 " them, and got none: give tokens=Tokens(law_N=...), or behavior='full'"
             )
-        law_N = self.tokens.law_N
-        unsaid_N = law_N.isnan() & ~self.behaviour_N.isnan() & self.unmasked()
+        sampling_logprobs_N = self.tokens.sampling_logprobs_N
+        unsaid_N = sampling_logprobs_N.isnan() & ~self.behavior_logprobs_N.isnan() & self.unmasked()
         if unsaid_N.any():
             where = int(unsaid_N.nonzero()[0])
             raise ValueError(
                 f"behavior='sampling': the sampling law's log-probability of token {where} is not"
                 " known: its rollout was recorded by an engine, or a version, that did not say"
             )
-        return (self.behaviour_N - law_N).exp().nan_to_num(nan=1.0).detach()
+        return (self.behavior_logprobs_N - sampling_logprobs_N).exp().nan_to_num(nan=1.0).detach()
 
     def unmasked(self) -> torch.Tensor:
         """[N] bool, True where the token takes loss."""

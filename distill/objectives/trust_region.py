@@ -65,12 +65,12 @@ class TrustRegion:
             raise ValueError(f"trust_region: beta={beta}: it must not be negative")
         self.k, self.outlier, self.trust, self.beta = k, outlier, trust, beta
         self.tau, self.behavior = tau, behavior
-        self.needs = Needs(k=k, given=True, draws=True, law=behavior == "sampling")
+        self.needs = Needs(k=k, given=True, draws=True, sampling=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
-        given_N = case.behaviour_N.isnan()
+        given_N = case.behavior_logprobs_N.isnan()
         logprobs_N = case.student_logprobs()
-        old_N = torch.where(given_N, logprobs_N.detach(), case.behaviour_N)
+        old_N = torch.where(given_N, logprobs_N.detach(), case.behavior_logprobs_N)
         reward_N = (case.teacher_logprobs() - old_N).detach()
         if self.trust == "ratio":
             trusted_N = case.uniforms() < reward_N.exp().clamp(max=1)

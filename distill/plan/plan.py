@@ -28,7 +28,7 @@ from tutelage.distill.plan.memory import (
     teacher_needs,
 )
 from tutelage.distill.plan.tasks import TaskForecast, forecast, steps_of
-from tutelage.distill.student.laws import biases
+from tutelage.distill.student.sampling_bias import biases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.distill.student.lessons import Lesson
+from tutelage.distill.student.examples import Example
 from tutelage.evaluation import run_folder
 from tutelage.evaluation.files import Growing, write_text
 from tutelage.scheduler.episodes import Dropped, Episode
@@ -63,14 +63,14 @@ class Journal:
         self,
         step: int,
         outcomes: Sequence[Episode | Dropped],
-        lessons: Sequence[Lesson],
+        examples: Sequence[Example],
         version: int,
     ) -> None:
         """The step's episodes with ids, masks, sampled and teacher log-probabilities. version: of
         the student that learns from them."""
-        of_episode: dict[tuple[str, int], list[Lesson]] = defaultdict(list)
-        for lesson in lessons:
-            of_episode[lesson.task, lesson.number].append(lesson)
+        of_episode: dict[tuple[str, int], list[Example]] = defaultdict(list)
+        for example in examples:
+            of_episode[example.task, example.number].append(example)
         records = [
             _dropped(one)
             if isinstance(one, Dropped)
@@ -97,7 +97,7 @@ def _dropped(outcome: Dropped) -> dict[str, Any]:
     }
 
 
-def _episode(episode: Episode, lessons: Sequence[Lesson], version: int) -> dict[str, Any]:
+def _episode(episode: Episode, examples: Sequence[Example], version: int) -> dict[str, Any]:
     order = episode.order
     return {
         "task": order.task,
@@ -114,8 +114,8 @@ def _episode(episode: Episode, lessons: Sequence[Lesson], version: int) -> dict[
         "version": episode.version,
         "staleness": version - episode.version,
         "attempts": episode.attempts,
-        "temperature": episode.law.temperature,
-        "top_p": episode.law.top_p,
+        "temperature": episode.sampling.temperature,
+        "top_p": episode.sampling.top_p,
         "turns": [
             {
                 "observation": turn.observation,
@@ -125,24 +125,24 @@ def _episode(episode: Episode, lessons: Sequence[Lesson], version: int) -> dict[
             for turn in episode.turns
         ],
         "final_observation": episode.final_observation,
-        "rows": [_row(lesson) for lesson in lessons],
+        "rows": [_row(example) for example in examples],
     }
 
 
-def _row(lesson: Lesson) -> dict[str, Any]:
-    row = lesson.row
-    chosen = row.chosen_T.nonzero()[0]
+def _row(example: Example) -> dict[str, Any]:
+    row = example.row
+    chosen = row.action_mask_T.nonzero()[0]
     teacher: list[float | None] = [None] * len(row.ids_T)
-    if lesson.scores is not None:
-        for at, value in zip(chosen, lesson.scores.sampled_N.tolist(), strict=True):
+    if example.scores is not None:
+        for at, value in zip(chosen, example.scores.sampled_N.tolist(), strict=True):
             teacher[at] = number(value)
     return {
         "ids": row.ids_T.tolist(),
         "turn": row.turns_T.tolist(),
-        "mask": [int(m) for m in lesson.mask_T],
+        "mask": [int(m) for m in example.mask_T],
         "branch": row.branches_T.tolist() if row.branches_T.any() else None,
-        "sampled_logprob": [number(value) for value in row.logprobs_T.tolist()],
-        "law_logprob": [number(value) for value in row.law_T.tolist()],
+        "sampled_logprob": [number(value) for value in row.behavior_logprobs_T.tolist()],
+        "law_logprob": [number(value) for value in row.sampling_T.tolist()],
         "teacher_logprob": teacher,
     }
 

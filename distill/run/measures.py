@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tutelage.distill.student.lessons import Lesson
+from tutelage.distill.student.examples import Example
 from tutelage.scheduler.episodes import Dropped, Episode
 
 CURES = {
@@ -56,10 +56,10 @@ class Clock:
         self._parts[name] = time.perf_counter() - begun
 
     def metrics(
-        self, outcomes: Sequence[Episode | Dropped], lessons: Sequence[Lesson]
+        self, outcomes: Sequence[Episode | Dropped], examples: Sequence[Example]
     ) -> dict[str, float]:
         """What may differ between two runs of one configuration: time/, perf/ and memory/."""
-        tokens = sum(len(lesson.row.ids_T) for lesson in lessons)
+        tokens = sum(len(example.row.ids_T) for example in examples)
         peak = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if torch.cuda.is_available():
             peak["memory/peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20

@@ -23,10 +23,10 @@ from tutelage.distill.run.resume import (
 )
 from tutelage.distill.run.routing import Routing
 from tutelage.distill.student.learner import Learner
-from tutelage.distill.teachers.identity import student_digest
+from tutelage.distill.teachers.fingerprint import student_digest
 from tutelage.evaluation import run_folder
-from tutelage.scheduler.ahead import Ahead
 from tutelage.scheduler.policies import Step
+from tutelage.scheduler.prefetch import Prefetch
 from tutelage.scheduler.timetable import Timetable
 
 NEEDED = ("step", "version", "position", "optimizer", "teachers", "best", "history", "ahead")
@@ -50,13 +50,13 @@ class Record:
         learner: Learner,
         timetable: Timetable,
         routing: Routing,
-        ahead: Ahead,
+        prefetch: Prefetch,
         observers: Observer,
     ) -> None:
         self.folder = Path(config.run)
         self.pending: tuple[int, str, dict[str, Any]] | None = None
         self._config, self._tokenizer, self._learner = config, tokenizer, learner
-        self._timetable, self._routing, self._ahead = timetable, routing, ahead
+        self._timetable, self._routing, self._prefetch = timetable, routing, prefetch
         self._observers = observers
         self._checkpoints = self.folder / run_folder.CHECKPOINTS
         self._best: tuple[float, int] | None = None  # (score, after how many steps)
@@ -71,8 +71,8 @@ class Record:
         """
         start, position = self._restore()
         write_config(self.folder, self._config, step=start)
-        for name, identity in self._routing.references.items():
-            identity.write(self.folder / run_folder.TEACHERS / f"{name}.json")
+        for name, fingerprint in self._routing.references.items():
+            fingerprint.write(self.folder / run_folder.TEACHERS / f"{name}.json")
         self.journal = Journal(self.folder, position=position)
         try:
             yield start
@@ -113,7 +113,7 @@ class Record:
         history = [Step(**step) for step in state["history"]]
         self._timetable.restore(history)
         if not self._config.accept_changes:  # else what was planned may not fit any more
-            planned = self._ahead.restore(state["ahead"], self._routing.sound)
+            planned = self._prefetch.restore(state["ahead"], self._routing.sound)
             self._timetable.restore(history, planned)
         return state["step"], state["position"]
 
@@ -155,7 +155,7 @@ class Record:
                 "student": student_digest(self._config.student.model, self._tokenizer),
                 "best": self._best,
                 "history": [asdict(step) for step in self._timetable.history],
-                "ahead": self._ahead.state(),
+                "ahead": self._prefetch.state(),
                 "pending": json.dumps(self.pending, default=plain),
             },
             keep=self._config.checkpoint.keep,

@@ -16,7 +16,7 @@ from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import dump
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.teachers.identity import Identity, student_digest
+from tutelage.distill.teachers.fingerprint import Fingerprint, student_digest
 from tutelage.evaluation import run_folder
 from tutelage.evaluation.files import write_text
 
@@ -135,7 +135,7 @@ def refuse_other_student(
 
 def refuse_other_teachers(
     config: RunConfig,
-    references: dict[str, Identity],
+    references: dict[str, Fingerprint],
     checkpoint: Path,
     saved: Mapping[str, str],
 ) -> None:
@@ -143,16 +143,16 @@ def refuse_other_teachers(
     `references` then hold that one. saved: the teachers' digests, from the checkpoint."""
     if config.accept_changes:
         return
-    for name, identity in references.items():
-        if identity.digest != saved.get(name):
+    for name, fingerprint in references.items():
+        if fingerprint.digest != saved.get(name):
             raise ConfigError(
                 f"teachers.{name}: {config.teachers[name].model!r} holds other weights than when"
                 f" {checkpoint} was saved: put the old ones back, choose another run folder, or go"
                 " on with accept_changes=true"
             )
-        first = Identity.read(Path(config.run) / run_folder.TEACHERS / f"{name}.json")
+        first = Fingerprint.read(Path(config.run) / run_folder.TEACHERS / f"{name}.json")
         if first is not None:
-            identity.check_same(first)
+            fingerprint.check_same(first)
             references[name] = first
 
 

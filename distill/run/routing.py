@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.objectives import Needs, TeacherScores
-from tutelage.distill.student.laws import told
+from tutelage.distill.student.examples import Example, TaskObjective
 from tutelage.distill.student.learner import Learner
-from tutelage.distill.student.lessons import Course, Lesson
 from tutelage.distill.student.masks import loss_mask
+from tutelage.distill.student.sampling_bias import told
 from tutelage.distill.teachers.answers import unpack_answer
 from tutelage.distill.teachers.service import Answer, Ask
 from tutelage.distill.teachers.transport import CompactScores
@@ -28,14 +28,14 @@ Outcomes = Mapping[str, Sequence[Episode | Dropped]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taught:
+class StepBatch:
     """A step's lessons, task by task in the episodes' order.
 
     ledger: of each task, who taught how much; the sum of `teacher/NAME/tokens` over a run is what
     it trained. costs: what the teachers took, as metrics that may differ between two runs.
     """
 
-    lessons: list[Lesson]
+    examples: list[Example]
     ledger: dict[str, dict[str, float]]
     costs: dict[str, float]
 
@@ -52,18 +52,18 @@ class Routing:
     def __init__(
         self,
         tasks: Mapping[str, TaskSettings],
-        courses: Mapping[str, Course],
+        task_objectives: Mapping[str, TaskObjective],
         special: Mapping[str, Sequence[int]],
         learner: Learner,
         placement: Placement[Ask, Answer],
         teachers: Iterable[str],
     ) -> None:
-        self._tasks, self._courses = tasks, courses
+        self._tasks, self._task_objectives = tasks, task_objectives
         self._learner, self._placement = learner, placement
         self._special = special
         asks = [Ask(teacher=name, rows=(), needs=Needs(k=1)) for name in teachers]
         answers = zip(asks, placement.score(asks), strict=True)
-        self.references = {ask.teacher: answer.identity for ask, answer in answers}
+        self.references = {ask.teacher: answer.fingerprint for ask, answer in answers}
 
     def sound(self, task: str, outcomes: Sequence[Episode | Dropped]) -> bool:
         """Whether enough of the task's episodes were played to learn from."""
@@ -72,13 +72,13 @@ class Routing:
 
     def complete(self, outcomes: Outcomes) -> Outcomes:
         """The outcomes with all that their objectives need of the law that drew their tokens."""
-        needy = {task for task in outcomes if self._courses[task].objective.needs.law}
+        needy = {task for task in outcomes if self._task_objectives[task].objective.needs.sampling}
         return {
             task: told(own, self._learner) if task in needy else own
             for task, own in outcomes.items()
         }
 
-    def teach(self, outcomes: Outcomes) -> Taught:
+    def teach(self, outcomes: Outcomes) -> StepBatch:
         """The lessons of a step.
 
         Raises:
@@ -88,12 +88,12 @@ class Routing:
         """
         rows = {task: self._rows(task, own) for task, own in outcomes.items()}
         scores, answers = self._scores(rows)
-        lessons: list[Lesson] = []
+        examples: list[Example] = []
         ledger: dict[str, dict[str, float]] = {}
         for task, own in rows.items():
             found = scores.get(task, [None] * len(own))
             taught = [
-                Lesson(
+                Example(
                     task=task,
                     row=row,
                     scores=None if scored is None else scored[1],
@@ -102,14 +102,14 @@ class Routing:
                 )
                 for (order, row), scored in zip(own, found, strict=True)
             ]
-            lessons += taught
+            examples += taught
             ledger[task] = _ledger(taught, found)
         costs = {}
         if answers:  # a run that goes on may find what was scored before it stopped
             costs["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
             costs["perf/teacher_retries"] = float(sum(answer.retries for answer in answers))
             costs["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
-        return Taught(lessons=lessons, ledger=ledger, costs=costs)
+        return StepBatch(examples=examples, ledger=ledger, costs=costs)
 
     def _rows(self, task: str, outcomes: Sequence[Episode | Dropped]) -> list[tuple[Order, Row]]:
         """The rows of the episodes that were played, each with its episode's order."""
@@ -136,7 +136,7 @@ class Routing:
         """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
         asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
         for task, own in rows.items():
-            if self._courses[task].objective.needs.teacher:
+            if self._task_objectives[task].objective.needs.teacher:
                 by_teacher: dict[str, list[int]] = defaultdict(list)
                 for place, (order, _) in enumerate(own):
                     assert order.teacher is not None
@@ -147,7 +147,7 @@ class Routing:
         answers = self._placement.score([ask for _, _, ask in asks])
         scores: dict[str, list[_Scored | None]] = {}
         for (task, places, ask), answer in zip(asks, answers, strict=True):
-            answer.identity.check_same(self.references[ask.teacher])  # also of a restarted actor
+            answer.fingerprint.check_same(self.references[ask.teacher])  # also of a restarted actor
             own_scores = scores.setdefault(task, [None] * len(rows[task]))
             unpacked = unpack_answer(ask, answer, vocabulary=self._learner.student.vocabulary)
             for place, sent, scored in zip(places, answer.scores, unpacked, strict=True):
@@ -155,21 +155,21 @@ class Routing:
         return scores, answers
 
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
-        needs, asked = self._courses[task].objective.needs, None
+        needs, asked = self._task_objectives[task].objective.needs, None
         if needs.student_k:
             asked = self._learner.own_support(rows, needs.student_k)
         return Ask(teacher=teacher, rows=rows, needs=needs, asked=asked)
 
 
-def _ledger(lessons: Sequence[Lesson], scores: Sequence[_Scored | None]) -> dict[str, float]:
+def _ledger(examples: Sequence[Example], scores: Sequence[_Scored | None]) -> dict[str, float]:
     """Each row counts for the teacher that its scores name."""
     found: dict[str, float] = defaultdict(float)
-    for lesson, scored in zip(lessons, scores, strict=True):
+    for example, scored in zip(examples, scores, strict=True):
         if scored is None:
             continue
         sent, _ = scored
         found[f"teacher/{sent.teacher}/rows"] += 1
-        found[f"teacher/{sent.teacher}/tokens"] += float(lesson.mask_T.sum())
+        found[f"teacher/{sent.teacher}/tokens"] += float(example.mask_T.sum())
         found[f"teacher/{sent.teacher}/positions"] += len(sent)
         found[f"teacher/{sent.teacher}/bytes"] += sent.nbytes
     return dict(found)

@@ -43,16 +43,16 @@ from tutelage.distill.run.record import Record
 from tutelage.distill.run.resume import refuse_changes
 from tutelage.distill.run.routing import Routing
 from tutelage.distill.student.build import learner_threads, make_learner
-from tutelage.distill.student.lessons import Course
+from tutelage.distill.student.examples import TaskObjective
 from tutelage.distill.student.masks import special_ids
 from tutelage.distill.teachers.build import check_teachers
-from tutelage.distill.teachers.identity import digest_of
+from tutelage.distill.teachers.fingerprint import digest_of
 from tutelage.evaluation import run_folder
 from tutelage.evaluation.evaluate import evaluate_tasks, record, score_metrics
 from tutelage.evaluation.files import write_json
-from tutelage.scheduler.ahead import Ahead
-from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingLaw
+from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.policies import Step
+from tutelage.scheduler.prefetch import Prefetch
 from tutelage.scheduler.rollouts import EnvironmentPools
 from tutelage.scheduler.watchdog import Watchdog
 
@@ -105,8 +105,8 @@ class Run:
         config = self.config = dated(config, self.tokenizer)
         check_conversations(config, tasks, self.tokenizer)
         check_teachers(config, tasks, self.tokenizer)
-        self._courses = {
-            name: Course(objective=task.objective, weight=task.weight)
+        self._task_objectives = {
+            name: TaskObjective(objective=task.objective, weight=task.weight)
             for name, task in tasks.items()
         }
         check_supports(tasks, self.vocabulary)
@@ -138,9 +138,14 @@ class Run:
         stack.callback(self.placement.close)
         self.num_games = cache(self.placement.num_episodes)
         self.routing = Routing(
-            tasks, self._courses, self._special, self.learner, self.placement, config.teachers
+            tasks,
+            self._task_objectives,
+            self._special,
+            self.learner,
+            self.placement,
+            config.teachers,
         )
-        self.ahead = Ahead(
+        self.prefetch = Prefetch(
             self.timetable,
             self.placement.start,
             self.num_games,
@@ -152,7 +157,7 @@ class Run:
             learner=self.learner,
             timetable=self.timetable,
             routing=self.routing,
-            ahead=self.ahead,
+            prefetch=self.prefetch,
             observers=self.observers,
         )
 
@@ -225,8 +230,8 @@ class Run:
         if 0 < done < total:
             self._stop_if_asked()
 
-    def _play(self, orders: Sequence[Order], law: SamplingLaw) -> list[Episode | Dropped]:
-        return self.placement.start(orders, law=law).outcomes()
+    def _play(self, orders: Sequence[Order], sampling: SamplingParams) -> list[Episode | Dropped]:
+        return self.placement.start(orders, sampling=sampling).outcomes()
 
     def _step(self, step: int, tasks: Sequence[str]) -> None:
         """One update on one or several tasks. What may fail comes before it, so that the step can
@@ -238,7 +243,7 @@ class Run:
         orders = ", ".join(f"{self.config.tasks[task].episodes} of {task}" for task in tasks)
         self.observers.doing(f"{told}: the student plays episodes, {orders}")
         with clock.part("rollout"):
-            played = self.ahead.next()
+            played = self.prefetch.next()
         self.observers.doing(f"{told}: teachers score them")
         with clock.part("score"):
             outcomes = self.routing.complete(played)
@@ -246,13 +251,13 @@ class Run:
         everything = [outcome for own in outcomes.values() for outcome in own]
         with clock.part("journal"):
             if step % self.config.journal.episodes_every == 0:
-                self.record.journal.write_episodes(step, everything, taught.lessons, version)
+                self.record.journal.write_episodes(step, everything, taught.examples, version)
         turn = timetable.turn(tasks[0])
         self.observers.doing(f"{told}: the student learns from them")
         with clock.part("update"):
             update = self.learner.update(
-                taught.lessons,
-                self._courses,
+                taught.examples,
+                self._task_objectives,
                 seed=self.config.seed * 1_000_003 + turn,
                 progress={task: timetable.progress(task) for task in tasks},
                 diagnose=turn % self.config.journal.diagnostics_every == 0,
@@ -269,7 +274,7 @@ class Run:
                 gaps={task: teacher_gap(found[task]) for task in tasks},
             )
         )
-        timings = clock.metrics(everything, taught.lessons) | taught.costs
+        timings = clock.metrics(everything, taught.examples) | taught.costs
         timings["perf/actors_replaced"] = float(self.placement.restarts)
         if self.observers.failed:
             timings["perf/observers_failed"] = self.observers.failed

@@ -59,7 +59,7 @@ class Meter:
         return {name: self._sums[name] / self._weights[name] for name in self._sums}
 
 
-def recorded(scores: TeacherScores, behaviour_N: torch.Tensor) -> dict[str, torch.Tensor]:
+def recorded(scores: TeacherScores, behavior_logprobs_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """Teacher against the policy that sampled, on sampled tokens (NaN behaviour: meaningless).
 
     Means over the tokens as they were drawn: estimates of a divergence of the whole policy only
@@ -70,7 +70,7 @@ def recorded(scores: TeacherScores, behaviour_N: torch.Tensor) -> dict[str, torc
     2020). kl/k3: r - 1 - log r with r = q/pi: KL(pi || q) in that mean too, and never negative.
     A token that the teacher rules out counts with IMPOSSIBLE, as in the losses: means stay finite.
     """
-    gap_N = scores.sampled_N.clamp(min=IMPOSSIBLE) - behaviour_N
+    gap_N = scores.sampled_N.clamp(min=IMPOSSIBLE) - behavior_logprobs_N
     return {
         "gap/mean": gap_N,
         "kl/k3": gap_N.exp() - 1 - gap_N,
@@ -79,23 +79,23 @@ def recorded(scores: TeacherScores, behaviour_N: torch.Tensor) -> dict[str, torc
 
 
 def add_by_place(
-    meter: Meter, gap_N: torch.Tensor, places_N: torch.Tensor, weights_N: torch.Tensor
+    meter: Meter, gap_N: torch.Tensor, positions_N: torch.Tensor, weights_N: torch.Tensor
 ) -> None:
     """The gap by how far into its reply a token stands (Revisiting-OPD, Figure 4)."""
     ends = (*BUCKETS[1:], None)
     for begin, end in zip(BUCKETS, ends, strict=True):
-        inside_N = places_N >= begin
+        inside_N = positions_N >= begin
         if end is not None:
-            inside_N &= places_N < end
+            inside_N &= positions_N < end
         meter.add({f"gap/place_{begin}": gap_N}, weights_N, inside_N)
 
 
-def drift(
-    student: StudentView, ids_N: torch.Tensor, behaviour_N: torch.Tensor
+def mismatch(
+    student: StudentView, ids_N: torch.Tensor, behavior_logprobs_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """gap/engine: |log pi(y) - log pi_old(y)| of sampled tokens (NaN behaviour: meaningless). On
     policy, how far rollout engine and learner are apart."""
-    return {"gap/engine": (student.logprobs_at(ids_N[:, None])[:, 0] - behaviour_N).abs()}
+    return {"gap/engine": (student.logprobs_at(ids_N[:, None])[:, 0] - behavior_logprobs_N).abs()}
 
 
 def examined(

@@ -26,16 +26,16 @@ from tutelage.distill.objectives import (
 )
 from tutelage.distill.student import diagnostics
 from tutelage.distill.student.diagnostics import Meter
-from tutelage.distill.student.lessons import (
-    Course,
-    Drawn,
-    Lesson,
+from tutelage.distill.student.examples import (
+    Example,
+    NoisyExample,
+    TaskObjective,
     grouped,
     joined_scores,
 )
 from tutelage.distill.student.optimizers import Optimizer
 from tutelage.distill.student.ranks import Alone, Ranks, split
-from tutelage.scheduler.episodes import Row, SamplingLaw
+from tutelage.scheduler.episodes import Row, SamplingParams
 
 Question = Callable[[StudentView, Batch], torch.Tensor]
 """What is asked of a batch's tokens [N, ...]; it travels to other ranks."""
@@ -82,8 +82,8 @@ class Learner:
 
     def update(
         self,
-        lessons: Sequence[Lesson],
-        courses: Mapping[str, Course],
+        examples: Sequence[Example],
+        task_objectives: Mapping[str, TaskObjective],
         *,
         seed: int,
         progress: Mapping[str, float] | float = 0.0,
@@ -100,16 +100,16 @@ class Learner:
             FloatingPointError: the loss or the gradient is not finite; the weights stay as they
             were before that optimizer step.
         """
-        if not lessons:
+        if not examples:
             raise ValueError("there are no lessons to learn from: every episode was dropped")
-        tasks = grouped(lessons)
+        tasks = grouped(examples)
         rng = np.random.default_rng(seed)
         drawn = [
-            (lesson, rng.random(len(lesson.row.ids_T), dtype=np.float32)) for lesson in lessons
+            (example, rng.random(len(example.row.ids_T), dtype=np.float32)) for example in examples
         ]
-        count = -(-len(lessons) // (self._config.minibatch or len(lessons)))
+        count = -(-len(examples) // (self._config.minibatch or len(examples)))
         parts = [[pair for pair in drawn[i::count] if pair[0].mask_T.any()] for i in range(count)]
-        own = {task: courses[task] for task in tasks}
+        own = {task: task_objectives[task] for task in tasks}
         at = progress if isinstance(progress, Mapping) else dict.fromkeys(own, progress)
         meters, norm = self._shared([part for part in parts if part], own, at, diagnose)
         shared = {
@@ -130,10 +130,12 @@ class Learner:
         asked for when the support is the student's."""
         return [ids_NK.numpy() for ids_NK in self._asked(rows, partial(_top_k, k=k))]
 
-    def law_logprobs(self, rows: Sequence[Row], law: SamplingLaw) -> list[torch.Tensor]:
+    def sampling_logprobs(
+        self, rows: Sequence[Row], sampling: SamplingParams
+    ) -> list[torch.Tensor]:
         """Of each row's chosen tokens, the log-probability [N] that these weights give it under a
         sampling law, on the CPU: for engines that do not say."""
-        return self._asked(rows, partial(_under_law, law=law))
+        return self._asked(rows, partial(_under_sampling, sampling=sampling))
 
     def optimizer_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights."""
@@ -154,19 +156,21 @@ class Learner:
 
     def _shared(
         self,
-        parts: Sequence[Sequence[Drawn]],
-        courses: Mapping[str, Course],
+        parts: Sequence[Sequence[NoisyExample]],
+        task_objectives: Mapping[str, TaskObjective],
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
         """Let every rank learn from its share of each part; what `learn` returns, of them all."""
-        shares: list[list[list[Drawn]]] = [[] for _ in range(self._ranks.count)]
+        shares: list[list[list[NoisyExample]]] = [[] for _ in range(self._ranks.count)]
         for part in parts:
-            own = split([len(lesson.row.ids_T) for lesson, _ in part], self._ranks.count)
+            own = split([len(example.row.ids_T) for example, _ in part], self._ranks.count)
             for share, indices in zip(shares, own, strict=True):
                 share.append([part[i] for i in indices])
         (meters, norm), *others = self._ranks.call(
-            self, "learn", [(self.version, share, courses, progress, diagnose) for share in shares]
+            self,
+            "learn",
+            [(self.version, share, task_objectives, progress, diagnose) for share in shares],
         )
         for theirs, _ in others:
             for task, meter in theirs.items():
@@ -189,19 +193,21 @@ class Learner:
     def learn(
         self,
         version: int,
-        parts: Sequence[Sequence[Drawn]],
-        courses: Mapping[str, Course],
+        parts: Sequence[Sequence[NoisyExample]],
+        task_objectives: Mapping[str, TaskObjective],
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
         """On every rank: an optimizer step for each part; every task's meter of this rank's share,
         and the mean of the norms."""
         self.version = version
-        meters = {task: Meter() for task in courses}
+        meters = {task: Meter() for task in task_objectives}
         for layer in self._layers:
             layer.training = True
         try:
-            norms = [self._descend(part, courses, meters, progress, diagnose) for part in parts]
+            norms = [
+                self._descend(part, task_objectives, meters, progress, diagnose) for part in parts
+            ]
         finally:
             for layer in self._layers:
                 layer.training = False
@@ -231,38 +237,42 @@ class Learner:
 
     def _descend(
         self,
-        drawn: Sequence[Drawn],
-        courses: Mapping[str, Course],
+        drawn: Sequence[NoisyExample],
+        task_objectives: Mapping[str, TaskObjective],
         meters: Mapping[str, Meter],
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> float:
         """One optimizer step; the gradient's norm before clipping."""
-        by_task = {task: [pair for pair in drawn if pair[0].task == task] for task in courses}
-        own = [self._size([lesson for lesson, _ in pairs]) for pairs in by_task.values()]
+        by_task = {
+            task: [pair for pair in drawn if pair[0].task == task] for task in task_objectives
+        }
+        own = [self._size([example for example, _ in pairs]) for pairs in by_task.values()]
         sizes = dict(zip(by_task, self._ranks.sums(own), strict=True))
         total = sum(sizes.values())
         floors = {
-            task: self._entropy_floor(courses[task].objective, [lesson for lesson, _ in pairs])
+            task: self._entropy_floor(
+                task_objectives[task].objective, [example for example, _ in pairs]
+            )
             for task, pairs in by_task.items()
-            if sizes[task] and courses[task].objective.compares_entropies(progress[task])
+            if sizes[task] and task_objectives[task].objective.compares_entropies(progress[task])
         }
         passes = [
             (task, batch, [pairs[i] for i in batch.members])
             for task, pairs in by_task.items()
-            for batch in self._packed([lesson.row for lesson, _ in pairs])
+            for batch in self._packed([example.row for example, _ in pairs])
         ]
 
-        def accumulate(one: tuple[str, Batch, list[Drawn]]) -> None:
+        def accumulate(one: tuple[str, Batch, list[NoisyExample]]) -> None:
             task, batch, members = one
             share = 1.0 if self._config.normalize == "task" else sizes[task] / total
             self._accumulate(
                 batch,
                 members,
-                courses[task].objective,
+                task_objectives[task].objective,
                 meters[task],
                 size=sizes[task],
-                scale=share * courses[task].weight,
+                scale=share * task_objectives[task].weight,
                 progress=progress[task],
                 entropy_floor=floors.get(task),
                 diagnose=diagnose,
@@ -284,30 +294,30 @@ class Learner:
         self.optimizer.step(self.learning_rate(self.version))
         return norm
 
-    def _entropy_floor(self, objective: Objective, lessons: Sequence[Lesson]) -> float:
+    def _entropy_floor(self, objective: Objective, examples: Sequence[Example]) -> float:
         """What the objective makes of the student's entropies at all of the task's tokens that take
         loss in this optimizer step, on every rank. It takes a forward pass of its own: a floor of
         each micro-batch would be another objective with every other `micro_tokens`."""
-        entropies = self.answer([lesson.row for lesson in lessons], _entropy)
+        entropies = self.answer([example.row for example in examples], _entropy)
         own: list[float] = []
-        for lesson, entropy_N in zip(lessons, entropies, strict=True):
-            own += entropy_N[torch.from_numpy(lesson.mask_T[lesson.row.chosen_T])].tolist()
+        for example, entropy_N in zip(examples, entropies, strict=True):
+            own += entropy_N[torch.from_numpy(example.mask_T[example.row.action_mask_T])].tolist()
         everyone = self._ranks.gathered(own)
         return objective.entropy_floor(torch.tensor(everyone, dtype=torch.float64))
 
     def _packed(self, rows: Sequence[Row]) -> list[Batch]:
         return pack(rows, max_tokens=self._micro_tokens, device=self._student.device)
 
-    def _size(self, lessons: Sequence[Lesson]) -> float:
+    def _size(self, examples: Sequence[Example]) -> float:
         """What a task's mean is over: its tokens that take loss, or its rows that have any."""
         if self._config.aggregate == "token":
-            return float(sum(lesson.mask_T.sum() for lesson in lessons))
-        return float(sum(bool(lesson.mask_T.any()) for lesson in lessons))
+            return float(sum(example.mask_T.sum() for example in examples))
+        return float(sum(bool(example.mask_T.any()) for example in examples))
 
     def _accumulate(
         self,
         batch: Batch,
-        members: Sequence[Drawn],
+        members: Sequence[NoisyExample],
         objective: Objective,
         meter: Meter,
         *,
@@ -320,14 +330,14 @@ class Learner:
         """Add a batch's part of the gradient of `scale` times one task's mean loss, and its
         metrics."""
         device = self._student.device
-        masks = [torch.from_numpy(x.mask_T[x.row.chosen_T]) for x, _ in members]
+        masks = [torch.from_numpy(x.mask_T[x.row.action_mask_T]) for x, _ in members]
         weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
-        uniforms = [uniforms_T[x.row.chosen_T] for x, uniforms_T in members]
+        uniforms = [uniforms_T[x.row.action_mask_T] for x, uniforms_T in members]
         tokens = Tokens(
             segments_N=batch.segments_N,
             mask_N=weights_N > 0,
             uniforms_N=torch.from_numpy(np.concatenate(uniforms)).to(device),
-            law_N=batch.law_N,
+            sampling_logprobs_N=batch.sampling_logprobs_N,
             advantage_N=batch.advantage_N,
             entropy_floor=entropy_floor,
             progress=progress,
@@ -339,7 +349,7 @@ class Learner:
         def forward() -> tuple[torch.Tensor, StudentView, torch.Tensor, dict[str, torch.Tensor]]:
             student = self._student.view(batch)
             loss_N, metrics = objective(
-                student, scores, batch.targets_N, batch.behaviour_N, tokens=tokens
+                student, scores, batch.targets_N, batch.behavior_logprobs_N, tokens=tokens
             )
             # Where the weight is 0 the loss must not count even if it is infinite: 0 * inf is NaN.
             loss = (torch.where(weights_N > 0, loss_N, 0.0) * weights_N).sum()
@@ -369,16 +379,16 @@ class Learner:
         *,
         costly: bool,
     ) -> None:
-        sampled_N = batch.behaviour_N.isfinite()
+        sampled_N = batch.behavior_logprobs_N.isfinite()
         if scores is not None:
-            found = diagnostics.recorded(scores, batch.behaviour_N)
+            found = diagnostics.recorded(scores, batch.behavior_logprobs_N)
             meter.add(found, weights_N, sampled_N)
             where_N = torch.where(sampled_N, weights_N, 0.0)
-            diagnostics.add_by_place(meter, found["gap/mean"], batch.places_N, where_N)
+            diagnostics.add_by_place(meter, found["gap/mean"], batch.positions_N, where_N)
         if costly:
             meter.add(diagnostics.examined(student, scores, batch.targets_N), weights_N)
-            drift = diagnostics.drift(student, batch.targets_N, batch.behaviour_N)
-            meter.add(drift, weights_N, sampled_N)
+            mismatch = diagnostics.mismatch(student, batch.targets_N, batch.behavior_logprobs_N)
+            meter.add(mismatch, weights_N, sampled_N)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant or cosine down to the floor."""
@@ -418,5 +428,9 @@ def _entropy(student: StudentView, batch: Batch) -> torch.Tensor:
     return student.entropy()
 
 
-def _under_law(student: StudentView, batch: Batch, *, law: SamplingLaw) -> torch.Tensor:
-    return student.law_logprobs_at(batch.targets_N, temperature=law.temperature, top_p=law.top_p)
+def _under_sampling(
+    student: StudentView, batch: Batch, *, sampling: SamplingParams
+) -> torch.Tensor:
+    return student.sampling_logprobs_at(
+        batch.targets_N, temperature=sampling.temperature, top_p=sampling.top_p
+    )

@@ -28,7 +28,7 @@ def loss_mask(row: Row, special: Sequence[int]) -> npt.NDArray[np.bool_]:
     A teacher that ends or opens its reply with other tokens is wrong there, and only there (the
     paper's code: one mask entry per id and per response).
     """
-    mask_T = row.chosen_T.copy()
+    mask_T = row.action_mask_T.copy()
     if special:
         for turn in np.unique(row.turns_T[mask_T]):
             inside_T = row.turns_T == turn

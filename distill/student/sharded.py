@@ -38,7 +38,7 @@ from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.muon import orthogonalized, precision
 from tutelage.distill.student.ranks import split
 from tutelage.envs.child import Child, Connection, Disconnected
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 from tutelage.scheduler.placement import LOAD_SECONDS
 
 T = TypeVar("T")
@@ -48,8 +48,8 @@ PATIENCE = 5.0
 
 EMPTY = Row(
     ids_T=np.zeros(2, dtype=np.int32),
-    turns_T=np.array([NOT_CHOSEN, 0], dtype=np.int32),
-    logprobs_T=np.zeros(2, dtype=np.float32),
+    turns_T=np.array([NO_ACTION, 0], dtype=np.int32),
+    behavior_logprobs_T=np.zeros(2, dtype=np.float32),
     branches_T=np.zeros(2, dtype=np.int32),
 )
 

@@ -30,7 +30,7 @@ import torch
 
 from tutelage.distill.objectives import DenseStudent, Objective, TeacherScores, Tokens, build
 from tutelage.distill.objectives.tokens import BEHAVIORS
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 
 VOCABULARY = 6
 LENGTH = 5
@@ -40,11 +40,11 @@ TAU = -2.0
 """The static threshold of TrOPD's plain variants, a log-ratio; the paper gives none."""
 NEVER = -100.0
 """Stands for the log-probability of a token outside the nucleus."""
-WHOLE = SamplingLaw()
+WHOLE = SamplingParams()
 SAMPLING_PARAMS = (
-    SamplingLaw(top_p=0.9),
-    SamplingLaw(temperature=0.7),
-    SamplingLaw(temperature=0.7, top_p=0.8),
+    SamplingParams(top_p=0.9),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=0.7, top_p=0.8),
 )
 SAMPLING_VOCABULARY = 60
 """Of the worlds, one token long, in which SAMPLING_PARAMS are compared: large enough for a nucleus
@@ -87,15 +87,15 @@ class World:
         """Of each token given its prefix [Y, T]."""
         return logits_CV.log_softmax(-1)[self.prefixes_YT, self.ids_YT]
 
-    def behavior_logprobs(self, params: SamplingLaw) -> torch.Tensor:
+    def behavior_logprobs(self, params: SamplingParams) -> torch.Tensor:
         """The behavior log-probability of each token [Y, T]; -inf outside the nucleus."""
         return behavior_logprobs(self.student_CV, params)[self.prefixes_YT, self.ids_YT]
 
-    def probabilities(self, params: SamplingLaw = WHOLE) -> torch.Tensor:
+    def probabilities(self, params: SamplingParams = WHOLE) -> torch.Tensor:
         """How probable it is that the student samples each sequence [Y]."""
         return self.behavior_logprobs(params).sum(1).exp()
 
-    def reach(self, params: SamplingLaw) -> torch.Tensor:
+    def reach(self, params: SamplingParams) -> torch.Tensor:
         """How probable it is that a sampled sequence begins with each prefix [C]."""
         reach_C = torch.zeros(len(self.student_CV), dtype=torch.float64)
         for prefixes_Y in self.prefixes_YT.T:
@@ -103,7 +103,7 @@ class World:
         return reach_C
 
 
-def behavior_logprobs(logits_CV: torch.Tensor, params: SamplingLaw) -> torch.Tensor:
+def behavior_logprobs(logits_CV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Behavior log-probabilities [C, V]: of softmax(logits / temperature) the fewest most probable
     tokens with mass >= top_p, renormalised."""
     if params.whole:
@@ -142,7 +142,7 @@ class Estimate:
     variance: float
 
 
-def estimate(objective: Objective, world: World, params: SamplingLaw = WHOLE) -> Estimate:
+def estimate(objective: Objective, world: World, params: SamplingParams = WHOLE) -> Estimate:
     """The moments of the objective's gradient over the sequences that the student samples (and over
     TrOPD's random choice)."""
     length, (rows, vocabulary) = world.ids_YT.shape[1], world.student_CV.shape
@@ -171,7 +171,7 @@ def _outcomes(objective: Objective, world: World) -> list[tuple[torch.Tensor, to
     return [(trusted_N, low_N), (1 - trusted_N, high_N)]
 
 
-def sampling_shift(objective: Objective, world: World, params: SamplingLaw) -> float:
+def sampling_shift(objective: Objective, world: World, params: SamplingParams) -> float:
     """How far the sampling parameters move the objective's mean gradient, relative to the gradient
     with tokens drawn from the whole policy after the same prefixes."""
     reach_C = world.reach(params) / world.reach(WHOLE)
@@ -181,7 +181,7 @@ def sampling_shift(objective: Objective, world: World, params: SamplingLaw) -> f
 
 
 def _token_gradients(
-    objective: Objective, world: World, uniforms_N: torch.Tensor, params: SamplingLaw = WHOLE
+    objective: Objective, world: World, uniforms_N: torch.Tensor, params: SamplingParams = WHOLE
 ) -> torch.Tensor:
     """The gradient of a sequence's loss with respect to its tokens' logits [N, V]."""
     count, length = world.ids_YT.shape
@@ -197,7 +197,7 @@ def _token_gradients(
             segments_N=torch.arange(count).repeat_interleave(length),
             uniforms_N=uniforms_N,
             # a token that is never drawn has weight 0, and 0 times infinity would be NaN
-            law_N=world.behavior_logprobs(params).flatten().clamp(min=NEVER),
+            sampling_logprobs_N=world.behavior_logprobs(params).flatten().clamp(min=NEVER),
         ),
     )
     loss_N.sum().backward()

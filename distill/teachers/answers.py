@@ -25,7 +25,7 @@ def unpack_answer(ask: Ask, answer: Answer, *, vocabulary: int) -> list[TeacherS
     found = []
     asked: Sequence[Any] = ask.asked or [None] * len(rows)
     for at, (row, one, ids_NJ) in enumerate(zip(rows, answer.scores, asked, strict=True)):
-        where, wanted = f"row {at} of {len(rows)}", int(row.chosen_T.sum())
+        where, wanted = f"row {at} of {len(rows)}", int(row.action_mask_T.sum())
         if len(one) != wanted:
             raise _refusal(teacher, f"{where}: it scored {len(one)} of {wanted} tokens")
         if one.vocabulary != vocabulary:

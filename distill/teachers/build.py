@@ -11,7 +11,7 @@ from tutelage.distill.config.run import RunConfig
 from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.engines.vllm.start import require_vllm
 from tutelage.distill.models.loading import load_model
-from tutelage.distill.teachers.identity import digest_of, digest_of_served
+from tutelage.distill.teachers.fingerprint import digest_of, digest_of_served
 from tutelage.distill.teachers.server import ServerTeacher, check_server
 from tutelage.distill.teachers.service import Teacher, TeacherService
 from tutelage.distill.teachers.transformers import TransformersTeacher

@@ -29,7 +29,7 @@ class BadCandidates(ValueError):
 
 def read_length(row: Row) -> int:
     """Tokens of a row up to the last chosen one: nothing sees what follows."""
-    return int(np.flatnonzero(row.chosen_T).max(initial=0)) + 1
+    return int(np.flatnonzero(row.action_mask_T).max(initial=0)) + 1
 
 
 def check_linear(subject: str, rows: Sequence[Row]) -> None:
@@ -61,7 +61,7 @@ class Candidates:
                 log-probabilities.
             ValueError: an id outside the vocabulary.
         """
-        at_N = np.flatnonzero(row.chosen_T)
+        at_N = np.flatnonzero(row.action_mask_T)
         if len(self.starts_T) <= at_N.max(initial=0):
             raise BadCandidates(f"{len(self.starts_T)} positions for {len(row.ids_T)} tokens")
         starts_N, counts_N = self.starts_T[at_N], (self.ends_T - self.starts_T)[at_N]

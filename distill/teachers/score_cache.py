@@ -37,17 +37,17 @@ class ScoreCache:
     def __init__(self, folder: Path, *, teacher: str) -> None:
         self._folder, self._teacher = folder, teacher
 
-    def key(self, row: Row, needs: Needs, *, asked_NJ: np.ndarray | None) -> str:
+    def key(self, row: Row, needs: Needs, *, query_ids_NJ: np.ndarray | None) -> str:
         """Of all that a row's scores depend on: the teacher, the ids up to the last chosen one,
         which were chosen, the branches, and what is needed."""
-        chosen_T = row.chosen_T
-        end = int(chosen_T.nonzero()[0].max(initial=-1)) + 1
+        action_mask_T = row.action_mask_T
+        end = int(action_mask_T.nonzero()[0].max(initial=-1)) + 1
         found = hashlib.sha256(FORMAT)
         found.update(f"{self._teacher} k={needs.width} full={needs.full} {end}".encode())
-        for array in (row.ids_T[:end], row.branches_T[:end], chosen_T[:end]):
+        for array in (row.ids_T[:end], row.branches_T[:end], action_mask_T[:end]):
             found.update(array.astype(np.int32).tobytes())
-        if asked_NJ is not None:
-            found.update(f"{asked_NJ.shape}".encode() + asked_NJ.astype(np.int32).tobytes())
+        if query_ids_NJ is not None:
+            found.update(f"{query_ids_NJ.shape}".encode() + query_ids_NJ.astype(np.int32).tobytes())
         return found.hexdigest()
 
     def get(self, key: str, *, teacher: str, vocabulary: int, count: int) -> CompactScores | None:

@@ -34,13 +34,13 @@ from tutelage.distill.teachers.candidates import (
     check_linear,
     read_length,
 )
+from tutelage.distill.teachers.fingerprint import scored_row
 from tutelage.distill.teachers.http_client import (
     ClientError,
     InvalidResponse,
     ServerClient,
     read_json,
 )
-from tutelage.distill.teachers.identity import scored_row
 from tutelage.scheduler.episodes import Row
 
 PROBED = 64

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.objectives import Needs, TeacherScores
-from tutelage.distill.teachers.identity import Identity, exam_rows
+from tutelage.distill.teachers.fingerprint import Fingerprint, self_test_rows
 from tutelage.distill.teachers.score_cache import ScoreCache
 from tutelage.distill.teachers.transport import CompactScores
 from tutelage.scheduler.episodes import Row
@@ -72,7 +72,7 @@ class Answer:
     """
 
     scores: tuple[CompactScores, ...]
-    identity: Identity
+    fingerprint: Fingerprint
     hits: int
     seconds: float
     retries: int = 0
@@ -107,8 +107,8 @@ class TeacherService:
         self.model = teacher.model
         self._digest, self._dtype = digest, dtype
         self._cache = None if cache is None else ScoreCache(cache, teacher=digest)
-        self.identity = self._exam()
-        self.identity.check_weights(teacher.vocabulary)
+        self.fingerprint = self._self_test()
+        self.fingerprint.check_weights(teacher.vocabulary)
         self._asleep = False
         if sleeps:
             self.sleep()
@@ -129,12 +129,12 @@ class TeacherService:
         if self._cache is not None:
             for i, row in enumerate(rows):
                 own = None if asked is None else asked[i]
-                keys.append(self._cache.key(row, needs, asked_NJ=own))
+                keys.append(self._cache.key(row, needs, query_ids_NJ=own))
                 found[i] = self._cache.get(
                     keys[i],
                     teacher=self.name,
                     vocabulary=self.teacher.vocabulary,
-                    count=int(row.chosen_T.sum()),
+                    count=int(row.action_mask_T.sum()),
                 )
         new = [i for i, scores in enumerate(found) if scores is None]
         retries = self.teacher.retries
@@ -147,7 +147,7 @@ class TeacherService:
             except FloatingPointError as error:
                 raise RuntimeError(f"teachers.{self.name}: {error}") from error
             if self.teacher.remote:
-                self.identity = self._exam()
+                self.fingerprint = self._self_test()
             if self._sleeps:
                 self.sleep()
             for i, scores in zip(new, fresh, strict=True):
@@ -156,7 +156,7 @@ class TeacherService:
                     self._cache.put(keys[i], packed)
         return Answer(
             scores=tuple(scores for scores in found if scores is not None),
-            identity=self.identity,
+            fingerprint=self.fingerprint,
             hits=len(rows) - len(new),
             seconds=time.perf_counter() - begun if new else 0.0,
             retries=self.teacher.retries - retries,
@@ -176,24 +176,24 @@ class TeacherService:
         if not self._asleep:
             return
         self.teacher.wake()
-        woken = self._exam()
-        woken.check_same(self.identity)
+        woken = self._self_test()
+        woken.check_same(self.fingerprint)
         self._asleep = False
 
     def close(self) -> None:
         """Its work is done."""
         self.teacher.close()
 
-    def _exam(self) -> Identity:
+    def _self_test(self) -> Fingerprint:
         try:
-            answers = self.teacher.score(exam_rows(self.teacher.vocabulary), Needs(k=1))
+            answers = self.teacher.score(self_test_rows(self.teacher.vocabulary), Needs(k=1))
         except FloatingPointError as error:
             raise ConfigError(f"teachers.{self.name}: in its exam {error}") from error
         scores = TeacherScores.join(answers)
         # A top K tells no entropy. -log of the largest probability is one too, Renyi's of order
         # infinity: never above it, and ln V of a uniform distribution alone.
         entropy_N = -scores.logprobs_NK[:, 0] if scores.entropy_N is None else scores.entropy_N
-        return Identity(
+        return Fingerprint(
             name=self.name,
             digest=self._digest,
             dtype=self._dtype,

@@ -64,10 +64,10 @@ class TransformersTeacher:
         size = max(1, CHUNK // self.vocabulary)
         for batch in pack(rows, max_tokens=self._max_tokens, device=self.model.device):
             hidden_ND = batch.hidden(self.model)
-            asked_NJ = None
+            query_ids_NJ = None
             if asked is not None:
                 ids_NJ = np.concatenate([asked[i] for i in batch.members])
-                asked_NJ = torch.from_numpy(ids_NJ).to(hidden_ND.device).long()
+                query_ids_NJ = torch.from_numpy(ids_NJ).to(hidden_ND.device).long()
             parts = []
             for at in range(0, len(hidden_ND), size):
                 logits_NV = head(hidden_ND[at : at + size])[:, : self.vocabulary]
@@ -77,13 +77,13 @@ class TransformersTeacher:
                     batch.targets_N[at : at + size],
                     k=needs.width,
                     keep_full=needs.full,
-                    asked_ids_NJ=None if asked_NJ is None else asked_NJ[at : at + size],
+                    query_ids_NJ=None if query_ids_NJ is None else query_ids_NJ[at : at + size],
                 )
                 parts.append(part.to("cpu"))  # lessons are data, not device memory
             joined = TeacherScores.join(parts)
             start = 0
             for member in batch.members:
-                count = int(rows[member].chosen_T.sum())
+                count = int(rows[member].action_mask_T.sum())
                 scores[member] = joined.take(torch.arange(start, start + count))
                 start += count
         return [scores[i] for i in range(len(rows))]
@@ -95,7 +95,7 @@ class TransformersTeacher:
             return
         n = at + int((~highest_N.isfinite()).nonzero()[0])
         member, before = batch.locate(n)
-        place = int(np.flatnonzero(rows[member].chosen_T)[before])
+        place = int(np.flatnonzero(rows[member].action_mask_T)[before])
         raise FloatingPointError(
             f"its logits are NaN or infinite at token {place} (id {rows[member].ids_T[place]}) of"
             f" row {member} of {len(rows)}: check the teacher's weights: they are broken, or too"

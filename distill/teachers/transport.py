@@ -39,7 +39,7 @@ class CompactScores:
     logprobs_NK: Halves
     sampled_N: npt.NDArray[np.float32]
     entropy_N: Halves | None = None
-    asked_logprobs_NJ: Halves | None = None
+    query_logprobs_NJ: Halves | None = None
     full_NV: Halves | None = None
 
     def __len__(self) -> int:
@@ -60,11 +60,11 @@ class CompactScores:
         sent = {
             name: _narrow(name, tensor)
             for name, tensor in scores.tensors()
-            if name != "asked_ids_NJ"
+            if name != "query_ids_NJ"
         }
         return cls(teacher=teacher, vocabulary=scores.vocabulary, **sent)
 
-    def unpack(self, asked_ids_NJ: npt.NDArray[np.int32] | None = None) -> TeacherScores:
+    def unpack(self, query_ids_NJ: npt.NDArray[np.int32] | None = None) -> TeacherScores:
         """What objectives take, on the CPU. asked_ids_NJ: what `asked_logprobs_NJ` is about.
 
         Raises:
@@ -72,8 +72,8 @@ class CompactScores:
                 that were asked for are missing.
         """
         parts: dict[str, Any] = {name: _wide(array) for name, array in self.arrays().items()}
-        if asked_ids_NJ is not None:
-            parts["asked_ids_NJ"] = _wide(asked_ids_NJ)
+        if query_ids_NJ is not None:
+            parts["query_ids_NJ"] = _wide(query_ids_NJ)
         return TeacherScores(vocabulary=self.vocabulary, **parts)
 
 

@@ -169,12 +169,12 @@ class VllmTeacher:
             ) from None
         if ids_NJ is None:
             return scores
-        at_N = np.flatnonzero(row.chosen_T)
+        at_N = np.flatnonzero(row.action_mask_T)
         logprobs_NJ = output.prompt_token_id_logprobs[at_N - at_N[0]]
         return replace(
             scores,
-            asked_ids_NJ=torch.from_numpy(ids_NJ).long(),
-            asked_logprobs_NJ=torch.from_numpy(logprobs_NJ),
+            query_ids_NJ=torch.from_numpy(ids_NJ).long(),
+            query_logprobs_NJ=torch.from_numpy(logprobs_NJ),
         )
 
 
@@ -248,7 +248,7 @@ def _wanted(row: Row, k: int, ids_NJ: npt.NDArray[np.int32] | None) -> Any:
 
     more: dict[str, Any] = {}
     if ids_NJ is not None:
-        at_N = np.flatnonzero(row.chosen_T)
+        at_N = np.flatnonzero(row.action_mask_T)
         # vLLM counts the tokens that predict: one before the chosen ones. -1: nothing is asked.
         ids_TJ = np.full((at_N[-1] + 1 - at_N[0], ids_NJ.shape[1]), -1, dtype=np.int32)
         ids_TJ[at_N - at_N[0]] = ids_NJ

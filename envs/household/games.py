@@ -277,8 +277,8 @@ def _write_game(rng: random.Random, goal: Goal, world: World) -> Game:
     sentence = wording.format(o=goal.target.lower(), r=goal.place.lower())
     looking = goal.place == LAMP
     floor_plan = _FLOOR_PLANS[goal.room]
-    identity = hashlib.sha256(problem.encode()).hexdigest()[:16]
-    name = f"{goal.task_type}-{goal.target}-None-{goal.place}-{floor_plan}/trial_{identity}"
+    fingerprint = hashlib.sha256(problem.encode()).hexdigest()[:16]
+    name = f"{goal.task_type}-{goal.target}-None-{goal.place}-{floor_plan}/trial_{fingerprint}"
     domain, grammar = _engine_texts()
     return Game(
         name=name,
@@ -288,7 +288,7 @@ def _write_game(rng: random.Random, goal: Goal, world: World) -> Game:
         task_type=goal.task_type,
         walkthrough=_walkthrough(goal, world),
         traj={  # the fields of traj_data.json that ALFWorld's handcoded expert reads
-            "task_id": f"trial_{identity}",
+            "task_id": f"trial_{fingerprint}",
             "task_type": goal.task_type,
             "pddl_params": {
                 "object_target": goal.target,

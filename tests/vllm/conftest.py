@@ -43,7 +43,7 @@ def play() -> Play:
     def run(engine: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         seeds = options.pop("seeds", range(len(prompts)))
         sessions = options.pop("sessions", range(len(prompts)))
-        settings = {"max_new_tokens": 24, "stop_ids": frozenset({1}), "law": NOISY} | options
+        settings = {"max_new_tokens": 24, "stop_ids": frozenset({1}), "sampling": NOISY} | options
         for session, seed, ids in zip(sessions, seeds, prompts, strict=True):
             engine.submit(Request(session=session, ids=ids, seed=seed, **settings))
         found: dict[int, Completion] = {}

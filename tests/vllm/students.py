@@ -15,7 +15,7 @@ import torch
 from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.vllm.engine import VllmEngine, make_engine
 from tutelage.distill.models.student import Student
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 
 VOCABULARY, PADDING, CONTEXT = 101, 11, 256
 OPTIONS = VllmConfig(kv_cache_gib=0.05)
@@ -24,7 +24,7 @@ WITHIN = 1e-4
 run, as memory happens to lie; these random networks say log-probabilities down to -40, where one
 float32 step is 4e-6. What does not arrive is off by 1e-2 and more."""
 
-NOISY = SamplingLaw(temperature=1.3, top_p=0.8)
+NOISY = SamplingParams(temperature=1.3, top_p=0.8)
 
 
 def make_student(*, seed: int = 0, tied: bool = False) -> Any:

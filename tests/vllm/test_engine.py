@@ -13,7 +13,7 @@ from tests.vllm.students import CONTEXT, NOISY, VOCABULARY, WITHIN, logprobs_of,
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.engines.vllm.start import EngineFailure
 from tutelage.scheduler.engine import Request
-from tutelage.scheduler.episodes import GREEDY, SamplingLaw
+from tutelage.scheduler.episodes import GREEDY, SamplingParams
 
 
 def test_log_probabilities_are_those_of_a_plain_forward_at_temperature_one(
@@ -30,11 +30,11 @@ def test_log_probabilities_are_those_of_a_plain_forward_at_temperature_one(
 
 def test_of_the_laws_own_it_says_what_it_knows(engine: Any, prompts: Any, play: Any) -> None:
     """The whole policy's and a greedy one's: the learner says the others."""
-    assert all(reply.law_logprobs is None for reply in play(engine, prompts[:2]))
-    for reply in play(engine, prompts[:2], law=SamplingLaw()):
-        assert reply.law_logprobs == reply.logprobs
-    for reply in play(engine, prompts[:2], law=GREEDY):
-        assert reply.law_logprobs == [0.0] * len(reply.ids)
+    assert all(reply.sampling_logprobs is None for reply in play(engine, prompts[:2]))
+    for reply in play(engine, prompts[:2], sampling=SamplingParams()):
+        assert reply.sampling_logprobs == reply.logprobs
+    for reply in play(engine, prompts[:2], sampling=GREEDY):
+        assert reply.sampling_logprobs == [0.0] * len(reply.ids)
 
 
 def test_the_most_probable_ids_are_those_of_a_plain_forward(engine: Any, student: Any) -> None:
@@ -61,9 +61,9 @@ def test_rows_of_padding_are_no_tokens(engine: Any, student: Any, prompts: Any, 
     with torch.no_grad():
         logits_V = student(input_ids=torch.tensor([prompts[0]])).logits[0, -1]
     assert float(logits_V.softmax(-1)[VOCABULARY:].sum()) > 0.9
-    replies = play(engine, prompts, law=SamplingLaw(temperature=2.0, top_p=1.0))
+    replies = play(engine, prompts, sampling=SamplingParams(temperature=2.0, top_p=1.0))
     assert max(max(reply.ids) for reply in replies) < VOCABULARY
-    first = play(engine, [prompts[0]], law=GREEDY, max_new_tokens=1)[0]
+    first = play(engine, [prompts[0]], sampling=GREEDY, max_new_tokens=1)[0]
     assert first.logprobs[0] == pytest.approx(
         float(logprobs_of(student, prompts[0])[-1].max()), abs=WITHIN
     )
@@ -87,23 +87,26 @@ def test_nothing_outside_the_nucleus_is_sampled(
 def test_a_token_comes_as_often_as_the_law_says(engine: Any, student: Any, play: Any) -> None:
     prompt, draws = [5, 6, 7, 8], 3000
     replies = play(
-        engine, [prompt] * draws, max_new_tokens=1, law=SamplingLaw(temperature=0.7, top_p=0.9)
+        engine,
+        [prompt] * draws,
+        max_new_tokens=1,
+        sampling=SamplingParams(temperature=0.7, top_p=0.9),
     )
     counts = Counter(reply.ids[0] for reply in replies)
     probs_V = (logprobs_of(student, prompt)[-1] / 0.7).softmax(-1)
     order_V = probs_V.argsort(descending=True)
     kept_V = order_V[probs_V[order_V].cumsum(0) - probs_V[order_V] < 0.9]
-    law = {int(i): float(probs_V[i] / probs_V[kept_V].sum()) for i in kept_V}
-    assert set(counts) <= set(law)
-    distance = sum(abs(counts[i] / draws - p) for i, p in law.items()) / 2
-    assert distance < 1.5 * np.sqrt(len(law) / (2 * np.pi * draws))  # 1.0 in the mean at most
+    sampling = {int(i): float(probs_V[i] / probs_V[kept_V].sum()) for i in kept_V}
+    assert set(counts) <= set(sampling)
+    distance = sum(abs(counts[i] / draws - p) for i, p in sampling.items()) / 2
+    assert distance < 1.5 * np.sqrt(len(sampling) / (2 * np.pi * draws))  # 1.0 in the mean at most
 
 
 def test_greedy_is_that_of_the_other_engine(
     engine: Any, student: Any, prompts: Any, play: Any
 ) -> None:
     other = TransformersEngine(student_of(student))
-    ours, theirs = (play(one, prompts, law=GREEDY) for one in (engine, other))
+    ours, theirs = (play(one, prompts, sampling=GREEDY) for one in (engine, other))
     assert [one.ids for one in ours] == [one.ids for one in theirs]
     assert [one.stopped for one in ours] == [one.stopped for one in theirs]
 
@@ -172,7 +175,7 @@ def test_what_is_released_is_forgotten(engine: Any, prompts: Any, play: Any) -> 
                 ids=ids,
                 max_new_tokens=24,
                 stop_ids=frozenset(),
-                law=NOISY,
+                sampling=NOISY,
                 seed=session,
             )
         )
@@ -193,7 +196,7 @@ def test_what_is_released_is_forgotten(engine: Any, prompts: Any, play: Any) -> 
 
 def test_one_request_a_session(engine: Any, play: Any) -> None:
     request = Request(
-        session=4, ids=[2, 3], max_new_tokens=3, stop_ids=frozenset(), law=GREEDY, seed=0
+        session=4, ids=[2, 3], max_new_tokens=3, stop_ids=frozenset(), sampling=GREEDY, seed=0
     )
     engine.submit(request)
     with pytest.raises(ValueError, match="session 4 has a request in flight"):

@@ -97,7 +97,7 @@ def _row(length: int) -> Row:
     return Row(
         ids_T=rng.integers(len(load_tokenizer(MODEL)), size=length).astype(np.int32),
         turns_T=turns_T,
-        logprobs_T=np.full(length, np.nan, dtype=np.float32),
+        behavior_logprobs_T=np.full(length, np.nan, dtype=np.float32),
         branches_T=np.zeros(length, dtype=np.int32),
     )
 

@@ -186,7 +186,7 @@ def test_weights_travel_in_the_dtype_of_their_engine() -> None:
 def test_nothing_is_said_by_an_engine_without_weights(play: Any) -> None:
     engine = engine_of(make_student(), student=None)
     with pytest.raises(RuntimeError, match="holds no weights yet"):
-        play(engine, [[2, 3]], law=NOISY)
+        play(engine, [[2, 3]], sampling=NOISY)
     engine.close()
 
 

@@ -59,7 +59,7 @@ def _row(length: int, seed: int = 0) -> Row:
     return Row(
         ids_T=rng.integers(VOCABULARY, size=length).astype(np.int32),
         turns_T=turns_T,
-        logprobs_T=np.full(length, np.nan, dtype=np.float32),
+        behavior_logprobs_T=np.full(length, np.nan, dtype=np.float32),
         branches_T=np.zeros(length, dtype=np.int32),
     )
 
@@ -91,15 +91,15 @@ def _assert_same_sets(one: TeacherScores, other: TeacherScores) -> None:
 
 
 def test_the_exam_is_that_of_our_own_engine(teacher: VllmTeacher, own: TransformersTeacher) -> None:
-    found = serving(teacher, digest="d").identity
-    exact = serving(own, digest="d").identity
+    found = serving(teacher, digest="d").fingerprint
+    exact = serving(own, digest="d").fingerprint
     assert np.allclose(found.logprobs, exact.logprobs, atol=WITHIN)
 
 
 def test_student_supports_are_cuda_s(teacher: VllmTeacher, rows: list[Row]) -> None:
     """If this fails, vLLM has learnt it on the CPU: config's refusal can go."""
     assert not torch.cuda.is_available()
-    asked = [np.zeros((int(row.chosen_T.sum()), 2), dtype=np.int32) for row in rows]
+    asked = [np.zeros((int(row.action_mask_T.sum()), 2), dtype=np.int32) for row in rows]
     with pytest.raises(ValueError, match="V2 model runner alone, on a CUDA device"):
         teacher.score(rows, Needs(k=4, student_k=2), asked)
 
@@ -144,7 +144,7 @@ def test_a_student_has_nothing_to_learn_from_itself(start: VllmTeacher, objectiv
         Row(
             ids_T=rng.integers(size, size=60).astype(np.int32),
             turns_T=np.r_[-np.ones(20), np.zeros(40)].astype(np.int32),
-            logprobs_T=np.full(60, -1.0, dtype=np.float32),
+            behavior_logprobs_T=np.full(60, -1.0, dtype=np.float32),
             branches_T=np.zeros(60, dtype=np.int32),
         )
         for _ in range(3)

@@ -170,7 +170,7 @@ def test_a_worker_that_is_killed_ends_the_engine(pair: Any) -> None:
                 seed=session,
                 max_new_tokens=200,
                 stop_ids=frozenset(),
-                law=NOISY,
+                sampling=NOISY,
             )
         )
     engine.step()

@@ -26,7 +26,7 @@ from tutelage.distill.engines.vllm.processes import end
 from tutelage.distill.engines.vllm.start import EngineFailure, broken, require_vllm, start, stop
 from tutelage.distill.models.student import Student
 from tutelage.scheduler.engine import Completion, Request, Weights
-from tutelage.scheduler.episodes import SamplingLaw
+from tutelage.scheduler.episodes import SamplingParams
 
 WANTED = "rollout.engine=vllm"
 
@@ -55,10 +55,10 @@ class VllmEngine:
     lockstep = False
 
     def __init__(self, engine: Any, *, source: Source | None, alone: bool = False) -> None:
-        from vllm import SamplingParams
+        from vllm import SamplingParams as VllmParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._params, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
+        self._params, self._final = VllmParams, RequestOutputKind.FINAL_ONLY
         self._engine, self._source, self._alone = engine, source, alone
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
         self.version = -1
@@ -130,8 +130,8 @@ class VllmEngine:
         self._count += 1
         name = f"{request.session}/{self._count}"
         params = self._params(
-            temperature=request.law.temperature,
-            top_p=request.law.top_p,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
             seed=request.seed % (1 << 63),  # vLLM's are signed
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(request.stop_ids),
@@ -177,7 +177,7 @@ class VllmEngine:
             ids=ids,
             logprobs=list(said.logprobs.logprobs),
             stopped=ids[-1] in request.stop_ids,
-            law_logprobs=_under_law(request.law, said.logprobs.logprobs),
+            sampling_logprobs=_under_sampling(request.sampling, said.logprobs.logprobs),
         )
 
     def close(self) -> None:
@@ -190,12 +190,12 @@ class VllmEngine:
         return _Guard(self, doing)
 
 
-def _under_law(law: SamplingLaw, logprobs: Sequence[float]) -> list[float] | None:
+def _under_sampling(sampling: SamplingParams, logprobs: Sequence[float]) -> list[float] | None:
     """The tokens' log-probabilities under the law that drew them. vLLM tells one kind of them, the
     whole policy's (`logprobs_mode`): under another temperature or top-p the learner has to say."""
-    if law.whole:
+    if sampling.whole:
         return list(logprobs)
-    return [0.0] * len(logprobs) if law.temperature == 0 else None
+    return [0.0] * len(logprobs) if sampling.temperature == 0 else None
 
 
 class _Guard:

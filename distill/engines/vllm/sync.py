@@ -49,11 +49,13 @@ class Probe:
     """A text, and the learner's log-probability of each token after the first [T - 1]."""
 
     ids_T: npt.NDArray[np.int64]
-    logprobs_T: npt.NDArray[np.float32]
+    behavior_logprobs_T: npt.NDArray[np.float32]
 
     def first(self, tokens: int) -> Probe:
         """No more than so many of its tokens."""
-        return Probe(ids_T=self.ids_T[:tokens], logprobs_T=self.logprobs_T[: tokens - 1])
+        return Probe(
+            ids_T=self.ids_T[:tokens], behavior_logprobs_T=self.behavior_logprobs_T[: tokens - 1]
+        )
 
 
 def source(student: Student) -> tuple[dict[str, torch.Tensor], Probe]:
@@ -70,7 +72,7 @@ def probe_of(student: Student) -> Probe:
     said_T = torch.from_numpy(ids_T[1:]).to(student.device)
     own_TV = student.plain_logprobs(torch.from_numpy(ids_T))[:-1]
     own_T = own_TV.gather(1, said_T[:, None])[:, 0]
-    return Probe(ids_T=ids_T, logprobs_T=own_T.cpu().numpy())
+    return Probe(ids_T=ids_T, behavior_logprobs_T=own_T.cpu().numpy())
 
 
 def packed(
@@ -78,7 +80,7 @@ def packed(
 ) -> dict[str, npt.NDArray[Any]]:
     """As arrays in one mapping, for an engine in another process; dtype: the engine's, so that no
     bit travels which it would drop."""
-    arrays: dict[str, npt.NDArray[Any]] = {IDS: probe.ids_T, LOGPROBS: probe.logprobs_T}
+    arrays: dict[str, npt.NDArray[Any]] = {IDS: probe.ids_T, LOGPROBS: probe.behavior_logprobs_T}
     narrow = getattr(torch, dtype)
     return arrays | {name: array_of(weight.to(narrow)) for name, weight in weights.items()}
 
@@ -96,7 +98,7 @@ def unpacked(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, torch.Te
     weights = {
         name: weight_of(array) for name, array in arrays.items() if name not in (IDS, LOGPROBS)
     }
-    return weights, Probe(ids_T=arrays[IDS], logprobs_T=arrays[LOGPROBS])
+    return weights, Probe(ids_T=arrays[IDS], behavior_logprobs_T=arrays[LOGPROBS])
 
 
 def push(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
@@ -173,7 +175,7 @@ def check_arrival(
     Raises:
         SyncError: above the tolerance, or nothing moved in the engine though the learner did.
     """
-    gap, most = float(np.abs(found_T - probe.logprobs_T).mean()), TOLERANCE[dtype]
+    gap, most = float(np.abs(found_T - probe.behavior_logprobs_T).mean()), TOLERANCE[dtype]
     if not gap <= most:
         same = before is not None and np.array_equal(found_T, before[0])
         raise SyncError(
@@ -184,7 +186,7 @@ def check_arrival(
             + "; use rollout.engine=transformers until it does"
         )
     if before is not None and np.array_equal(found_T, before[0]):
-        moved = float(np.abs(probe.logprobs_T - before[1].logprobs_T).mean())
+        moved = float(np.abs(probe.behavior_logprobs_T - before[1].behavior_logprobs_T).mean())
         if moved > MOVED * most:
             raise SyncError(
                 f"weights of version {version} did not reach the vllm engine: on the probe the"

@@ -24,7 +24,7 @@ from tutelage.distill.models.dtypes import TOLERANCE
 from tutelage.distill.models.loading import resolve
 from tutelage.envs.errors import first_line
 from tutelage.evaluation.files import write_json
-from tutelage.scheduler.episodes import NOT_CHOSEN, Row
+from tutelage.scheduler.episodes import NO_ACTION, Row
 
 FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 """What makes a teacher, in its folder."""
@@ -40,7 +40,7 @@ with 32 hidden units is 0.006, at 2,048 ids a share of 8e-4; larger models are f
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Fingerprint:
     """A teacher's files and its exam.
 
     digest: of weights, configuration and dtype; of a server, its model's name: its weights are
@@ -53,7 +53,7 @@ class Identity:
     logprobs: tuple[float, ...]
     entropies: tuple[float, ...]
 
-    def distance(self, other: Identity) -> float:
+    def distance(self, other: Fingerprint) -> float:
         """Mean difference of the exams' numbers, in nats; infinite where one is no number."""
         pairs = [(self.logprobs, other.logprobs), (self.entropies, other.entropies)]
         if any(len(mine) != len(theirs) for mine, theirs in pairs):
@@ -73,7 +73,7 @@ class Identity:
                 " them again and compare their hash"
             )
 
-    def check_same(self, reference: Identity) -> None:
+    def check_same(self, reference: Fingerprint) -> None:
         """Raises RuntimeError when a teacher of the same files says something else than it did."""
         if (off := self.distance(reference)) > TOLERANCE[self.dtype]:
             raise RuntimeError(
@@ -88,7 +88,7 @@ class Identity:
         write_json(path, asdict(self))
 
     @classmethod
-    def read(cls, path: Path) -> Identity | None:
+    def read(cls, path: Path) -> Fingerprint | None:
         """What `write` wrote; None where there is no such file, or, with a warning, where it is
         damaged: then the hash in the checkpoint has to do."""
         try:
@@ -150,7 +150,7 @@ def digest_of_served(model: str) -> str:
     return hashlib.sha256(f"server {model}".encode()).hexdigest()
 
 
-def exam_rows(vocabulary: int) -> list[Row]:
+def self_test_rows(vocabulary: int) -> list[Row]:
     """Fixed rows of ids of the vocabulary, all but the first token chosen."""
     rng = np.random.default_rng(20)
     return [scored_row(rng.integers(vocabulary, size=TOKENS)) for _ in range(ROWS)]
@@ -160,10 +160,10 @@ def scored_row(ids: npt.ArrayLike) -> Row:
     """A row of these ids, all but the first chosen."""
     ids_T = np.asarray(ids, dtype=np.int32)
     turns_T = np.zeros_like(ids_T)
-    turns_T[0] = NOT_CHOSEN
+    turns_T[0] = NO_ACTION
     return Row(
         ids_T=ids_T,
         turns_T=turns_T,
-        logprobs_T=np.full(len(ids_T), np.nan, dtype=np.float32),
+        behavior_logprobs_T=np.full(len(ids_T), np.nan, dtype=np.float32),
         branches_T=np.zeros_like(ids_T),
     )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.objectives import Objective, Rule
 from tutelage.distill.student.learner import Learner
-from tutelage.scheduler.episodes import Dropped, Episode, Row, SamplingLaw
+from tutelage.scheduler.episodes import Dropped, Episode, Row, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,46 +28,46 @@ class Bias:
     cure: str
 
 
-def bias(objective: Objective, law: SamplingLaw) -> Bias | None:
+def bias(objective: Objective, sampling: SamplingParams) -> Bias | None:
     """Of the first of its losses that has one. None: the gradient's mean is the objective's own."""
-    return next((found for rule in objective.rules if (found := _bias(rule, law))), None)
+    return next((found for rule in objective.rules if (found := _bias(rule, sampling))), None)
 
 
-def _bias(rule: Rule, law: SamplingLaw) -> Bias | None:
-    if not rule.needs.draws or law.whole:
+def _bias(rule: Rule, sampling: SamplingParams) -> Bias | None:
+    if not rule.needs.draws or sampling.whole:
         return None
-    cut = law.temperature == 0 or law.top_p < 1
-    if rule.needs.law:
+    cut = sampling.temperature == 0 or sampling.top_p < 1
+    if rule.needs.sampling:
         if not cut:
             return None
         return Bias(
             text=f"{rule.name} weighs its tokens by the law that draws them, but what"
-            f" {_parts(law)} never draws has no part in its gradient",
-            cure=f"{'temperature 1' if law.temperature == 0 else 'top_p 1'} leaves nothing out",
+            f" {_parts(sampling)} never draws has no part in its gradient",
+            cure=f"{'top_p 1' if sampling.temperature else 'temperature 1'} leaves nothing out",
         )
     remains = "what is never drawn stays without its part" if cut else "exact"
     return Bias(
         text=f"{rule.name} takes its tokens for draws of the whole policy at temperature 1;"
-        f" {_parts(law)} draws {'from a part' if cut else 'by another law'}",
-        cure=f"set behavior: sampling ({remains}), or {_whole(law)}",
+        f" {_parts(sampling)} draws {'from a part' if cut else 'by another law'}",
+        cure=f"set behavior: sampling ({remains}), or {_whole(sampling)}",
     )
 
 
 def biases(tasks: Mapping[str, TaskSettings]) -> dict[str, Bias]:
     """Of each task that has one."""
-    found = {name: bias(task.objective, task.rollout.law) for name, task in tasks.items()}
+    found = {name: bias(task.objective, task.rollout.sampling) for name, task in tasks.items()}
     return {name: own for name, own in found.items() if own is not None}
 
 
-def _parts(law: SamplingLaw) -> str:
+def _parts(sampling: SamplingParams) -> str:
     """What in a law is not the whole policy's."""
-    parts = [] if law.temperature == 1 else [f"temperature {law.temperature:g}"]
-    return " with ".join(parts + ([] if law.top_p == 1 else [f"top_p {law.top_p:g}"]))
+    parts = [] if sampling.temperature == 1 else [f"temperature {sampling.temperature:g}"]
+    return " with ".join(parts + ([] if sampling.top_p == 1 else [f"top_p {sampling.top_p:g}"]))
 
 
-def _whole(law: SamplingLaw) -> str:
-    parts = [] if law.temperature == 1 else ["temperature 1"]
-    return " and ".join(parts + ([] if law.top_p == 1 else ["top_p 1"]))
+def _whole(sampling: SamplingParams) -> str:
+    parts = [] if sampling.temperature == 1 else ["temperature 1"]
+    return " and ".join(parts + ([] if sampling.top_p == 1 else ["top_p 1"]))
 
 
 def told(outcomes: Sequence[Episode | Dropped], learner: Learner) -> list[Episode | Dropped]:
@@ -77,16 +77,16 @@ def told(outcomes: Sequence[Episode | Dropped], learner: Learner) -> list[Episod
     Raises:
         RuntimeError: those weights are gone.
     """
-    silent: dict[SamplingLaw, dict[tuple[int, int], Row]] = defaultdict(dict)  # by place
+    silent: dict[SamplingParams, dict[tuple[int, int], Row]] = defaultdict(dict)  # by place
     for i, outcome in enumerate(outcomes):
         for j, row in enumerate(outcome.rows if isinstance(outcome, Episode) else ()):
             if _unsaid(row).any():
-                silent[_law_of(outcome, learner.version)][i, j] = row
+                silent[_params_of(outcome, learner.version)][i, j] = row
     said = {
         place: _filled(row, found_N)
-        for law, rows in silent.items()
+        for sampling, rows in silent.items()
         for (place, row), found_N in zip(
-            rows.items(), _asked(learner, [*rows.values()], law), strict=True
+            rows.items(), _asked(learner, [*rows.values()], sampling), strict=True
         )
     }
     return [
@@ -99,30 +99,30 @@ def told(outcomes: Sequence[Episode | Dropped], learner: Learner) -> list[Episod
 
 def _unsaid(row: Row) -> npt.NDArray[np.bool_]:
     """The tokens that were sampled, under a law that is not known [T]."""
-    return np.isfinite(row.logprobs_T) & np.isnan(row.law_T)
+    return np.isfinite(row.behavior_logprobs_T) & np.isnan(row.sampling_T)
 
 
-def _law_of(outcome: Episode | Dropped, version: int) -> SamplingLaw:
+def _params_of(outcome: Episode | Dropped, version: int) -> SamplingParams:
     assert isinstance(outcome, Episode)
-    if outcome.version != version and not outcome.law.whole:
+    if outcome.version != version and not outcome.sampling.whole:
         raise RuntimeError(
             f"{outcome.order.name}: its engine did not say what the sampling law gave its tokens,"
             f" and the weights that played it (version {outcome.version}, now {version}) are gone:"
             " set behavior: full, or schedule.max_staleness: 0"
         )
-    return outcome.law
+    return outcome.sampling
 
 
 def _asked(
-    learner: Learner, rows: Sequence[Row], law: SamplingLaw
+    learner: Learner, rows: Sequence[Row], sampling: SamplingParams
 ) -> list[npt.NDArray[np.float32]]:
     """Of the rows' chosen tokens."""
-    if law.whole:
-        return [row.logprobs_T[row.chosen_T] for row in rows]
-    return [said_N.numpy() for said_N in learner.law_logprobs(rows, law)]
+    if sampling.whole:
+        return [row.behavior_logprobs_T[row.action_mask_T] for row in rows]
+    return [said_N.numpy() for said_N in learner.sampling_logprobs(rows, sampling)]
 
 
 def _filled(row: Row, said_N: npt.NDArray[np.float32]) -> Row:
-    law_T, unsaid_T = row.law_T.copy(), _unsaid(row)
-    law_T[unsaid_T] = said_N[unsaid_T[row.chosen_T]]
-    return replace(row, law_logprobs_T=law_T)
+    sampling_T, unsaid_T = row.sampling_T.copy(), _unsaid(row)
+    sampling_T[unsaid_T] = said_N[unsaid_T[row.action_mask_T]]
+    return replace(row, sampling_logprobs_T=sampling_T)

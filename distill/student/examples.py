@@ -13,7 +13,7 @@ from tutelage.scheduler.episodes import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class Example:
     """A row, what its teacher says of it (None: its tokens are the lesson), where the loss falls.
 
     mask_T: a part of the row's chosen tokens. number: of the row's episode among those that the
@@ -27,38 +27,38 @@ class Lesson:
     number: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.mask_T) != len(self.row.ids_T) or (self.mask_T & ~self.row.chosen_T).any():
+        if len(self.mask_T) != len(self.row.ids_T) or (self.mask_T & ~self.row.action_mask_T).any():
             raise ValueError(f"task {self.task!r}: the loss mask covers tokens that nobody chose")
-        if self.scores is not None and len(self.scores) != int(self.row.chosen_T.sum()):
+        if self.scores is not None and len(self.scores) != int(self.row.action_mask_T.sum()):
             raise ValueError(
                 f"task {self.task!r}: {len(self.scores)} teacher scores for"
-                f" {int(self.row.chosen_T.sum())} tokens"
+                f" {int(self.row.action_mask_T.sum())} tokens"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class TaskObjective:
     """How a task is taught: by which objective, and how much its loss weighs."""
 
     objective: Objective
     weight: float
 
 
-Drawn = tuple[Lesson, npt.NDArray[np.float32]]
+NoisyExample = tuple[Example, npt.NDArray[np.float32]]
 """A lesson and a uniform draw for each of its row's tokens."""
 
 
-def grouped(lessons: Sequence[Lesson]) -> dict[str, list[Lesson]]:
+def grouped(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """The lessons of each task, in their order.
 
     Raises:
         ValueError: no token of a task takes loss.
     """
-    found: dict[str, list[Lesson]] = {}
-    for lesson in lessons:
-        found.setdefault(lesson.task, []).append(lesson)
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.task, []).append(example)
     for task, own in found.items():
-        if not any(lesson.mask_T.any() for lesson in own):
+        if not any(example.mask_T.any() for example in own):
             raise ValueError(
                 f"task {task!r}: no token takes loss in {len(own)} rows: objective.mask_tokens"
                 " masks all that the student said, or every episode was dropped"
@@ -66,12 +66,12 @@ def grouped(lessons: Sequence[Lesson]) -> dict[str, list[Lesson]]:
     return found
 
 
-def joined_scores(lessons: Sequence[Lesson]) -> TeacherScores:
+def joined_scores(examples: Sequence[Example]) -> TeacherScores:
     parts = []
-    for lesson in lessons:
-        if lesson.scores is None:
+    for example in examples:
+        if example.scores is None:
             raise ValueError(
-                f"task {lesson.task!r}: a lesson without scores reached a teacher's objective"
+                f"task {example.task!r}: a lesson without scores reached a teacher's objective"
             )
-        parts.append(lesson.scores)
+        parts.append(example.scores)
     return TeacherScores.join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ import torch
 from tutelage.distill.cli import main as cli
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.doctor.numbers import check_law
-from tutelage.distill.engines.vllm.engine import _under_law
+from tutelage.distill.engines.vllm.engine import _under_sampling
 from tutelage.distill.objectives import build, weighted_sum
 from tutelage.distill.plan.plan import make_plan, notes
-from tutelage.distill.student.laws import bias, told
-from tutelage.scheduler.episodes import GREEDY, Episode, Order, Row, SamplingLaw, revived
+from tutelage.distill.student.sampling_bias import bias, told
+from tutelage.scheduler.episodes import GREEDY, Episode, Order, Row, SamplingParams, revived, saved
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
-WHOLE, TEMPERED = SamplingLaw(), SamplingLaw(temperature=0.7)
-CUT, BOTH = SamplingLaw(top_p=0.9), SamplingLaw(temperature=0.7, top_p=0.8)
+WHOLE, TEMPERED = SamplingParams(), SamplingParams(temperature=0.7)
+CUT, BOTH = SamplingParams(top_p=0.9), SamplingParams(temperature=0.7, top_p=0.8)
 DRAWING: list[tuple[str, dict[str, Any]]] = [
     ("sampled_token", {}),
     ("trust_region", {}),
@@ -42,7 +42,7 @@ DIRECT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _episode(*rows: Row, law: SamplingLaw, version: int = 3) -> Episode:
+def _episode(*rows: Row, params: SamplingParams, version: int = 3) -> Episode:
     return Episode(
         order=Order(task="t", number=0, seed=5, index=2),
         rows=rows,
@@ -51,7 +51,7 @@ def _episode(*rows: Row, law: SamplingLaw, version: int = 3) -> Episode:
         reward=1.0,
         task_type="",
         ended="terminated",
-        law=law,
+        sampling=params,
         version=version,
     )
 
@@ -62,74 +62,78 @@ class Sayer:
     version = 3
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, SamplingLaw]] = []
+        self.asked: list[tuple[int, SamplingParams]] = []
 
-    def law_logprobs(self, rows: list[Row], law: SamplingLaw) -> list[torch.Tensor]:
-        self.asked.append((len(rows), law))
-        return [-10.0 - torch.arange(int(row.chosen_T.sum())) for row in rows]
+    def sampling_logprobs(self, rows: list[Row], params: SamplingParams) -> list[torch.Tensor]:
+        self.asked.append((len(rows), params))
+        return [-10.0 - torch.arange(int(row.action_mask_T.sum())) for row in rows]
 
 
 @pytest.fixture
 def row(make_row: Callable[..., Row]) -> Row:
     """Two replies, the first token of the second given; nobody said what the law gave."""
     made = make_row([("prompt", [1, 2]), ("said", [5, 9]), ("prompt", [3]), ("said", [7, 4])])
-    logprobs_T = made.logprobs_T.copy()
-    logprobs_T[5] = np.nan
-    return replace(made, logprobs_T=logprobs_T)
+    behavior_logprobs_T = made.behavior_logprobs_T.copy()
+    behavior_logprobs_T[5] = np.nan
+    return replace(made, behavior_logprobs_T=behavior_logprobs_T)
 
 
 class TestRows:
     def test_a_row_of_an_older_version_says_nothing(self, row: Row) -> None:
         """As a checkpoint holds it: without the field."""
-        plain = asdict(_episode(row, law=CUT))
+        plain = saved(_episode(row, params=CUT))
         for each in plain["rows"]:
             del each["law_logprobs_T"]
         found = revived(plain)
         assert isinstance(found, Episode)
-        assert np.isnan(found.rows[0].law_T).all() and len(found.rows[0].law_T) == len(row.ids_T)
+        assert np.isnan(found.rows[0].sampling_T).all() and len(found.rows[0].sampling_T) == len(
+            row.ids_T
+        )
 
     def test_what_was_said_comes_back(self, row: Row) -> None:
-        said = replace(row, law_logprobs_T=row.logprobs_T * 0.5)
-        found = revived(asdict(_episode(said, law=CUT)))
+        said = replace(row, sampling_logprobs_T=row.behavior_logprobs_T * 0.5)
+        found = revived(saved(_episode(said, params=CUT)))
         assert isinstance(found, Episode)
-        np.testing.assert_array_equal(found.rows[0].law_T, row.logprobs_T * 0.5)
+        np.testing.assert_array_equal(found.rows[0].sampling_T, row.behavior_logprobs_T * 0.5)
 
     def test_another_length_is_refused(self, row: Row) -> None:
         with pytest.raises(ValueError, match="differ in length"):
-            replace(row, law_logprobs_T=row.logprobs_T[:-1])
+            replace(row, sampling_logprobs_T=row.behavior_logprobs_T[:-1])
 
 
 class TestTold:
     def test_the_student_says_it_of_its_own_tokens_and_no_others(self, row: Row) -> None:
-        learner, known = Sayer(), replace(row, law_logprobs_T=row.logprobs_T * 0.5)
-        episodes = [_episode(row, known, law=BOTH), _episode(row, law=CUT)]
+        learner, known = Sayer(), replace(row, sampling_logprobs_T=row.behavior_logprobs_T * 0.5)
+        episodes = [_episode(row, known, params=BOTH), _episode(row, params=CUT)]
         first, second = told(episodes, learner)  # type: ignore[arg-type]
         assert isinstance(first, Episode) and isinstance(second, Episode)
         assert learner.asked == [(1, BOTH), (1, CUT)] and first.rows[1] is known
         nan = math.nan
         for filled in (first.rows[0], second.rows[0]):
             wanted = [nan, nan, -10.0, -11.0, nan, nan, -13.0]
-            np.testing.assert_array_equal(filled.law_T, np.float32(wanted))
-            np.testing.assert_array_equal(filled.logprobs_T, row.logprobs_T)
+            np.testing.assert_array_equal(filled.sampling_T, np.float32(wanted))
+            np.testing.assert_array_equal(filled.behavior_logprobs_T, row.behavior_logprobs_T)
 
     def test_of_the_whole_policy_nobody_need_be_asked(self, row: Row) -> None:
         learner = Sayer()
-        (found,) = told([_episode(row, law=WHOLE, version=1)], learner)  # type: ignore[arg-type]
+        (found,) = told([_episode(row, params=WHOLE, version=1)], learner)  # type: ignore[arg-type]
         assert isinstance(found, Episode) and not learner.asked
-        np.testing.assert_array_equal(found.rows[0].law_T, row.logprobs_T)
+        np.testing.assert_array_equal(found.rows[0].sampling_T, row.behavior_logprobs_T)
 
     def test_weights_that_are_gone_are_not_replaced_by_others(self, row: Row) -> None:
         with pytest.raises(
             RuntimeError, match=r"t\[2\] seed 5: .*version 2, now 3.*behavior: full"
         ):
-            told([_episode(row, law=CUT, version=2)], Sayer())  # type: ignore[arg-type]
+            told([_episode(row, params=CUT, version=2)], Sayer())  # type: ignore[arg-type]
 
     def test_what_vllm_knows_of_a_law(self) -> None:
         """It tells the whole policy's log-probabilities: under another law, nothing."""
         logprobs = [-0.5, -2.0]
-        assert _under_law(WHOLE, logprobs) == logprobs
-        assert _under_law(GREEDY, logprobs) == [0.0, 0.0]
-        assert _under_law(CUT, logprobs) is None and _under_law(TEMPERED, logprobs) is None
+        assert _under_sampling(WHOLE, logprobs) == logprobs
+        assert _under_sampling(GREEDY, logprobs) == [0.0, 0.0]
+        assert (
+            _under_sampling(CUT, logprobs) is None and _under_sampling(TEMPERED, logprobs) is None
+        )
 
 
 class TestBias:
@@ -151,18 +155,18 @@ class TestBias:
             ),
             GREEDY: (f"{takes} temperature 0 draws from a part", f"{part} temperature 1"),
         }
-        for law, (text, cure) in wanted.items():
-            found = bias(full, law)
+        for params, (text, cure) in wanted.items():
+            found = bias(full, params)
             assert found is not None and (found.text, found.cure) == (text, cure)
         assert bias(full, WHOLE) is bias(sampling, WHOLE) is bias(sampling, TEMPERED) is None
-        for law, cure in ((CUT, "top_p 1"), (BOTH, "top_p 1"), (GREEDY, "temperature 1")):
-            left = bias(sampling, law)
+        for params, cure in ((CUT, "top_p 1"), (BOTH, "top_p 1"), (GREEDY, "temperature 1")):
+            left = bias(sampling, params)
             assert left is not None and left.cure == f"{cure} leaves nothing out"
             assert "never draws has no part in its gradient" in left.text
 
     @pytest.mark.parametrize(("name", "options"), DIRECT)
     def test_a_loss_that_takes_no_draw_has_none(self, name: str, options: Any) -> None:
-        assert all(bias(build(name, **options), law) is None for law in (CUT, BOTH, GREEDY))
+        assert all(bias(build(name, **options), params) is None for params in (CUT, BOTH, GREEDY))
 
     def test_of_a_sum_the_loss_that_has_one_is_named(self) -> None:
         """One that weighs its tokens does not speak for one that does not."""

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from tutelage.scheduler.episodes import Dropped, Episode, Order, revived
+from tutelage.scheduler.episodes import Dropped, Episode, Order, revived, saved
 from tutelage.scheduler.placement import Started
 from tutelage.scheduler.timetable import Planned, Timetable
 
 
-class Ahead:
+class Prefetch:
     """The run's episodes, step by step.
 
     Args:
@@ -64,7 +64,7 @@ class Ahead:
         due, found = len(self._timetable.history), []
         for step, planned in enumerate(self._timetable.planned, due):
             own = self._started.get(step, {})
-            outcomes = {task: [asdict(o) for o in x.outcomes()] for task, x in own.items()}
+            outcomes = {task: [saved(o) for o in x.outcomes()] for task, x in own.items()}
             found.append({"planned": asdict(planned), "outcomes": outcomes})
         return found
 
