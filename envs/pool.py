@@ -1,5 +1,5 @@
-"""Environments in their own processes, where a fault is one counted record and never the end of a
-run.
+"""Runs environments in processes of their own, where a fault is one counted record and never the
+end of a run.
 
 A caller sends requests for many episodes at once and takes answers as they come. A process that
 dies or stays silent too long is killed and replaced; its live episodes come back as `Failed`, and
@@ -34,7 +34,7 @@ from tutelage.envs.plugins import Absent, refusal
 from tutelage.envs.worker import Host, Reply, Request
 
 START_SECONDS = 120.0  # for imports and the first environment, on a machine under load
-MAX_FAILED_STARTS = 3  # in a row: then the fault is not one episode's
+MAX_FAILED_STARTS = 3  # in a row: so many show that no single episode is to blame
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 Reason = Literal["died", "timeout", "raised", "garbage", "undecided", "differs", "too long"]
@@ -43,7 +43,7 @@ Reason = Literal["died", "timeout", "raised", "garbage", "undecided", "differs",
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reset:
     """Begin `episode` (the caller's name for it). `options={"index": i}` picks the game. attempt:
-    at the episode, for replay.py.
+    which attempt at the episode this is, for replay.py.
     """
 
     episode: int
@@ -78,9 +78,10 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The episode is lost. `died`, `timeout`: its process; `raised`, `garbage`: its environment;
-    `undecided`: the machine, see worker.Undecided; `differs`: see replay.py; `too long`: its
-    first prompt is. idle: it owed no answer when its process was lost.
+    """The episode is lost. The cause of `died` and `timeout` is its process, of `raised` and
+    `garbage` its environment, of `undecided` the machine (worker.Undecided), of `differs` a replay
+    (replay.py), of `too long` its first prompt. idle: no request of it was under way when its
+    process was lost.
     """
 
     episode: int
@@ -101,9 +102,8 @@ class EnvironmentPool:
             replaced.
         max_observation: characters of one observation; a longer one is garbage.
 
-    Raises ValueError, naming the id, if the environment can't be made (Absent where that may be for
-    want of something on this machine): at once, never as a failure later. Not safe for several
-    threads at a time.
+    Raises ValueError, naming the id, if the environment can't be made (Absent where this machine
+    may lack something): at once, never as a failure later. Not safe for several threads at a time.
 
     Attributes:
         probe: `{"num_episodes": int | None}` of the environment.
@@ -123,6 +123,7 @@ class EnvironmentPool:
             raise ValueError(
                 f"processes={processes}, timeout={timeout}: want processes >= 0, timeout > 0"
             )
+        # The last: seconds after which a worker sends the replies that it has, well within timeout.
         self._setup = (env_id, dict(env_args), max_observation, min(0.5, timeout / 10))
         self._timeout = timeout
         self._ready: deque[Observed | Failed] = deque()
@@ -135,6 +136,7 @@ class EnvironmentPool:
         self.restarts = 0
         self._host: Host | None = None
         self._processes: list[_Process] = []
+        # Also when nobody calls `close`: at garbage collection or at exit.
         self._finalizer = weakref.finalize(self, _kill_all, self._processes)
         try:
             self.probe = self._start(processes)
@@ -194,7 +196,7 @@ class EnvironmentPool:
             else:
                 line = ("act", seat.ticket, request.action)
             if seat.process is not None and not self._owes(seat.process):
-                seat.process.wake()
+                seat.process.wake()  # its silence counts from here: so far it owed nothing
             self._owed.add(request.episode)
             batches.setdefault(seat.process, []).append(line)
         for process, lines in batches.items():
