@@ -71,8 +71,10 @@ class _Evaluation:
                 Fraction(exponent.numerator),
             )
         times = exponent.numerator
-        if base == 0 and times <= 0:
-            raise NotRational("0^0")
+        if base == 0:
+            if times <= 0:
+                raise NotRational("0^0")
+            return base
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if bits > 1 and bits * abs(times) > 2 * MAX_BITS:
             raise NotRational("too large")
