@@ -312,7 +312,7 @@ class TestSupports:
             keep_full=False,
             query_ids_NJ=student_NV.topk(3).indices,
         )
-        with pytest.raises(ValueError, match=r"k=4, but the teacher was asked for 3 ids"):
+        with pytest.raises(ValueError, match=r"k=4, but the teacher was asked at 3 ids"):
             self._losses("student+sampled", student_NV, few, sampled_ids_N)
 
     @pytest.mark.parametrize("mass", [0.6, 0.8, 1.0])

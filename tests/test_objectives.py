@@ -377,7 +377,7 @@ class TestRefusedCalls:
         ("changes", "message"),
         [
             ({"sampled_ids_N": torch.tensor([0, 1])}, "sampled ids of 2 tokens for 3 positions"),
-            ({"behaviour_logprobs_N": torch.zeros(4)}, "behaviour log-prob.* of 4 tokens for 3"),
+            ({"behaviour_logprobs_N": torch.zeros(4)}, "behavior log-prob.* of 4 tokens for 3"),
             ({"student": DenseStudent(torch.zeros(5, V))}, "3 tokens for 5 positions"),
             ({"tokens": Tokens(segments_N=torch.zeros(2))}, "segments of 2 tokens"),
             ({"tokens": Tokens(mask_N=torch.ones(2).bool())}, "a mask of 2 tokens"),

@@ -34,7 +34,7 @@ class TestSampledToken:
         ids_N: torch.Tensor,
         make_scores: Scores,
     ) -> torch.Tensor:
-        """On-policy: the behaviour is the student itself."""
+        """On-policy: the behavior policy is the student itself."""
         old_N = student_NV.detach().log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
         scores = make_scores(teacher_NV, ids_N, k=1)
         loss_N: torch.Tensor = objective(DenseStudent(student_NV), scores, ids_N, old_N)[0]
@@ -531,7 +531,7 @@ class TestRewardClipped:
 
 
 class TestBehavior:
-    """The law that drew the tokens, by hand: w = pi_old / mu outside PPO's clips."""
+    """Importance weights of the sampled tokens, by hand: w = pi_old / mu, outside PPO's clips."""
 
     @pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
     def test_the_weight_multiplies_what_the_clips_leave(
@@ -620,7 +620,7 @@ class TestBehavior:
             metrics["behavior/weight"][3:].log(), old_N[3:] - sampling_logprobs_N[3:]
         )
 
-    def test_a_law_that_nobody_recorded_is_refused(
+    def test_unrecorded_sampling_logprobs_are_refused(
         self, example: tuple[torch.Tensor, ...], sampled_ids_N: torch.Tensor, make_scores: Scores
     ) -> None:
         student_NV, teacher_NV, old_N = example
@@ -635,9 +635,13 @@ class TestBehavior:
             objective(*rest)
         sampling_logprobs_N = old_N.clone()
         sampling_logprobs_N[4] = torch.nan
-        with pytest.raises(ValueError, match="log-probability of token 4 is not known"):
+        with pytest.raises(
+            ValueError, match=r"log-probability of token 4 under the sampling .* is not known"
+        ):
             objective(*rest, tokens=Tokens(sampling_logprobs_N=sampling_logprobs_N))
-        with pytest.raises(ValueError, match="under the sampling law of 3 tokens for 7 positions"):
+        with pytest.raises(
+            ValueError, match="under the sampling parameters of 3 tokens for 7 positions"
+        ):
             objective(*rest, tokens=Tokens(sampling_logprobs_N=sampling_logprobs_N[:3]))
         with pytest.raises(ValueError, match="did you mean 'sampling'"):
             build("sampled_token", behavior="sample")

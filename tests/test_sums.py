@@ -88,7 +88,7 @@ def test_it_needs_what_either_needs() -> None:
 def test_a_token_that_one_of_them_does_not_take_is_refused(
     draw: Draw, sampled_ids_N: torch.Tensor, make_scores: Callable[..., TeacherScores]
 ) -> None:
-    """trust_region alone takes given tokens, and beside another one it does not."""
+    """trust_region alone takes off-policy tokens, and beside another loss it does not."""
     logits_NV, old_N = draw(N, V), torch.full((N,), torch.nan)
     rest = (DenseStudent(logits_NV), make_scores(logits_NV, sampled_ids_N, k=V), sampled_ids_N)
     TERMS[1][1](*rest, old_N)

@@ -204,7 +204,7 @@ class TestTokens:
     def test_given_tokens_are_imitated_weakly_and_they_alone_feel_beta(
         self, example: Any, sampled_ids_N: torch.Tensor, gradient: Gradient
     ) -> None:
-        """A teacher's prefix, its behaviour NaN: -beta log pi(y), gradient beta (pi - onehot)."""
+        """A teacher's prefix (behavior NaN): -beta log pi(y), gradient beta (pi - onehot)."""
         student_NV, _, old_N, scores = example
         given_N = torch.tensor([True, True, False, False, False, True, False])
         mixed_N = old_N.masked_fill(given_N, torch.nan)

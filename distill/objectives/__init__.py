@@ -11,13 +11,12 @@ loss_N is unreduced and minimised; masks and averages are applied outside, in on
 (student/learner.py). Every log-probability is a natural log over the full vocabulary at temperature
 1. `metrics` holds per-token diagnostics [N], detached.
 
-Some losses are means over the draw of the token (`Needs.draws`) and take it for one of the
-whole policy, whatever temperature and top-p drew it. `behavior="sampling"` weighs it
-(`Case.drawn`); full, the default, is what the papers' codes do, and what runs were made with until
-there was a choice.
+Some losses are means over the sampled token (`Needs.draws`). With `behavior="full"`, the default
+and what the papers' codes do, they treat it as drawn from the whole policy, whatever temperature
+and top-p drew it; with `behavior="sampling"` they weigh it (`Case.importance`).
 
 One file is one loss: a class whose options are its `__init__`'s and whose `__call__` reads as the
-paper does. What is common to all, the call's arguments and their checks, is `Objective`, here.
+paper does. The call's arguments and their checks, common to all, are `Objective`, here.
 """
 
 from __future__ import annotations
@@ -94,13 +93,13 @@ class Objective:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """Its own, or those of a sum."""
+        """Its own rule, or the rules of a sum."""
         if isinstance(self.rule, Sum):
             return tuple(rule for _, rule in self.rule.terms)
         return (self.rule,)
 
     def compares_entropies(self, progress: float) -> bool:
-        """Whether it needs `Tokens.entropy_floor` when that share of the run is done."""
+        """Whether it needs `Tokens.entropy_floor` at that progress of the run, 0 to 1."""
         return self.needs.undecided is not None and progress >= self.needs.undecided_from
 
     def entropy_floor(self, entropy_N: torch.Tensor) -> float:
@@ -121,8 +120,8 @@ class Objective:
     ) -> Loss:
         """(loss [N] to be minimised, unreduced; diagnostics [N], detached).
 
-        sampled_ids_N: int64. behaviour_logprobs_N: log pi_old(y) of the policy that sampled, NaN
-        where a token was given instead (an expert's, a teacher's prefix). tokens: see Tokens.
+        sampled_ids_N: int64. behaviour_logprobs_N: log pi_old(y), the behavior policy's; NaN for an
+        off-policy token (an expert's, a teacher's prefix). tokens: see Tokens.
 
         Raises:
             ValueError: lengths that differ, ids outside the vocabulary, scores that hold less than
@@ -141,21 +140,22 @@ class Objective:
 
     def _check(self, case: Case) -> None:
         needs, count, vocabulary = self.needs, len(case.student), case.student.vocabulary
-        given = {
+        arguments = {
             "sampled ids": case.ids_N,
-            "behaviour log-probabilities": case.behavior_logprobs_N,
+            "behavior log-probabilities": case.behavior_logprobs_N,
             "teacher scores": case.scores,
             "segments": case.tokens.segments_N,
             "a mask": case.tokens.mask_N,
             "uniform draws": case.tokens.uniforms_N,
-            "log-probabilities under the sampling law": case.tokens.sampling_logprobs_N,
+            "log-probabilities under the sampling parameters": case.tokens.sampling_logprobs_N,
             "advantages": case.tokens.advantage_N,
         }
-        for what, value in given.items():
+        for what, value in arguments.items():
             if value is not None and len(value) != count:
                 raise ValueError(
                     f"{self.name}: {what} of {len(value)} tokens for {count} positions"
                 )
+        # An id outside ends a GPU process in a device-side assert that names nothing.
         if count and (case.ids_N.max() >= vocabulary or case.ids_N.min() < 0):
             outside_N = (case.ids_N >= vocabulary) | (case.ids_N < 0)
             where = int(outside_N.nonzero()[0])
@@ -184,16 +184,17 @@ class Objective:
                 f"{self.name}: k={needs.k}, but the teacher's scores hold"
                 f" {case.scores.ids_NK.shape[1]} ids a token"
             )
+        # Else the NaN would spread through the ratio pi / pi_old into the whole gradient.
         if not needs.given and case.behavior_logprobs_N.isnan().any():
             where = int(case.behavior_logprobs_N.isnan().nonzero()[0])
             raise ValueError(
-                f"{self.name}: token {where} was not sampled by the student (its behaviour"
-                " log-probability is NaN): only imitation and trust_region take given tokens"
+                f"{self.name}: token {where} was not sampled by the student (its behavior"
+                " log-probability is NaN): only imitation and trust_region take off-policy tokens"
             )
 
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:
-    """What the objective of that name takes, with its defaults."""
+    """The options of the objective of that name, with their defaults."""
     return inspect.signature(_RULES[name]).parameters
 
 
@@ -208,6 +209,7 @@ def build(name: str, **options: Any) -> Objective:
         raise ValueError(unknown("objective", name, _RULES))
     cls = _RULES[name]
     known = options_of(name)
+    # Annotations are strings here (`from __future__ import annotations`): resolved to compare.
     kinds = get_type_hints(cls.__init__)  # type: ignore[misc]
     for option, value in options.items():
         if option not in known:
@@ -221,19 +223,19 @@ def build(name: str, **options: Any) -> Objective:
 
 
 def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
-    """One objective of several, each with its weight. One alone, of weight 1, is itself.
+    """One objective of several, each with its weight. A single one of weight 1 is itself.
 
     Raises:
-        ValueError: none, one twice, a weight that is not positive, or one learns from an expert's
-        tokens and another from the student's.
+        ValueError: there is none, one is there twice, a weight is not positive, or one learns from
+        an expert's tokens and another from the student's.
     """
-    added = Sum([(weight, one.rule) for weight, one in terms])
+    added = Sum([(weight, one.rule) for weight, one in terms])  # in any case: it checks the terms
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else Objective(added)
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated type. An int is a float too; a bool is no number."""
     kinds = get_args(kind) or (kind,)
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # to Python True is an int: k=True would be a support of one
         return bool in kinds
     return isinstance(value, kinds) or (float in kinds and isinstance(value, int))

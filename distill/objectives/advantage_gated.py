@@ -11,20 +11,19 @@ from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 
 class AdvantageGated:
-    """Advantage-gated on-policy distillation (AOPD, arXiv:2605.06387). With A = log q(y) - log
-    pi_old(y), detached:
+    """Advantage-gated on-policy distillation (AOPD, arXiv:2605.06387). With pi_old the behavior
+    policy and A = log q(y) - log pi_old(y), detached:
 
         L = G sum_{TopK q} q log(q / pi) + (1 - G) L_sampled,   G = 1[q(y) - pi_old(y) <= tau]
 
     tau = 0 is A <= 0; tau = -1 never opens the gate (the sampled-token objective), tau = 1 always
-    (forward KL).
+    opens it (forward KL).
 
     Args:
         k: the teacher's support (the paper's is not known). tau: a difference of probabilities.
         clip, dual_clip: PPO's bounds.
-        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
-            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`), on both sides
-            of the gate, which hangs on the token.
+        behavior: see `Case.importance`; sampling weighs both sides of the gate, because which side
+            a position is on depends on the sampled token.
     """
 
     name = "advantage_gated"
@@ -48,9 +47,10 @@ class AdvantageGated:
 
     def __call__(self, case: Case) -> Loss:
         gap_N = case.teacher_logprobs().exp() - case.behavior_logprobs_N.exp()
-        # -1 turns the gate off: a sure student and a teacher that excludes its token are at -1 too.
+        # tau = -1 turns the gate off, although the gap itself reaches -1: where the student is
+        # certain of a token that the teacher excludes.
         gated_N = (gap_N <= self.tau) & (self.tau > -1)
         loss_N, metrics = surrogate(case, case.reward(), clip=self.clip, dual_clip=self.dual_clip)
         loss_N = torch.where(gated_N, forward_kl(case, self.k), loss_N)
         metrics = {"gate/share": gated_N.float(), **metrics}
-        return weighted(loss_N, metrics, case.drawn(self.behavior))
+        return weighted(loss_N, metrics, case.importance(self.behavior))

@@ -1,4 +1,4 @@
-"""Divergences between rows of log-probabilities, whole or restricted to some columns.
+"""Divergences between rows of log-probabilities, over the whole vocabulary or over some columns.
 
 Letters: N tokens, K columns (a support, or the whole vocabulary).
 """
@@ -16,7 +16,7 @@ DIRECTIONS = ("reverse", "forward", "jsd")
 
 
 def check_direction(objective: str, direction: str) -> None:
-    """Raises ValueError for a direction that is none, naming the nearest."""
+    """Raises ValueError for an unknown direction, naming the nearest."""
     if direction not in DIRECTIONS:
         raise ValueError(unknown(f"{objective} direction", direction, DIRECTIONS))
 
@@ -30,13 +30,15 @@ def check_k(objective: str, k: int) -> None:
 def divergence(
     student_NK: torch.Tensor, teacher_NK: torch.Tensor, *, direction: str, beta: float = 0.5
 ) -> torch.Tensor:
-    """[N] of natural log-probabilities; both finite (IMPOSSIBLE stands for log 0).
+    """The divergence [N] of natural log-probabilities, all finite (IMPOSSIBLE stands for log 0).
 
     reverse: KL(student || teacher); forward: KL(teacher || student);
     jsd: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student,
     and its limits by TRL's convention: beta = 0 is forward, beta = 1 is reverse (GKD, Agarwal et
     al. 2023, arXiv:2306.13649).
     """
+    # At beta 0 and 1 the mixture m is one of the two sides, and both KLs to it would be 0 (and
+    # math.log(0) raises): TRL takes the plain KLs instead.
     if direction == "reverse" or (direction == "jsd" and beta == 1):
         return kl(student_NK, teacher_NK)
     if direction == "forward" or beta == 0:
@@ -51,8 +53,8 @@ def kl(left_NK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
 
 
 def forward_kl(case: Case, k: int, *, renormalize: bool = False) -> torch.Tensor:
-    """sum_{TopK q} q log(q / pi) [N], full-vocabulary log-probabilities; with `renormalize` the
-    teacher's, and not the student's, sum to 1 on its top K."""
+    """sum_{TopK q} q log(q / pi) [N] of full-vocabulary log-probabilities. `renormalize` makes the
+    teacher's sum to 1 on its top K; the student's stay as they are."""
     scores = case.teacher
     teacher_NK = scores.logprobs_NK[:, :k].clamp(min=IMPOSSIBLE)
     if renormalize:

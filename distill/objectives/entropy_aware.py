@@ -11,7 +11,7 @@ from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 
 class EntropyAware:
-    """Entropy-aware on-policy distillation (EOPD, arXiv:2603.07079):
+    """Entropy-aware on-policy distillation (EOPD, arXiv:2603.07079), pi_old the behavior policy:
 
         L = L_sampled + 1[H(q) > tau] sum_{TopK q} q log(q / pi)
 
@@ -26,11 +26,9 @@ class EntropyAware:
 
     Args:
         tau: nats. k: the teacher's support. clip, dual_clip: PPO's bounds (the paper's: 0.2, none).
-        renormalize: False, the paper's formula, which is what runs until now were made with; True,
-            the authors' teacher.
-        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
-            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`). The forward KL
-            takes no draw, and no weight.
+        renormalize: False: the paper's formula. True: the authors' code.
+        behavior: see `Case.importance`. The forward KL is the same whatever token was sampled, so
+            it takes no weight.
     """
 
     name = "entropy_aware"
@@ -59,9 +57,10 @@ class EntropyAware:
             case.reward(),
             clip=self.clip,
             dual_clip=self.dual_clip,
-            weight_N=case.drawn(self.behavior),
+            weight_N=case.importance(self.behavior),
         )
         undecided_N = case.teacher.entropy() > self.tau
         forward_N = forward_kl(case, self.k, renormalize=self.renormalize)
+        # Added on top of the surrogate, not in its place: the paper's loss is no switch.
         added_N = torch.where(undecided_N, forward_N, 0.0)
         return loss_N + added_N, {"teacher/undecided": undecided_N.float(), **metrics}

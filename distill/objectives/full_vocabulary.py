@@ -1,4 +1,4 @@
-"""The divergence over every token of the vocabulary: exact, and as dear as the vocabulary is."""
+"""The divergence over every token of the vocabulary: exact, at a cost that grows with it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class FullVocabulary:
         reverse: sum_V pi log(pi / q)      forward: sum_V q log(q / pi)
         jsd: beta KL(q || m) + (1 - beta) KL(pi || m),  m = beta q + (1 - beta) pi
 
-    The teacher's whole log-probabilities travel, 4 V bytes a token: for small vocabularies, or for
-    a study. `local_support` is what scales.
+    The teacher sends every log-probability, 4 V bytes a token: this is for small vocabularies and
+    for studies; `local_support` scales.
 
     Args:
         beta: of jsd; its limits are TRL's: 0 is forward, 1 is reverse.

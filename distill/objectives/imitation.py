@@ -1,4 +1,4 @@
-"""Imitation: the negative log-likelihood of given tokens, for warm starts and expert labels."""
+"""Imitation: the negative log-likelihood of an expert's tokens, for warm starts and DAgger."""
 
 from __future__ import annotations
 

@@ -21,20 +21,21 @@ class LocalSupport:
         forward: sum_S q^ log( q^ / pi^ )         covers them: it pulls up what the student neglects
         jsd:     half of each against m = (q^ + pi^) / 2 (generalised JSD of GKD, beta = 0.5)
 
-    A direct, differentiable loss: the gradient flows through pi^ in both places, the teacher is
-    constant, and logits outside S get none. The normaliser over the vocabulary cancels, so only K
-    logits per position are needed.
+    A direct, differentiable loss: the gradient flows through both pi^ of the formula, the teacher
+    is constant, and logits outside S get no gradient. The normaliser over the vocabulary cancels,
+    so only K logits per position are needed.
 
     Without renormalisation the sum is no divergence: reverse has its minimum where 63 % of the
-    student's mass has left S (the paper's collapse, section 3.2). The tail of one sampled token
-    mends it (EMA-PG, arXiv:2602.04417; variants V4 and V5 of the paper's Table 4):
+    student's mass has left S (the paper's collapse, section 3.2). Adding one term for the sampled
+    token y, a tail, repairs it (EMA-PG, arXiv:2602.04417; variants V4 and V5 of the paper's Table
+    4); pi_old is the behavior policy:
 
         sum_S pi log( pi / q ) + 1[y not in S] s rho log( pi(y) / q(y) ),
         rho = pi(y) / sg pi(y),  s = sg( pi(y) / pi_old(y) )
 
-    Its value and its gradient are, in the mean over y ~ pi, those of the full reverse KL. For the
-    gradient the logarithm must be differentiated too: with sg( log(pi/q) ), as the formula is also
-    found, the mean gradient is off by that of the mass pi(S).
+    Its value and its gradient are, in the mean over y ~ pi, those of the full reverse KL. The
+    logarithm is differentiated too: with sg( log(pi/q) ), as some write the formula, the mean
+    gradient would be off by the gradient of the mass pi(S).
 
     Args:
         k: the support's size.
@@ -44,12 +45,11 @@ class LocalSupport:
         tail: "sampled" adds the tail above; needs reverse, renormalize=False, and y not in S.
         mass: adaptive support: only the teacher's fewest tokens with this mass, at most K (the
             authors' future work). None: all K.
-        importance_clip: the largest s; None: none (but e^20, as in the authors' code).
-        behavior: of what hangs on the draw, the tail and '+sampled'. full takes y for a draw of the
-            whole policy at temperature 1. sampling weighs by w = pi_old / mu, mu the law that drew
-            y (`Case.drawn`): s is then pi / mu, and a support that y joins is taken as
-            L_S + w (L_{S+y} - L_S), whose mean is that over y ~ pi_old but for what mu cuts off.
-            Where no draw matters it changes nothing.
+        importance_clip: the largest s; None: e^20, as in the authors' code.
+        behavior: see `Case.importance`; only the tail and '+sampled' depend on the sampled token.
+            sampling: s is pi / mu, and a support that y joins is taken as
+            L_S + w (L_{S+y} - L_S), whose mean is that over y ~ pi_old except for the tokens that
+            mu cuts off.
     """
 
     name = "local_support"
@@ -93,9 +93,10 @@ class LocalSupport:
         self.renormalize, self.direction, self.tail = renormalize, direction, bool(tail)
         self.mass, self.importance_clip = mass, importance_clip
         draws = self.tail or self.with_sampled
+        # Other supports do not look at the sampled token, so they need no sampling log-probability.
         self.behavior = behavior if draws else "full"
         self.needs = Needs(
-            k=k if self.by == "teacher" else 1,
+            k=k if self.by == "teacher" else 1,  # scores hold at least one id
             student_k=k if self.by == "student" else 0,
             draws=draws,
             sampling=self.behavior == "sampling",
@@ -105,13 +106,15 @@ class LocalSupport:
         ids_NK, teacher_NK, kept_NK = self._support(case)
         inside_N = ((ids_NK == case.ids_N[:, None]) & kept_NK).any(-1)
         mass_N = torch.where(kept_NK, teacher_NK.exp(), 0.0).sum(-1)
-        weight_N = case.drawn(self.behavior)
-        bare_NK = kept_NK
+        weight_N = case.importance(self.behavior)
+        bare_NK = kept_NK  # the support without the sampled token
         if self.with_sampled:
+            # A column of its own; masked where y is in S already, or it would count twice.
             ids_NK = torch.cat([ids_NK, case.ids_N[:, None]], -1)
             teacher_NK = torch.cat([teacher_NK, case.teacher_logprobs()[:, None]], -1)
             bare_NK = torch.cat([kept_NK, torch.zeros_like(inside_N)[:, None]], -1)
             kept_NK = torch.cat([kept_NK, ~inside_N[:, None]], -1)
+        # Renormalised, a softmax over S needs no normaliser over V: raw logits are enough.
         at = case.student.logits_at if self.renormalize else case.student.logprobs_at
         student_NK = at(ids_NK)
         loss_N = self._divergence(student_NK, teacher_NK, kept_NK)
@@ -133,6 +136,7 @@ class LocalSupport:
         self, student_NK: torch.Tensor, teacher_NK: torch.Tensor, kept_NK: torch.Tensor
     ) -> torch.Tensor:
         """On those columns that are kept [N]."""
+        # IMPOSSIBLE on both sides: such a column adds 0 to the sum, and -inf would make it NaN.
         student_NK = student_NK.masked_fill(~kept_NK, IMPOSSIBLE)
         teacher_NK = teacher_NK.masked_fill(~kept_NK, IMPOSSIBLE)
         if self.renormalize:
@@ -149,15 +153,17 @@ class LocalSupport:
         kept_NK = torch.ones_like(ids_NK, dtype=torch.bool)
         if self.mass is not None:
             probs_NK = teacher_NK.exp()
+            # The mass before an id, not with it: so the id that crosses the bound is kept.
             kept_NK = probs_NK.cumsum(-1) - probs_NK < self.mass
         return ids_NK, teacher_NK.clamp(min=IMPOSSIBLE), kept_NK
 
     def _tail(self, case: Case, drawn_N: torch.Tensor | None) -> torch.Tensor:
         logprobs_N = case.student_logprobs()
+        # s of the formula; the bounds are those of the authors' code
         weight_N = (logprobs_N.detach() - case.behavior_logprobs_N).clamp(-20, 20).exp()
         if drawn_N is not None:
             weight_N = weight_N * drawn_N
         if self.importance_clip is not None:
             weight_N = weight_N.clamp(max=self.importance_clip)
-        rho_N = (logprobs_N - logprobs_N.detach()).exp()
+        rho_N = (logprobs_N - logprobs_N.detach()).exp()  # 1, with the gradient of log pi
         return weight_N * rho_N * (logprobs_N - case.teacher_logprobs())

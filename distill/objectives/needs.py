@@ -13,21 +13,21 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What must be there for each token that takes loss.
+    """What must be known of each token that takes loss.
 
     k: how many of the teacher's most probable ids its scores hold; 0: it asks no teacher.
     student_k: at how many of the student's own most probable ids the teacher must be known.
     full: the teacher's whole distribution.
     entropy: the teacher's entropy over the whole vocabulary, which a top K does not tell.
     generated_by: whose tokens the rows hold: the student's, or an expert's.
-    given: whether tokens that the student did not sample may be among its own.
+    given: whether off-policy tokens, which the student did not sample, may be among its own.
     advantage: how much better each token was than expected (`Tokens.advantage_N`).
-    draws: whether the loss is a mean over the draw of the token, so that the sampling law counts:
-        policy gradients, the sampled tail, supports that the sampled token joins.
-    law: log-probabilities under the law that drew the tokens (`Tokens.law_N`).
+    draws: whether the loss is a mean over the sampled token, so that the sampling parameters
+        matter: policy gradients, the sampled tail, supports that the sampled token joins.
+    sampling: log-probabilities under the sampling parameters (`Tokens.sampling_logprobs_N`).
     progress: the share of the run that is done.
-    undecided: a share of the tokens, whose entropy is the highest of an update
-        (`Tokens.entropy_floor`), from `undecided_from` of the run on.
+    undecided: the share of an update's tokens that counts as undecided, those of highest entropy
+        (`Tokens.entropy_floor`); from the share `undecided_from` of the run on.
     """
 
     k: int = 0
@@ -50,7 +50,8 @@ class Needs:
 
     @property
     def width(self) -> int:
-        """How many of its own ids a teacher names: beside the student's, as many."""
+        """How many of its own most probable ids a teacher names; never fewer than of the
+        student's."""
         return max(self.k, self.student_k)
 
 
@@ -58,12 +59,13 @@ def union(parts: Mapping[str, Needs]) -> Needs:
     """What several objectives need together. parts: by name.
 
     Raises:
-        ValueError: they learn from other rows.
+        ValueError: some learn from the student's tokens, others from an expert's.
     """
     if len({needs.generated_by for needs in parts.values()}) > 1:
         said = [f"{name} learns from the {one.generated_by}'s" for name, one in parts.items()]
         raise ValueError(f"{', '.join(said)} tokens: no row has both: make several tasks of them")
     every = [*parts.values()]
+    # The first is the only one: reward_clipped alone has it, and a sum takes no loss twice.
     sharp = next((needs for needs in every if needs.undecided is not None), every[0])
     return Needs(
         k=max(needs.k for needs in every),
@@ -71,7 +73,7 @@ def union(parts: Mapping[str, Needs]) -> Needs:
         full=any(needs.full for needs in every),
         entropy=any(needs.entropy for needs in every),
         generated_by=every[0].generated_by,
-        given=all(needs.given for needs in every),
+        given=all(needs.given for needs in every),  # one that cannot take them refuses for all
         advantage=any(needs.advantage for needs in every),
         draws=any(needs.draws for needs in every),
         sampling=any(needs.sampling for needs in every),

@@ -1,5 +1,5 @@
-"""REOPOLD: the sampled token's reward with a floor, first on the tokens above it, then on the
-undecided ones."""
+"""REOPOLD: the sampled token's reward with a floor; first on the tokens whose reward is above it,
+later on those where the student is undecided."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from tutelage.distill.objectives.policy_gradient import weighted
 from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 ALIKE = 1e-4
-"""Nats by which the entropies of one state may differ: rounding, by what shares a batch."""
+"""Nats by which entropies of the same state may differ by rounding, which depends on the batch."""
 
 
 def entropy_floor(entropy_N: torch.Tensor, share: float) -> float:
-    """Of the tokens that take loss: the entropy from which on they are among the highest `share`.
-    Tokens in one and the same state stay together, though their entropies differ by rounding."""
+    """The entropy from which on a token is among the highest `share` of those that take loss.
+    Tokens in the same state fall on the same side, though their entropies differ by rounding."""
+    # numpy's, in float64: torch.quantile refuses more than 16 million numbers
     return float(np.quantile(entropy_N.double().cpu().numpy(), 1 - share)) - ALIKE
 
 
 class RewardClipped:
-    """Relaxed on-policy distillation (REOPOLD, arXiv:2603.11137). R = log q(y) - log pi_old(y):
+    """Relaxed on-policy distillation (REOPOLD, arXiv:2603.11137). With pi_old the behavior policy
+    and R = log q(y) - log pi_old(y):
 
         L = -rho max(R, c) M,   rho = pi(y) / pi_old(y)
         M = 1[R >= c]                  up to `switch` of the run: exploration
@@ -32,14 +34,13 @@ class RewardClipped:
     The floor is c = log(lam) / (1 - lam), the Jensen bound of log((1 - lam) q/pi + lam); notes on
     the paper also give log(lam / (1 - lam)): `floor` sets c itself. The entropies compared are
     those of all of the task's tokens that take loss in one optimizer step, whatever micro-batches
-    and processes they are in (`Tokens.entropy_floor`). Left out: the division by sum M; the mean
-    outside is over all tokens that take loss, so the gradient is smaller by the share that M keeps
-    (logged).
+    and processes they are in (`Tokens.entropy_floor`). Left out: the division by sum M. The learner
+    divides by all tokens that take loss, so the gradient is smaller by the share that M keeps,
+    which is logged as reward/kept.
 
     Args:
         lam: in (0, 1). floor: c, in place of lam's. share: in (0, 1]. switch: in [0, 1].
-        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
-            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`).
+        behavior: see `Case.importance`.
     """
 
     name = "reward_clipped"
@@ -78,11 +79,11 @@ class RewardClipped:
             kept_N = self._undecided(case)
         ratio_N = (case.student_logprobs() - case.behavior_logprobs_N).exp()
         loss_N = torch.where(kept_N, -ratio_N * reward_N.clamp(min=self.floor), 0.0)
-        return weighted(loss_N, {"reward/kept": kept_N.float()}, case.drawn(self.behavior))
+        return weighted(loss_N, {"reward/kept": kept_N.float()}, case.importance(self.behavior))
 
     def _undecided(self, case: Case) -> torch.Tensor:
         entropy_N, counted_N = case.student.entropy(), case.unmasked()
         floor = case.tokens.entropy_floor
-        if floor is None:
+        if floor is None:  # called without a learner: this call's tokens are all that is known
             floor = entropy_floor(entropy_N[counted_N], self.share) if counted_N.any() else math.inf
         return entropy_N >= floor

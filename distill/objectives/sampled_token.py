@@ -1,4 +1,4 @@
-"""The sampled-token baseline: policy gradient on log q - log pi of the token that was drawn."""
+"""The sampled-token baseline: policy gradient on log q - log pi of the sampled token."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from tutelage.distill.objectives.tokens import Case, Loss, check_behavior
 
 class SampledToken:
     """PPO surrogate on the discounted return of R = log q(y) - log pi_old(y), detached
-    (Revisiting-OPD, arXiv:2603.25562, section 3.1):
+    (Revisiting-OPD, arXiv:2603.25562, section 3.1), pi_old the behavior policy:
 
         A_t = sum_{t' >= t} gamma^(t' - t) R_t'     inside one reply
 
-    gamma = 0 is the token-level estimator, gamma = 1 the causal sequence-level one: unbiased for
-    the reverse KL of whole replies, and of a variance that grows much faster with their length. A
-    token outside the mask earns no reward, so that a special token's does not reach the ones before
-    it (the authors' code masks the loss alone).
+    gamma = 0 is the token-level estimator. gamma = 1 is the causal sequence-level one: unbiased for
+    the reverse KL of whole replies, but its variance grows much faster with their length. A token
+    outside the mask earns no reward, so that a masked special token does not change the returns of
+    those before it (the authors' code masks the loss alone).
 
     Args:
         clip, dual_clip: PPO's bounds; dual_clip=None: none.
         reward_clip: clamp R to [-reward_clip, reward_clip]; None: none (the paper's scripts).
         gamma: discount, 0 to 1.
-        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
-            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`), and so what
-            follows a token in its return; its prefix stays as it was drawn.
+        behavior: see `Case.importance`; sampling weighs each token and, in its return, those that
+            follow it; its prefix is taken as it was sampled.
     """
 
     name = "sampled_token"
@@ -56,7 +55,7 @@ class SampledToken:
         if self.reward_clip is not None:
             reward_N = reward_N.clamp(-self.reward_clip, self.reward_clip)
         reward_N = torch.where(case.unmasked(), reward_N, 0.0)
-        weight_N = case.drawn(self.behavior)
+        weight_N = case.importance(self.behavior)
         advantage_N = returns_to_go(
             reward_N, case.tokens.segments_N, gamma=self.gamma, weights_N=weight_N
         )

@@ -1,6 +1,6 @@
-"""What a teacher says of N tokens: its top-K ids with log-probabilities, and the sampled token's.
+"""A teacher's scores of N tokens: its top-K ids with log-probabilities, and the sampled token's.
 
-Letters: N tokens, K support size, J ids that the student asks for, V vocabulary.
+Letters: N tokens, K support size, J query ids a token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ class TeacherScores:
     ids_NK: int64, the teacher's K most probable ids, most probable first; ties in no order.
     logprobs_NK, sampled_N: float32. -inf is allowed (probability zero); NaN and +inf are not.
     vocabulary: V, the number of ids that take probability.
-    entropy_N: nats, over the whole vocabulary; None from a server that does not say.
-    asked_ids_NJ, asked_logprobs_NJ: the teacher at ids that the student asked for (its own top J).
-    full_NV: every log-probability, where the teacher is at hand (`from_logits`) or was asked for
-    it.
-    checked: these are parts of scores that were looked at when they came (from logits, or in a
-    message): only the shapes are checked. On a GPU each look waits for the device.
+    entropy_N: nats, over the whole vocabulary; None from a server that does not tell it.
+    query_ids_NJ, query_logprobs_NJ: ids at which the student wants the teacher's log-probabilities
+    (the student's own top J), and these.
+    full_NV: every log-probability, where the teacher's logits are here (`from_logits`) or it was
+    asked for all.
+    checked: these are parts of scores whose values were checked when they arrived (from logits, or
+    in a message): only shapes are checked. On a GPU each check of values waits for the device.
 
     Raises:
         ValueError: shapes that do not fit, ids outside the vocabulary, NaN or +inf.
@@ -51,12 +52,10 @@ class TeacherScores:
                 f"teacher scores differ in shape: ids {tuple(self.ids_NK.shape)}, log-probabilities"
                 f" {tuple(self.logprobs_NK.shape)}, sampled {tuple(self.sampled_N.shape)}"
             )
-        asked, answered = self.query_ids_NJ, self.query_logprobs_NJ
-        if (None if asked is None else asked.shape) != (
-            None if answered is None else answered.shape
-        ):
+        queries = (self.query_ids_NJ, self.query_logprobs_NJ)
+        if len({None if tensor is None else tensor.shape for tensor in queries}) > 1:
             raise ValueError(
-                "teacher scores at asked ids: the ids and the log-probabilities must come together,"
+                "teacher scores at query ids: the ids and the log-probabilities must come together,"
                 " in one shape"
             )
         if self.full_NV is not None and self.full_NV.shape[1] != self.vocabulary:
@@ -93,7 +92,7 @@ class TeacherScores:
         """The teacher's entropy in nats [N].
 
         Raises:
-            ValueError: these scores do not say.
+            ValueError: these scores hold none.
         """
         if self.entropy_N is None:
             raise ValueError(
@@ -112,7 +111,7 @@ class TeacherScores:
             assert self.query_logprobs_NJ is not None
             if self.query_ids_NJ.shape[1] < k:
                 raise ValueError(
-                    f"k={k}, but the teacher was asked for {self.query_ids_NJ.shape[1]} ids a token"
+                    f"k={k}, but the teacher was asked at {self.query_ids_NJ.shape[1]} ids a token"
                 )
             return self.query_ids_NJ[:, :k], self.query_logprobs_NJ[:, :k]
         if self.full_NV is None:
@@ -136,7 +135,7 @@ class TeacherScores:
         query_ids_NJ: torch.Tensor | None = None,
     ) -> TeacherScores:
         """Scores from the teacher's logits. `keep_full=False` drops the whole distribution, which
-        student supports and full-vocabulary divergences need; `asked_ids_NJ` keeps some of it.
+        student supports and full-vocabulary divergences need; `query_ids_NJ` keeps part of it.
 
         Raises:
             ValueError: k outside 1..V, or logits that are NaN or +inf.
@@ -151,6 +150,7 @@ class TeacherScores:
             logprobs_NK=top.values,
             sampled_N=full_NV.gather(1, sampled_ids_N[:, None].long())[:, 0],
             vocabulary=vocabulary,
+            # 0 log 0 is 0; computed as 0 * -inf it would be NaN
             entropy_N=-torch.where(full_NV == -torch.inf, 0.0, full_NV.exp() * full_NV).sum(-1),
             query_ids_NJ=query_ids_NJ,
             query_logprobs_NJ=None if query_ids_NJ is None else full_NV.gather(1, query_ids_NJ),
@@ -160,6 +160,7 @@ class TeacherScores:
     @classmethod
     def join(cls, parts: Sequence[TeacherScores]) -> TeacherScores:
         """Several scores as one, in order. What one of them lacks, the whole lacks."""
+        # An optional field stays only where every part has it: a loss that needs it then refuses.
         have = set.intersection(*({name for name, _ in part.tensors()} for part in parts))
         return cls(
             checked=True,
@@ -186,9 +187,9 @@ class TeacherScores:
 
 
 def _check_values(parts: Sequence[tuple[str, torch.Tensor]], vocabulary: int) -> None:
-    """Raises ValueError for what no teacher says."""
+    """Raises ValueError for ids outside the vocabulary, NaN and +inf."""
     for name, tensor in parts:
-        if not tensor.numel():
+        if not tensor.numel():  # it has no largest element
             continue
         if name.partition("_N")[0].endswith("ids"):
             if tensor.max() >= vocabulary or tensor.min() < 0:
@@ -196,7 +197,7 @@ def _check_values(parts: Sequence[tuple[str, torch.Tensor]], vocabulary: int) ->
                     f"teacher {name}: a support id lies outside the vocabulary of {vocabulary}: the"
                     " teacher's tokenizer or its padded embedding differs from the student's"
                 )
-        elif not tensor.max() < torch.inf:  # the largest of some numbers and NaN is NaN
+        elif not tensor.max() < torch.inf:  # `not <` also catches NaN, which max() passes on
             where = (~(tensor < torch.inf)).nonzero()[0].tolist()
             raise ValueError(
                 f"teacher {name} at {where} is {tensor[tuple(where)].item()}: a log-probability is"

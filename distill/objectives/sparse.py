@@ -1,9 +1,9 @@
 """The student as hidden states and an output head: no [tokens, vocabulary] tensor, ever.
 
-A softmax over K chosen tokens needs K logits: the normaliser over the vocabulary cancels. So the
-head is applied to K gathered rows a token. What needs the normaliser (a full log-probability, an
-entropy) takes it block by block and computes the blocks again for the gradient. Products are
-accumulated in float32 whatever the weights are in.
+A softmax over the K ids of a support needs K logits: the normaliser over the vocabulary cancels.
+So the head is applied to K gathered rows a token. What needs the normaliser (a full
+log-probability, an entropy) takes it block by block and computes the blocks again for the gradient.
+Products are accumulated in float32 whatever the weights are in.
 
 Letters: N tokens, K ids a token, D hidden size, V vocabulary, C tokens of a chunk, U head rows of a
 block.
@@ -61,7 +61,8 @@ class SparseStudent:
         return self.logits_at(ids_NK) - self._normaliser_N[:, None]
 
     def _normaliser(self, ids_N: torch.Tensor) -> torch.Tensor:
-        """log sum exp of every token's logits [N]. A fused kernel gives -log pi(y), of any y."""
+        """log sum exp of every token's logits [N]. A fused kernel computes -log pi(y) instead, from
+        which it follows with any id y."""
         fused = fused_cross_entropy(self._weight_VD, self._bias_V)
         if fused is None:
             normaliser_N: torch.Tensor = _LogSumExp.apply(
@@ -69,6 +70,7 @@ class SparseStudent:
             )
             return normaliser_N
         narrow_ND = self._hidden_ND.to(self._weight_VD.dtype)
+        # log sum exp = -log pi(y) + logit(y)
         surprise_N = fused(narrow_ND, self._weight_VD[: self.vocabulary], ids_N)
         return surprise_N.to(self._hidden_ND.dtype) + self.logits_at(ids_N[:, None])[:, 0]
 
@@ -122,13 +124,14 @@ class SparseStudent:
         sizes = [len(chunk) for chunk in chunks]
         return torch.cat(
             [
+                # checkpoint: the logits [C, V] are computed again in the backward, not kept
                 checkpoint(part, hidden_CD, teacher_CV, use_reentrant=False)
                 for hidden_CD, teacher_CV in zip(chunks, teacher_NV.split(sizes), strict=True)
             ]
         )
 
     def _chunks(self) -> tuple[torch.Tensor, ...]:
-        """Hidden states whose whole logits fit."""
+        """The hidden states in chunks whose logits have at most CHUNK elements."""
         return self._hidden_ND.split(max(1, CHUNK // self.vocabulary))
 
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -146,19 +149,22 @@ def fused_cross_entropy(
     weight_VD: torch.Tensor, bias_V: torch.Tensor | None
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """cut-cross-entropy's kernel (Wijmans et al. 2024, arXiv:2411.09009) for narrow weights on a
-    GPU, where it is installed; None: the blocks below. Its filter, which drops small gradients, is
-    off."""
+    GPU, where it is installed; None: use the blocks below."""
     if not weight_VD.is_cuda or weight_VD.dtype == _wide(weight_VD) or bias_V is not None:
         return None
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError:
         return None
+    # filter_eps would drop small gradients
     return partial(linear_cross_entropy, reduction="none", filter_eps=None)
 
 
 class _GatheredLogits(Function):
     """hidden_n . weight_v + bias_v at the ids v of each n [N, K]."""
+
+    # By hand, since autograd would keep the gathered rows [N, K, D] for the backward; here the
+    # backward gathers them again, part by part.
 
     @staticmethod
     def forward(
@@ -203,20 +209,20 @@ class _GatheredLogits(Function):
 
 
 class _RowSums:
-    """Sums rows into a [V, D] gradient. Narrow weights (bfloat16) get a float32 sum beside it, of
-    those rows alone that some token uses."""
+    """Sums rows into a [V, D] gradient. For narrow weights (bfloat16) it sums in float32, only the
+    rows that some token uses, and narrows the sums at the end."""
 
     def __init__(self, weight_VD: torch.Tensor, ids_NK: torch.Tensor, wide: torch.dtype) -> None:
         self._gradient_VD = torch.zeros_like(weight_VD)
         self._used_U: torch.Tensor | None = None
-        self._places_NK, self._sums_UD = ids_NK, self._gradient_VD
+        self._index_NK, self._sums_UD = ids_NK, self._gradient_VD
         if weight_VD.dtype != wide:
-            self._used_U, self._places_NK = ids_NK.unique(return_inverse=True)
+            self._used_U, self._index_NK = ids_NK.unique(return_inverse=True)
             shape = (len(self._used_U), weight_VD.shape[1])
             self._sums_UD = weight_VD.new_zeros(shape, dtype=wide)
 
     def add(self, part: slice, rows_XD: torch.Tensor) -> None:
-        self._sums_UD.index_add_(0, self._places_NK[part].flatten(), rows_XD)
+        self._sums_UD.index_add_(0, self._index_NK[part].flatten(), rows_XD)
 
     def total(self) -> torch.Tensor:
         if self._used_U is not None:
@@ -249,10 +255,12 @@ class _LogSumExp(Function):
         hidden_sum_ND = torch.zeros_like(wide_ND) if need_hidden else None
         weight_gradient_VD = torch.zeros_like(weight_VD) if need_weight else None
         bias_gradient_V = torch.zeros_like(bias_V) if need_bias else None
+        # Blocks outside, tokens inside: a block's float32 sum is complete before it is narrowed.
         for block, rows_UD, bias_U in _blocks(weight_VD, bias_V, ctx.vocabulary):
             rows_sum_UD, bias_sum_U = torch.zeros_like(rows_UD), rows_UD.new_zeros(len(rows_UD))
             for tokens in _spans(len(hidden_ND)):
                 share_CU = _affine(wide_ND[tokens], rows_UD, bias_U)
+                # d logsumexp / d logit is the softmax
                 share_CU.sub_(normaliser_N[tokens, None]).exp_().mul_(gradient_N[tokens, None])
                 if hidden_sum_ND is not None:
                     hidden_sum_ND[tokens].addmm_(share_CU, rows_UD)
@@ -278,6 +286,7 @@ def _normalise(
     for _, rows_UD, bias_U in _blocks(weight_VD, bias_V, vocabulary):
         for tokens in _spans(len(hidden_ND)):
             logits_CU = _affine(wide_ND[tokens], rows_UD, bias_U)
+            # The streaming softmax: sums so far are rescaled whenever a larger logit turns up.
             higher_C = torch.maximum(top_N[tokens], logits_CU.amax(-1))
             scale_C = (top_N[tokens] - higher_C).exp()
             share_CU = (logits_CU - higher_C[:, None]).exp_()
@@ -299,7 +308,7 @@ def _blocks(
 
 
 def _spans(count: int) -> Iterator[slice]:
-    """Slices of tokens whose logits over one block fit."""
+    """Slices of tokens whose logits over one block have at most CHUNK elements."""
     size = max(1, CHUNK // BLOCK)
     for first in range(0, count, size):
         yield slice(first, first + size)
@@ -314,6 +323,7 @@ def _affine(
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
+    # float64, in which the tests compare, is not narrowed
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -33,7 +33,7 @@ class StudentView(Protocol):
     def sampling_logprobs_at(
         self, ids_N: torch.Tensor, *, temperature: float, top_p: float
     ) -> torch.Tensor:
-        """See `law_logprobs` [N]. No gradient."""
+        """See `sampling_logprobs` [N]. No gradient."""
 
     def over_vocabulary(
         self,
@@ -46,21 +46,22 @@ class StudentView(Protocol):
 def sampling_logprobs(
     logits_NV: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, top_p: float
 ) -> torch.Tensor:
-    """Log-probability of each token under the law that drew it: softmax(logits / temperature), cut
-    to its nucleus (the fewest most probable tokens with mass >= top_p) and renormalised; 0 under a
-    temperature of 0. The token is taken to be in the nucleus, since it was drawn: at its edge
-    rounding could say otherwise."""
+    """Log-probability of each token under the sampling parameters: softmax(logits / temperature),
+    cut to its nucleus (the fewest most probable tokens with mass >= top_p) and renormalised; 0 at
+    temperature 0. The token counts as part of the nucleus, since it was sampled from it: at its
+    edge rounding could say otherwise."""
     if temperature == 0:
-        return torch.zeros_like(logits_NV[:, 0])
+        return torch.zeros_like(logits_NV[:, 0])  # greedy: probability 1
     logprobs_NV = (logits_NV / temperature).log_softmax(-1)
     own_N1 = logprobs_NV.gather(1, ids_N[:, None])
     if top_p == 1:
         return own_N1[:, 0]
     sorted_NV = logprobs_NV.sort(dim=-1, descending=True).values
     probs_NV = sorted_NV.exp()
-    rank_N1 = (sorted_NV > own_N1).sum(-1, keepdim=True)  # the first of its equals, at the edge too
-    places_V = torch.arange(logprobs_NV.shape[1], device=logprobs_NV.device)
-    inside_NV = (probs_NV.cumsum(-1) - probs_NV < top_p) | (places_V <= rank_N1)
+    rank_N1 = (sorted_NV > own_N1).sum(-1, keepdim=True)  # among equals it counts as the first
+    ranks_V = torch.arange(logprobs_NV.shape[1], device=logprobs_NV.device)
+    # By the mass before a token: the one that crosses top_p belongs to the nucleus.
+    inside_NV = (probs_NV.cumsum(-1) - probs_NV < top_p) | (ranks_V <= rank_N1)
     return own_N1[:, 0] - torch.where(inside_NV, probs_NV, 0.0).sum(-1).log()
 
 

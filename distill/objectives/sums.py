@@ -15,11 +15,11 @@ from tutelage.distill.objectives.tokens import Case, Loss, Rule
 class Sum:
     """L = sum_i weight_i L_i.
 
-    Of several, each one's diagnostics begin with its name, and `loss/NAME` is its own loss, before
-    its weight. One alone keeps its metrics' names.
+    Where there are several, each one's diagnostics begin with its name, and `loss/NAME` is its own
+    loss, before its weight. A single one keeps its metrics' names.
 
     Args:
-        terms: weight and loss; none twice, since its name tells its metrics apart.
+        terms: weight and loss; none twice, since a loss's name tells its metrics apart.
     """
 
     def __init__(self, terms: Sequence[tuple[float, Rule]]) -> None:
@@ -47,7 +47,4 @@ class Sum:
                 found = {f"{rule.name}/{key}": value for key, value in found.items()}
                 found[f"loss/{rule.name}"] = loss_N.detach()
             metrics |= found
-        total_N, *others = losses
-        for loss_N in others:
-            total_N = total_N + loss_N
-        return total_N, metrics
+        return sum(losses[1:], start=losses[0]), metrics

@@ -1,4 +1,5 @@
-"""What an objective is told of N tokens: the student, its teacher's scores, the draw, the masks.
+"""What an objective knows of N tokens: the student, its teacher's scores, how they were sampled,
+which of them take loss.
 
 Letters: N tokens, K support size, V vocabulary.
 """
@@ -22,13 +23,13 @@ IMPOSSIBLE = -1e4
 """Log-probability of what a teacher rules out. Finite, so that 0 log 0 is 0 and a sampled token
 that the teacher finds impossible is a large loss instead of a NaN; its exponential is 0."""
 
-
 BEHAVIORS = ("full", "sampling")
-"""By which law an objective takes its tokens for drawn: the whole policy's, or the recorded one."""
+"""From which distribution an objective takes its tokens to be sampled: the whole policy, or the
+policy under the recorded sampling parameters."""
 
 
 def check_behavior(objective: str, behavior: str) -> None:
-    """Raises ValueError for a behavior that is none, naming the nearest."""
+    """Raises ValueError for an unknown behavior, naming the nearest."""
     if behavior not in BEHAVIORS:
         raise ValueError(unknown(f"{objective} behavior", behavior, BEHAVIORS))
 
@@ -39,15 +40,15 @@ class Tokens:
 
     segments_N: int64; tokens of one number, which stand together and in order, are one reply: a
     return-to-go stays inside it. None: all N are one reply.
-    mask_N: True where the token takes loss; elsewhere its cost counts for nothing either. None:
-    everywhere.
-    uniforms_N: the draw in [0, 1) that decides TrOPD's trust mask, so that a token's fate does not
-    hang on its batch. None: drawn from the call's generator.
-    law_N: log-probability of the token under the law that drew it, after temperature and top-p;
-    NaN where none was drawn. None: nobody said, which `behavior: sampling` refuses.
-    advantage_N: how much better the token was than expected, by a reward. None: nobody said.
+    mask_N: True where the token takes loss; elsewhere it earns no reward either. None: everywhere.
+    uniforms_N: the draw in [0, 1) that decides TrOPD's trust mask, so that it does not depend on
+    the batch. None: drawn from the call's generator.
+    sampling_logprobs_N: log-probability of the token under the sampling parameters, after
+    temperature and top-p; NaN for off-policy tokens. None: unknown, which `behavior: sampling`
+    refuses.
+    advantage_N: how much better the token was than expected, by a reward. None: unknown.
     entropy_floor: the student's entropy, in nats, from which on a token is among the most undecided
-    of its update (REOPOLD). None: of this call's tokens.
+    of its update (REOPOLD). None: computed from this call's tokens.
     progress: how much of the run is done, 0 to 1.
     """
 
@@ -62,7 +63,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """All that a loss may use. `behaviour_N` is NaN where the student did not sample the token."""
+    """All that a loss may use. `behavior_logprobs_N` is NaN for off-policy tokens."""
 
     student: StudentView
     scores: TeacherScores | None
@@ -87,22 +88,24 @@ class Case:
 
     def reward(self) -> torch.Tensor:
         """R = log q(y) - log pi_old(y) [N], detached: Revisiting-OPD's -r_t, TrOPD's K1. Both are
-        the whole laws', whatever drew y: which y are met is `drawn`'s to mend. pi_old stays that of
-        the weights that played, through the minibatches of an update and under max_staleness, as
-        PPO's advantages do; the ratio pi / pi_old corrects for the rest."""
+        log-probabilities at temperature 1 over the whole vocabulary, however y was sampled; for
+        that `importance` corrects. pi_old stays the policy that sampled, through the minibatches of
+        an update and under max_staleness, as in PPO's advantages; the ratio pi / pi_old corrects
+        for what the student has learned since."""
         return (self.teacher_logprobs() - self.behavior_logprobs_N).detach()
 
-    def drawn(self, behavior: str) -> torch.Tensor | None:
-        """w = pi_old(y) / mu(y) [N], by which a mean over y ~ mu, the law that drew the tokens
-        (temperature, top-p), becomes one over y ~ pi_old:
+    def importance(self, behavior: str) -> torch.Tensor | None:
+        """The importance weight w = pi_old(y) / mu(y) [N]. mu is what the tokens were sampled from:
+        the behavior policy pi_old after temperature and top-p. w turns a mean over y ~ mu into one
+        over y ~ pi_old:
 
             E_mu[ w f(y) ] = sum_{y: mu(y) > 0} pi_old(y) f(y)
 
-        Exact for a law that cuts nothing (any temperature); under top-p what is never drawn is
-        missing, its sum over the cut tail. 1 where a token was given. None: behavior is full, which
-        takes mu for pi_old, as the papers' codes do.
+        Exact at any temperature above 0; under top-p the sum lacks the tokens that mu cuts off. 1
+        for off-policy tokens. None: behavior is full, which treats the tokens as sampled from
+        pi_old, at temperature 1 and top-p 1, as the papers' codes do.
 
-        PPO's clips stay on pi / pi_old, which is 1 on policy, and w multiplies what they leave: a
+        PPO's clips stay on pi / pi_old, which is 1 on policy, and w multiplies the clipped loss: a
         clip of pi / mu would cut tokens that no update has moved yet (the decoupled objective of
         Hilton et al. 2022, arXiv:2110.00641).
         """
@@ -110,17 +113,22 @@ class Case:
             return None
         if self.tokens.sampling_logprobs_N is None:
             raise ValueError(
-                "behavior='sampling' needs the tokens' log-probabilities under the law that drew"
-                " them, and got none: give tokens=Tokens(law_N=...), or behavior='full'"
+                "behavior='sampling' needs the tokens' log-probabilities under the sampling"
+                " parameters, and got none: give tokens=Tokens(sampling_logprobs_N=...), or"
+                " behavior='full'"
             )
         sampling_logprobs_N = self.tokens.sampling_logprobs_N
-        unsaid_N = sampling_logprobs_N.isnan() & ~self.behavior_logprobs_N.isnan() & self.unmasked()
-        if unsaid_N.any():
-            where = int(unsaid_N.nonzero()[0])
+        unknown_N = (
+            sampling_logprobs_N.isnan() & ~self.behavior_logprobs_N.isnan() & self.unmasked()
+        )
+        if unknown_N.any():
+            where = int(unknown_N.nonzero()[0])
             raise ValueError(
-                f"behavior='sampling': the sampling law's log-probability of token {where} is not"
-                " known: its rollout was recorded by an engine, or a version, that did not say"
+                f"behavior='sampling': the log-probability of token {where} under the sampling"
+                " parameters is not known: its rollout was recorded by an engine, or a version,"
+                " that did not tell it"
             )
+        # NaN is left for off-policy tokens, whose weight is 1, and for masked ones, which count 0.
         return (self.behavior_logprobs_N - sampling_logprobs_N).exp().nan_to_num(nan=1.0).detach()
 
     def unmasked(self) -> torch.Tensor:

@@ -15,8 +15,8 @@ TRUSTS = ("ratio", "static")
 
 
 class TrustRegion:
-    """Trust-region on-policy distillation (TrOPD, arXiv:2606.01249, section 3). With R = log q(y) -
-    log pi_old(y), detached:
+    """Trust-region on-policy distillation (TrOPD, arXiv:2606.01249, section 3). With pi_old the
+    behavior policy and R = log q(y) - log pi_old(y), detached:
 
         M ~ Bernoulli(min(q(y) / pi_old(y), 1))        speculative decoding's acceptance
         trusted token:  -R rho,  rho = pi(y) / pi_old(y)          reverse KL, as a policy gradient
@@ -24,8 +24,8 @@ class TrustRegion:
         token of a teacher's prefix:  -beta log pi(y)             forward KL, K1
 
     Differentiating log(pi/q) of a sampled token directly would have expectation zero; hence the
-    policy gradient. M is drawn once a token, against the policy that sampled it. The top K are not
-    renormalised (the paper's formula).
+    policy gradient. M is drawn once per token, against the policy that sampled it. The top K are
+    not renormalised (the paper's formula).
 
     Args:
         k: the teacher's support, where an outlier's rule uses one.
@@ -34,9 +34,8 @@ class TrustRegion:
         trust: ratio (M above), or static, as in the paper's plain rows: trusted where R > tau.
         tau: log-ratio, for trust=static and outlier=clip; the paper gives no value.
         beta: of the prefix's tokens.
-        behavior: full takes the tokens for draws of the whole policy at temperature 1; sampling
-            weighs them by pi_old / mu, mu the law that drew them (`Case.drawn`), trusted and
-            outlying ones alike; M is drawn as above.
+        behavior: see `Case.importance`; sampling weighs trusted and outlying tokens alike, and M
+            is drawn as above.
     """
 
     name = "trust_region"
@@ -70,6 +69,8 @@ class TrustRegion:
     def __call__(self, case: Case) -> Loss:
         given_N = case.behavior_logprobs_N.isnan()
         logprobs_N = case.student_logprobs()
+        # A prefix's token has no pi_old (NaN): a finite stand-in, since torch.where would let a NaN
+        # of the branch that it does not take through to the gradient.
         old_N = torch.where(given_N, logprobs_N.detach(), case.behavior_logprobs_N)
         reward_N = (case.teacher_logprobs() - old_N).detach()
         if self.trust == "ratio":
@@ -80,9 +81,9 @@ class TrustRegion:
         ratio_N = (logprobs_N - old_N).exp()
         loss_N = torch.where(trusted_N, -reward_N * ratio_N, self._outlier(case, reward_N, ratio_N))
         loss_N = torch.where(given_N, -self.beta * logprobs_N, loss_N)
-        trusted_N = trusted_N & ~given_N  # no draw decides a given token
+        trusted_N = trusted_N & ~given_N  # M does not apply to a prefix's tokens
         metrics = {"trust/share": trusted_N.float(), "trust/given": given_N.float()}
-        return weighted(loss_N, metrics, case.drawn(self.behavior))
+        return weighted(loss_N, metrics, case.importance(self.behavior))
 
     def _outlier(self, case: Case, reward_N: torch.Tensor, ratio_N: torch.Tensor) -> torch.Tensor:
         if self.outlier == "mask":
@@ -92,4 +93,4 @@ class TrustRegion:
         forward_N = forward_kl(case, self.k)
         if self.outlier == "forward_kl":
             return forward_N
-        return forward_N.detach() * ratio_N
+        return forward_N.detach() * ratio_N  # -A rho, with A = -KL detached
