@@ -133,7 +133,7 @@ def test_what_a_node_lacks_is_named_with_the_node(addresses: dict[str, str]) -> 
     from tutelage.distill.config.teachers import TeacherConfig
 
     def make() -> Any:
-        from tutelage.distill.run.assembly import make_teacher
+        from tutelage.distill.teachers.build import make_teacher
 
         return make_teacher("t", TeacherConfig(model="/not/on/this/node"), 2048)
 

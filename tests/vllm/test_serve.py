@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ from tutelage.distill.models.loading import load_model, load_tokenizer, resolve
 from tutelage.distill.objectives import Needs
 from tutelage.distill.run.observers import Observer
 from tutelage.distill.run.training import Run
-from tutelage.distill.teachers import http_client
+from tutelage.distill.teachers import exchange, http_client
 from tutelage.distill.teachers.server import ServerTeacher
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import Row
@@ -204,16 +203,16 @@ def test_a_run_outlives_its_servers_death(
     class Killer(Observer):
         def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
             if step == 0:
-                monkeypatch.setattr(http.client.HTTPConnection, "getresponse", deadly)
+                monkeypatch.setattr(exchange._Network, "write", deadly)
 
-    getresponse = http.client.HTTPConnection.getresponse
+    write = exchange._Network.write
 
-    def deadly(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    def deadly(network: exchange._Network, buffer: bytes, timeout: float | None = None) -> None:
+        write(network, buffer, timeout)
         rows_sent.append(1)
         if len(rows_sent) == 3:
             served.kill()
             served.start()
-        return getresponse(connection)
 
     for name, watch in (("whole", None), ("killed", Killer())):
         with Run(_config(served, tmp_path / name), watch=watch) as run:

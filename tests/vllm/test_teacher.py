@@ -160,11 +160,11 @@ def test_a_run_with_the_student_as_its_own_teacher(
     tmp_path: Path, start: VllmTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through rollouts, transport and learner: what is left is the rounding to float16."""
-    from tutelage.distill.run import assembly
+    from tutelage.distill.teachers import build
 
     closed: list[str] = []
     monkeypatch.setattr(start, "close", lambda: closed.append(start.name))  # others need it yet
-    monkeypatch.setattr(assembly, "load_vllm_teacher", lambda *_, **__: start)
+    monkeypatch.setattr(build, "load_vllm_teacher", lambda *_, **__: start)
     data = {
         "run": str(tmp_path / "run"),
         "steps": 2,
