@@ -205,7 +205,7 @@ class TestFaults:
             _teacher(server, timeout=0.4).score(rows[:1], Needs(k=4))
         text = str(raised.value)
         begins = f"teachers.one: {server.url}/v1/completions gave no answer in 3 attempts"
-        assert text.startswith(begins) and "same command goes on" in text
+        assert text.startswith(begins) and "same command resumes" in text
         assert re.search(said, text), text
         assert server.asked == 3
 

@@ -93,7 +93,8 @@ class TestExam:
         part = model.get_output_embeddings() if where == "head" else model.get_input_embeddings()
         with torch.no_grad():
             part.weight[: VOCABULARY // 2 if where == "embedding" else 8] = value
-        said = r"teachers\.one: in its exam its logits are NaN or infinite at token \d+ \(id \d+\)"
+        said = r"in its self-test its logits are NaN or infinite at token \d+ \(id \d+\)"
+        said = rf"teachers\.one: {said}"
         with pytest.raises(ConfigError, match=said):
             serve(model)
 

@@ -1,8 +1,8 @@
 """The run's configuration: plain data, read once, checked whole, before anything heavy loads.
 
-Unknown keys are refused with the nearest known one. A value is of its key's type or refused: no
-text becomes a number, no number a switch. Every default has its reason beside it; what has no
-sensible default is required. What hangs on this machine is preflight.py's.
+Unknown keys are refused with the nearest known one. A value of another type than its key's is
+refused: no text becomes a number, no number a switch. What has no sensible default is required.
+What depends on this machine is checked by run/preflight.py.
 """
 
 from __future__ import annotations
@@ -56,48 +56,49 @@ class RunConfig(Section):
     """A whole run."""
 
     run: Place
-    """The run folder."""
+    """The run folder, where the run keeps everything. A run that was stopped resumes from it."""
     accept_changes: bool = False
-    """Resume in a run folder that was made with another configuration; it holds for that once."""
+    """Resume although the run folder was made with another configuration. It is not written to the
+    folder's config.yaml: a later change must be accepted anew."""
     seed: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=MOST_SEED)] = 0
-    """Every random draw is a function of it and of the step."""
+    """The seed: every random draw is a function of it and of the step."""
     steps: Annotated[Positive, Field(le=MOST_STEPS)]
-    """Optimizer steps over all tasks."""
+    """The steps of the run, over all tasks together."""
     date: Annotated[datetime.date, Field(strict=False), BeforeValidator(day)] | None = None
-    """What a chat template that shows the date takes for today; none: the day of the run's first
-    start, from its folder's config.yaml when it resumes or is evaluated."""
+    """The day that chat templates which show the date take for today. None: the day of the run's
+    first start, which its config.yaml keeps for when it resumes or is evaluated."""
     student: StudentConfig
-    """Who learns."""
+    """The model that learns."""
     teachers: dict[Name, TeacherConfig] = Field(default_factory=dict)
-    """Who scores, by name."""
+    """The models that score the student's tokens, by a name of your choice."""
     tasks: dict[Name, TaskConfig]
-    """What is learned, by name."""
+    """What the student learns, by a name of your choice."""
     objective: Objectives = ObjectiveConfig()
-    """By which loss, or in a list by the sum of which, unless a task has its own."""
+    """The loss of all tasks that have none of their own; a list of losses is their weighted sum."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Which tasks a step trains."""
     rollout: RolloutConfig = RolloutConfig()
-    """How the student plays, unless a task says otherwise."""
+    """How the student plays episodes, unless a task says otherwise."""
     vllm: VllmConfig = VllmConfig()
-    """How the engine of rollout.engine=vllm is started."""
+    """How vLLM is started for rollouts, where rollout.engine is vllm."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How the student's weights move."""
+    """How an update moves the student's weights."""
     learner: LearnerConfig = LearnerConfig()
-    """Over how many processes."""
+    """How many processes train the student together."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """When the student is examined."""
+    """When the student is evaluated, and on how much."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """What is kept of it."""
+    """When the student is saved, and what is kept."""
     journal: JournalConfig = JournalConfig()
-    """What is told of a run."""
+    """What is recorded and shown of the run."""
     cluster: ClusterConfig | None = None
-    """Ray; none: all in this process."""
+    """Ray, with rollout workers and teachers as its actors; none: all in this process."""
 
     @model_validator(mode="after")
     def _routes(self) -> RunConfig:
         if not self.tasks:
             raise ValueError("tasks is empty: name at least one")
-        for name, task in self.resolve().items():
+        for name, task in self.resolve().items():  # raises for tasks that cannot be resolved
             self._check_teachers(name, task)
             if task.objective.needs.sampling:
                 self._check_sampling(name, task.rollout.sampling)
@@ -106,7 +107,8 @@ class RunConfig(Section):
                 f"learner.processes: {self.learner.processes} of them take a GPU each, from 0 on:"
                 f" student.device {self.student.device!r} names one; say auto, cuda or cpu"
             )
-        self.policy()
+        self.policy()  # raises for weights of unknown tasks
+        # An idle teacher would load, and take its memory, for nothing.
         used = {teacher for task in self.tasks.values() for teacher in task.teachers}
         if idle := sorted(set(self.teachers) - used):
             raise ValueError(f"teachers.{idle[0]} teaches no task: remove it, or name it in a task")
@@ -126,8 +128,9 @@ class RunConfig(Section):
     def _check_teachers(self, name: str, settings: TaskSettings) -> None:
         """Raises ValueError for a task that lacks a teacher, or has one that cannot do its part."""
         task, objective = self.tasks[name], settings.objective
-        taught = objective.needs.teacher and objective.needs.given
-        if task.guidance is not None and not taught:
+        # imitation learns from off-policy tokens too, but of an expert that plays whole episodes
+        learns_prefixes = objective.needs.teacher and objective.needs.given
+        if task.guidance is not None and not learns_prefixes:
             raise ValueError(
                 f"tasks.{name}.guidance: only objective 'trust_region' learns from a guide's"
                 f" tokens, and this task's is {objective.name!r}: change one of them"
@@ -181,7 +184,9 @@ class RunConfig(Section):
             )
 
     def _check_sampling(self, task: str, sampling: SamplingParams) -> None:
-        """Raises ValueError where nobody can say what the sampling law gave the task's tokens."""
+        """Raises ValueError where the tokens' log-probabilities under the sampling parameters
+        cannot be known: vLLM records those at temperature 1, and the learner can compute the others
+        only while it has the weights that played."""
         stale = self.schedule.max_staleness
         if self.rollout.engine == "vllm" and stale and not sampling.whole:
             raise ValueError(
@@ -193,12 +198,12 @@ class RunConfig(Section):
 
     @property
     def workers(self) -> int:
-        """How many engines play."""
+        """How many rollout engines there are."""
         return self.cluster.workers if self.cluster else 1
 
     @property
     def rollout_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Of the weights that play."""
+        """The type of the weights that play."""
         own = self.vllm.dtype if self.rollout.engine == "vllm" else None
         return own or self.student.dtype
 

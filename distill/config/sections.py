@@ -42,18 +42,20 @@ class StudentConfig(Section):
     """Who learns: `model`, or `init` (an architecture with random weights) with `tokenizer`."""
 
     model: Place | None = None
-    """A folder, a hub id, or builtin:NAME of a tiny model that ships."""
+    """The model to train: a folder, a hub id, or builtin:NAME of a tiny model that comes with this
+    package."""
     init: dict[str, Any] | None = None
-    """Instead of model: the keys of a config.json, for random weights."""
+    """In place of model: the keys of a config.json, for a model with random weights."""
     tokenizer: Place | None = None
-    """With init, a folder or hub id; none: the model's own."""
+    """A folder or hub id; required with init. None: the model's own tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic; bfloat16 weights lose AdamW's small updates."""
+    """The type of the student's weights and arithmetic. In bfloat16 weights AdamW's small updates
+    are lost to rounding."""
     device: Device = "auto"
-    """auto (cuda where there is one), cpu, cuda or cuda:N."""
+    """Where the student is trained: auto (cuda where there is one), cpu, cuda or cuda:N."""
     threads: Positive | None = None
-    """Of torch in this process; none: every core that it may use (OMP_NUM_THREADS, taskset).
-    Forwards too small to gain from a second one take one."""
+    """CPU threads of torch in this process; none: one for each core that it may use
+    (OMP_NUM_THREADS, taskset). Forwards too small to gain from a second thread use one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:
@@ -72,11 +74,13 @@ def _named_objective(name: str) -> str:
 class ObjectiveConfig(Section):
     """By which loss a task is taught."""
 
+    # extra: the options of the loss that `name` names; `_known` checks them. Not strict: `build`
+    # converts them as each loss wants.
     model_config = ConfigDict(extra="allow", frozen=True)
     name: Annotated[str, AfterValidator(_named_objective)] = "local_support"
-    """Which one; each further key is an option of it."""
+    """The loss; the section's further keys are its options."""
     mask_tokens: Annotated[tuple[Text, ...], LISTED] = ()
-    """Texts whose ids take no loss where they first occur in a turn."""
+    """Texts whose tokens are left out of the loss where a turn has them for the first time."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -88,6 +92,8 @@ class ObjectiveConfig(Section):
         for option, value in self.options.items():
             if option not in known:
                 said = unknown(f"option of objective {self.name!r}:", option, known)
+                # a ValueError would blame the whole section: this names the option's place. The
+                # text goes in as a value, since pydantic would read braces in it as fields.
                 fault = PydanticCustomError("value_error", "{said}", {"said": said})
                 place = InitErrorDetails(type=fault, loc=(option,), input=value)
                 raise ValidationError.from_exception_data(self.name, [place])
@@ -99,7 +105,7 @@ class TermConfig(ObjectiveConfig):
     """By which loss a task is taught; or, in a list, one of the losses whose weighted sum it is."""
 
     weight: Above0 = 1.0
-    """In a list: of this loss in the sum."""
+    """The factor of this loss in the sum; only for losses in a list."""
 
 
 def build_objective(section: ObjectiveConfig | tuple[TermConfig, ...]) -> Objective:
@@ -110,7 +116,8 @@ def build_objective(section: ObjectiveConfig | tuple[TermConfig, ...]) -> Object
 
 
 def masked(section: ObjectiveConfig | tuple[TermConfig, ...]) -> tuple[str, ...]:
-    """Its `mask_tokens`. They are the task's: where several losses give any, they must be alike."""
+    """An objective's `mask_tokens`. The learner masks a task's tokens once, for all of its losses:
+    where several of them name texts, these must be alike."""
     if isinstance(section, ObjectiveConfig):
         return section.mask_tokens
     found = {term.name: term.mask_tokens for term in section if term.mask_tokens}
@@ -126,6 +133,7 @@ def _summed(terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
     return terms
 
 
+# With tags pydantic tells the faults of the branch that was meant, not of both.
 Objectives = Annotated[
     Annotated[ObjectiveConfig, Tag("one")]
     | Annotated[tuple[TermConfig, ...], LISTED, AfterValidator(_summed), Tag("sum")],
@@ -135,7 +143,7 @@ Objectives = Annotated[
 
 
 class OwnObjective(Section):
-    """A task's, in the place of the run's."""
+    """Reads a task's own objective, whose faults then have the path `tasks.NAME.objective`."""
 
     objective: Objectives
 
@@ -144,15 +152,17 @@ class ContextConfig(Section):
     """What the student sees each turn."""
 
     kind: Literal["full", "window"] = "full"
-    """full: the whole history in one row. window: the last turns, a row a turn."""
+    """full: the whole episode, which makes one row for training. window: a new prompt each turn
+    with the latest turns; each turn makes a row."""
     repeat_task: bool = False
-    """Say the task again with each observation."""
+    """Repeat the task's description with each observation."""
     turns: Count = 4
-    """window: how many earlier turns it shows."""
+    """With kind=window: how many earlier turns the prompt shows."""
     admissible: bool = False
-    """List the admissible actions with each observation."""
+    """List the actions that the environment would accept with each observation."""
     format: str | None = None
-    """Of prompts and replies, where the teacher was trained on one of its own: gigpo."""
+    """The layout of prompts and replies that the teacher was trained on, by name: gigpo. None: the
+    observations as they are."""
     system: str | None = None
     """The system message; none: the chat template's own, if it has one."""
 
@@ -170,83 +180,88 @@ class RolloutConfig(Section):
     """How the student plays."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """vllm is faster; such a run repeats up to the last bits of log-probabilities."""
+    """What generates the student's replies. vllm is faster, but a repeated run is then equal only
+    up to the last bits of log-probabilities."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Of sampling; 1: the policy itself; 0: greedy."""
+    """The sampling temperature. 1: the policy itself; 0: greedy decoding."""
     top_p: Part = 1.0
-    """Sample from the most probable tokens that together have this much; 1: from all."""
+    """Sample only from the most probable tokens whose probabilities sum to this much; 1: from
+    all."""
     max_turns: Positive = 30
-    """Of an episode; then it is truncated."""
+    """The most turns of an episode; after them it is truncated."""
     max_new_tokens: Positive = 32
-    """Of a reply."""
+    """The most tokens of one reply."""
     context: ContextConfig = ContextConfig()
     """What the student sees each turn."""
     max_live: Positive = 128
-    """Episodes in flight in an engine."""
+    """The most episodes that one engine plays at the same time."""
     processes: Count = 1
-    """Environment processes for each task and worker; 0: in the worker itself, where none of its
-    faults but an exception or sys.exit can be survived."""
+    """Environment processes for each task and rollout worker. 0: environments run in the worker
+    itself, which then survives their exceptions and sys.exit, but no crash and no hang."""
     timeout: Above0 = 60.0
     """Seconds that an environment may take for one batch of steps."""
     attempts: Positive = 3
-    """At an episode whose environment died or hung."""
+    """How often an episode is played whose environment dies or hangs, before it is dropped."""
     max_observation: Positive = MAX_OBSERVATION
-    """Characters of one observation: a million fill the longest contexts there are. A longer one is
-    a fault of the environment: its episode is dropped and counted."""
+    """The most characters of one observation: a million fill the longest contexts there are. A
+    longer one is the environment's fault: the episode is dropped and counted."""
     lost: Share = 0.5
-    """A step that loses a greater share of its episodes stops the run, saved."""
+    """The share of a step's episodes that may be dropped; if more are, the run stops, saved."""
 
 
 class GuidanceConfig(Section):
-    """TrOPD's prefixes (objective trust_region): part of the episodes begin with somebody else's
-    turns and tokens, at first all of them, by a cosine ever fewer, and the student goes on."""
+    """TrOPD's off-policy prefixes, for objective trust_region: an expert or the teacher begins some
+    of the episodes, and the student continues them. At first the prefix is the whole episode; from
+    step to step it shrinks, by a cosine, to nothing."""
 
     by: Literal["expert", "teacher"] = "expert"
-    """The environment's expert, or the task's own teacher."""
+    """Who plays the prefixes: the environment's expert, or the task's own teacher."""
     share: Share = 0.2
-    """Of the episodes (the official code: 128 beside 512)."""
+    """The share of a step's episodes that begin with a prefix (TrOPD's code: 128 beside 512)."""
     until: Part = 1.0
-    """The share of the task's steps after which no episode is begun so."""
+    """The share of the task's steps after which no episode begins with a prefix."""
 
 
 class TaskConfig(Section):
     """What the student learns to do, and from whom."""
 
     env: Text
-    """The environment's id, such as tutelage/Math-v0, or my_package:MyEnv-v0."""
+    """The environment's Gymnasium id, such as tutelage/Math-v0, or my_package:MyEnv-v0."""
     env_args: dict[str, Any] = Field(default_factory=dict)
-    """What gymnasium.make is given; `tutelage envs` lists each environment's."""
+    """The environment's arguments (of gymnasium.make); `tutelage envs` lists those of ours."""
     eval_args: dict[str, Any] = Field(default_factory=dict)
-    """What replaces keys of env_args in evaluation, such as the split."""
+    """Arguments that replace those of env_args in evaluation, such as the split."""
     teacher: str | dict[str, Above0] | None = None
-    """Its name, or {name: weight}: each episode has one of them, as often as the weights say."""
+    """The name of the task's teacher. Or {name: weight} of several: each episode is taught by one
+    of them, in proportion to the weights."""
     episodes: Positive = 16
-    """Of a step."""
+    """Episodes that the student plays for one step of this task."""
     group: Positive = 1
-    """Episodes of one game or problem."""
+    """How many of a step's episodes play the same game or problem; episodes is a multiple of it."""
     expert_share: Share | Annotated[tuple[Share, Share], LISTED] = 1.0
-    """imitation: the share of episodes that the expert plays itself, or [at first, at last]."""
+    """With objective imitation: the share of a step's episodes in which the expert plays rather
+    than the student; or [share in the first step, share in the last]."""
     guidance: GuidanceConfig | None = None
-    """Episodes that somebody else begins; none: the student plays all from their first token."""
+    """Episodes that an expert or the teacher begins; none: the student plays every token."""
     start: Count = 0
-    """The first of the run's steps that the task may have."""
+    """The first of the run's steps, counted from 0, in which the task may be trained."""
     end: Positive | None = None
-    """The first step that it may have no more; none: it has them to the end."""
+    """The first step in which the task is no longer trained; none: it is to the run's end."""
     steps: Positive | None = None
-    """How many it gets at most; none: no bound of its own."""
+    """The most steps that the task gets; none: no limit of its own."""
     weight: Above0 = 1.0
-    """Of this task's loss."""
+    """The factor by which this task's loss counts."""
     objective: Annotated[
         dict[str, Any] | list[Annotated[dict[str, Any], Like(TermConfig)]] | None,
         Like(ObjectiveConfig),
     ] = None
-    """Replaces the run's objective."""
+    """The task's own objective, which replaces the run's as a whole; none: the run's."""
     rollout: Annotated[dict[str, Any], Like(RolloutConfig)] = Field(default_factory=dict)
-    """Replaces keys of the run's rollout."""
+    """The task's own keys of rollout; those not given are the run's."""
 
     @property
     def teachers(self) -> dict[str, float]:
-        """Its teachers' weights."""
+        """The weights of its teachers, by name."""
         if isinstance(self.teacher, dict):
             return self.teacher
         return {} if self.teacher is None else {self.teacher: 1.0}
@@ -256,52 +271,54 @@ class ScheduleConfig(Section):
     """Which tasks a step trains."""
 
     policy: Literal["alternate", "weighted", "mixed", "token_budget", "gap"] = "alternate"
-    """alternate: in turn, a task a step. weighted: a task a step, as often as its weight says.
-    mixed: every task in every step. token_budget: a task a step, so that trained tokens stand in
-    proportion to the weights. gap: a task a step, more often the one that closes on its teacher
+    """Which tasks a step trains. mixed: all of them. The others: one. alternate: the tasks in turn.
+    weighted: each as often as its weight says. token_budget: so that the tasks' trained tokens are
+    in proportion to their weights. gap: more often the task whose distance to its teacher shrinks
     fastest."""
     weights: dict[str, Above0] = Field(default_factory=dict)
-    """By task, of weighted and token_budget; 1 where none is given."""
+    """With policy weighted or token_budget: a weight for each task, by name; 1 where none is
+    given."""
     least: Part = 0.4
-    """gap: the part that all tasks share equally."""
+    """With policy gap: the share of the steps that is divided equally among all tasks."""
     max_staleness: Count = 0
-    """How many updates old the weights may be that play an episode; 0: strictly on-policy. With 1,
-    a Ray run plays the next step's episodes while the student learns."""
+    """How many updates old the weights that play an episode may be. 0: strictly on-policy. 1: a Ray
+    run plays the next step's episodes while the student learns (asynchronous rollouts)."""
 
 
 class OptimizerConfig(Section):
     """How the student's weights move."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: for the hidden matrices, with AdamW for the rest: half the steps for the tiny models
-    from scratch."""
+    """The optimizer. muon: Muon for the hidden matrices, AdamW for the rest; it took half the steps
+    for the tiny models that were trained from scratch."""
     lr: Above0 = 1e-4
-    """The learning rate; it means the same for both."""
+    """The learning rate; a good value for adamw is one for muon too."""
     betas: Annotated[tuple[Beta, Beta], LISTED] = (0.9, 0.95)
-    """AdamW's decay of its two moments."""
+    """The decay rates of AdamW's two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled, as AdamW has it."""
+    """Weight decay, decoupled from the gradient as in AdamW."""
     clip: Above0 = 1.0
-    """Bound of the gradient's norm."""
+    """The largest norm of the gradient; a greater one is scaled down to it."""
     warmup: Count = 0
-    """Steps in which lr rises to its value."""
+    """The steps in which the learning rate rises linearly to lr."""
     decay: Literal["constant", "cosine"] = "constant"
-    """What lr does after that."""
+    """The course of the learning rate after warmup."""
     floor: Share = 0.1
-    """cosine: the share of lr that is left at the end."""
+    """With decay=cosine: the share of lr that is left at the end of the run."""
     micro_tokens: Positive | None = None
-    """Tokens, padding included, of one forward and backward; none: 2,048 on the CPU, where what
-    does not fit the cache costs twice, else 16,384."""
+    """Tokens, padding included, of one forward and backward; gradients of several are summed. None:
+    2,048 on the CPU, where more does not fit its cache and costs twice, else 16,384."""
     recompute: bool = False
-    """Keep the inputs of layers alone and compute the rest again in the backward: a third more
-    work, for memory that long rows would not fit without."""
+    """Gradient checkpointing: keep only the layers' inputs, and compute the rest again in the
+    backward. It costs a third more work, and makes room for longer rows."""
     minibatch: Positive | None = None
-    """Rows of one optimizer step (the paper: 64); none: all of a step's."""
+    """Rows for one move of the optimizer (the paper: 64); none: all rows of a step."""
     aggregate: Literal["token", "sequence"] = "token"
-    """A task's mean loss: over its tokens (the papers' formula), or over its rows' means."""
+    """How a task's loss is averaged: over all its tokens (the papers' formula), or first within
+    each row and then over the rows."""
     normalize: Literal["task", "all"] = "task"
-    """Several tasks in one update: task gives each its own mean, so that short answers are not
-    drowned by long chains; all is one mean over everything."""
+    """How the losses of several tasks in one step are averaged. task: each task by itself, so that
+    short answers are not drowned by long chains. all: one mean over everything."""
 
     def micro_tokens_on(self, device: str) -> int:
         """`micro_tokens`, or what it is where none is given. device: `cpu`, `cuda:1`."""
@@ -309,13 +326,14 @@ class OptimizerConfig(Section):
 
 
 class LearnerConfig(Section):
-    """The student's weights, gradients and optimizer state over several processes of this machine
-    (FSDP2), each with its share of every update: one a GPU, or on the CPU."""
+    """Several processes of this machine that train the student together (FSDP2): each holds a part
+    of weights, gradients and optimizer state, and computes a part of every update."""
 
     processes: Positive = 1
-    """One a GPU, or on the CPU."""
+    """How many processes train the student: one for each GPU, or several on the CPU."""
     timeout: Above0 = 1800.0
-    """Seconds that one exchange of these may take, by the slowest of them; then the run stops."""
+    """Seconds that the slowest process may take for one exchange with the others; then the run
+    stops."""
 
 
 def _each_once(modes: tuple[str, ...]) -> tuple[str, ...]:
@@ -333,21 +351,22 @@ Modes = Annotated[
 
 
 class EvaluationConfig(Section):
-    """When the student is examined, and on how much."""
+    """When the student is evaluated, and on how much."""
 
     every: Count = 0
-    """Steps between evaluations; 0: only when asked."""
+    """Steps between evaluations while training; 0: none."""
     episodes: Positive | Literal["all"] = 100
-    """Of each task and mode; all: every game once."""
+    """Episodes that an evaluation plays for each task and mode; all: every game once."""
     final: bool = False
-    """Also after the last step; writes eval.json."""
+    """Evaluate after the last step too, and write the scores to RUN/eval.json."""
     modes: Modes = ("greedy", "sampled")
-    """Greedy decoding, and sampling as rollout says."""
+    """How the student plays in the final evaluation and in `tutelage eval`: by greedy decoding,
+    and by sampling with the parameters of rollout."""
     live_modes: Modes = ("greedy",)
-    """While training: one mode takes half the time."""
+    """How it plays in evaluations while training: one mode takes half the time."""
 
     def due(self, done: int) -> bool:
-        """Whether the student is examined after so many steps."""
+        """Whether the student is evaluated after so many steps."""
         return self.every > 0 and done % self.every == 0
 
     def rounds(self, steps: int) -> int:
@@ -362,16 +381,16 @@ class CheckpointConfig(Section):
     every: Positive = 50
     """Steps between checkpoints."""
     keep: Positive = 2
-    """The newest so many."""
+    """How many of the newest checkpoints are kept."""
     best: bool = True
-    """And the one with the best evaluation: the mean of the tasks' scores."""
+    """Also keep the checkpoint with the best evaluation (the mean of the tasks' scores)."""
 
 
 CONSOLE = "console"
-"""The observer that whoever starts the run brings: the command line's progress."""
+"""The observer that shows progress; the command line passes it to the run."""
 
 OBSERVERS = {"tensorboard": "tutelage.distill.run.curves:TensorBoard"}
-"""The others that come with this package: their classes by name."""
+"""The other observers of this package: `module:Class` by name."""
 
 
 def _observer(name: str) -> str:
@@ -382,27 +401,30 @@ def _observer(name: str) -> str:
 
 
 class JournalConfig(Section):
-    """What is told of a run."""
+    """What is recorded and shown of a run."""
 
     observers: Annotated[
         tuple[Annotated[str, AfterValidator(_observer)], ...], LISTED, AfterValidator(_each_once)
     ] = (CONSOLE, *OBSERVERS)
-    """Who is told of the run as it goes, beside metrics.jsonl: console (progress), tensorboard
-    (RUN/tensorboard), and classes of your own, module:Class. One that fails is left out."""
+    """Who gets the metrics of each step, beside metrics.jsonl: console (progress), tensorboard
+    (RUN/tensorboard), and classes of your own, as module:Class. One that fails is left out, and the
+    run continues."""
 
     stall: Above0 = 1800.0
-    """Seconds after which a step that does not end leaves its stack in RUN/stalled/learner.txt."""
+    """Seconds after which a step that has not ended writes its stack to
+    RUN/stalled/learner.txt."""
     tensorboard: bool = True
-    """Whether tensorboard is one of the observers, where they are not listed."""
+    """false: observers without tensorboard; for configs that do not list observers."""
     episodes_every: Positive = 1
-    """Steps between episode files."""
+    """Steps between files with the episodes that were played."""
     diagnostics_every: Positive = 10
-    """A task's steps between diagnostics that need the student's distribution over all ids."""
+    """Steps of a task between the costly diagnostics, which need the student's distribution over
+    the whole vocabulary."""
 
     @model_validator(mode="before")
     @classmethod
     def _either(cls, data: Any) -> Any:
-        """The key that is not given says what the other does."""
+        """Fills in whichever of `observers` and `tensorboard` is not given, from the other."""
         if not isinstance(data, Mapping):
             return data
         named = data.get("observers")
@@ -426,25 +448,29 @@ class ClusterConfig(Section):
     """Rollout workers and teachers as Ray actors; none: all in this process."""
 
     address: Annotated[str, AfterValidator(_address)] = "local"
-    """local starts Ray here; auto or ray://... joins a running cluster, whose nodes see models and
-    the files of environments under the same paths, or models by hub id."""
+    """The Ray cluster. local: start Ray on this machine. auto, HOST:PORT or ray://HOST:PORT: join a
+    running cluster, whose nodes must find models and the files of environments under the same
+    paths, or models by hub id."""
     workers: Positive = 1
-    """Rollout workers."""
+    """How many rollout workers play episodes, each with an engine of its own."""
     threads: Positive = 1
-    """Of torch in each actor."""
+    """CPU threads of torch in each actor."""
     worker_resources: dict[Text, Above0] = Field(default_factory=dict)
-    """What Ray keeps for each worker, such as {GPU: 1} or a name that nodes were started with."""
+    """What Ray reserves for each rollout worker, such as {GPU: 1}, or a resource that nodes were
+    started with."""
     teacher_resources: dict[Text, Above0] = Field(default_factory=dict)
-    """What Ray keeps for each teacher."""
+    """What Ray reserves for each teacher, such as {GPU: 1}."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
-    """Of one placement group for all of these; none: each goes where there is room."""
+    """Place all actors as one placement group, by this strategy of Ray's; none: each where there is
+    room."""
     wheel: Place | None = None
-    """A file: this package, for nodes that do not have it."""
+    """A wheel file of this package, for nodes that do not have it; what it depends on must be
+    installed there."""
     timeout: Above0 = 1800.0
-    """Seconds that an actor may take for one step's rollouts or one scoring; then it is
-    replaced."""
+    """Seconds that an actor may take for one step's rollouts or one scoring; then a new actor
+    replaces it."""
     attempts: Positive = 3
-    """At a piece of work, each on a fresh actor."""
+    """How often a piece of work is tried, each time on a new actor, before the run stops."""
 
     @model_validator(mode="after")
     def _bundles(self) -> ClusterConfig:

@@ -1,4 +1,4 @@
-"""What a teacher's engine takes and what it can say, checked before anything loads."""
+"""A teacher's keys, and what each engine supports; checked before anything loads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ ENGINES_WITH = {
     "concurrency": ("server",),
     "max_answer_mib": ("server",),
 }
-"""A teacher's keys that not every engine has."""
+"""The keys that only some engines have."""
 
 
 def check_keys(teacher: TeacherConfig) -> None:
     """Raises ValueError for a key of another engine, and for a server without its url."""
+    # One class with this table, not a union discriminated on `engine`: a key of another engine
+    # would be an unknown one there, and the message could not name the engine that has it.
     for key, engines in ENGINES_WITH.items():
         default = type(teacher).model_fields[key].default
         if teacher.engine not in engines and getattr(teacher, key) != default:
@@ -58,8 +60,8 @@ def check_sleep(key: str) -> None:
 
 
 def lacking(teacher: TeacherConfig, needs: Needs, *, here: bool) -> str | None:
-    """What an objective needs and the teacher's engine does not say; None: it says all. here: it
-    runs on this machine, whose devices count."""
+    """What an objective needs that the teacher's engine cannot give; None: nothing. here: the
+    teacher runs on this machine, so its devices matter."""
     if teacher.engine == "transformers":
         return None
     top = f"engine: {teacher.engine} answers with its top K alone"
@@ -78,69 +80,80 @@ def lacking(teacher: TeacherConfig, needs: Needs, *, here: bool) -> str | None:
 
 
 class VllmConfig(Section):
-    """How a vLLM engine is started; its own names for what it has names for."""
+    """How a vLLM engine is started; keys that vLLM has too have its names."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """None: the model's own in this run."""
+    """The type of weights and arithmetic in vLLM; none: as in student.dtype. Not for a teacher's
+    engine, whose type is the teacher's own dtype."""
     gpu_memory_utilization: Part = 0.45
-    """Of the GPU, weights and cache together: the learner, or a teacher, has the other half."""
+    """The share of the GPU's memory that vLLM takes for weights and key-value cache together: the
+    learner, or a teacher, has the other half."""
     kv_cache_gib: Above0 | None = None
-    """Of each process that computes; none: what the key above leaves, and on the CPU 1, which holds
-    260,000 tokens of the tiny models."""
+    """GiB of key-value cache in each of vLLM's processes; none: what gpu_memory_utilization leaves,
+    and on the CPU 1 GiB, which holds 260,000 tokens of the tiny models."""
     max_model_len: Positive | None = None
-    """Tokens of a row; none: the model's context."""
+    """The most tokens of a row; none: the model's context."""
     max_num_batched_tokens: Positive | None = None
-    """Of one forward; none: as vLLM finds best."""
+    """The most tokens of one forward; none: vLLM's own choice."""
     tensor_parallel_size: Positive = 1
-    """GPUs, each with its process, that share the model."""
+    """How many GPUs share the model, each with a process of its own."""
     enforce_eager: bool | None = None
-    """True: no CUDA graphs; none: graphs on a GPU, and none on the CPU, where compiling takes
-    longer than it gains."""
+    """true: run without CUDA graphs and compilation. None: false on a GPU, true on the CPU, where
+    compiling takes longer than it gains."""
 
     def cache_bytes(self, *, on_cpu: bool) -> int | None:
-        """Of `kv_cache_gib`; None: what gpu_memory_utilization leaves."""
+        """`kv_cache_gib` in bytes; None: what gpu_memory_utilization leaves."""
         size = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
         return None if size is None else int(size * (1 << 30))
 
 
 class TeacherConfig(Section):
-    """Who scores. Every engine has some of the keys below; what belongs to another is refused."""
+    """The model that scores the student's tokens. Some keys are for some engines only; with another
+    one they are refused."""
 
     model: Place
-    """A folder, a hub id or builtin:NAME; of a server: the name under which it serves."""
+    """The teacher: a folder, a hub id or builtin:NAME; with engine=server the name under which the
+    server offers the model."""
     engine: Literal["transformers", "vllm", "server"] = "transformers"
-    """server: an OpenAI-compatible one, such as `vllm serve`."""
+    """What runs the teacher. transformers, vllm: this program. server: an OpenAI-compatible server
+    that is already running, such as `vllm serve`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic. A server has its own: how far the self-test may be off (bfloat16
-    unless said)."""
+    """The type of the teacher's weights and arithmetic. With engine=server it only says what type
+    the server uses, and so how far self-tests may differ (default: bfloat16)."""
     device: Device = "auto"
-    """transformers: auto (cuda where there is one), cpu, cuda or cuda:N."""
+    """engine=transformers: the teacher's device: auto (cuda where there is one), cpu, cuda or
+    cuda:N."""
     cache: Place | None = None
-    """transformers, vllm: a folder for scores; none: a student's own rows hardly ever repeat."""
+    """engine=transformers or vllm: a folder that keeps scores for later runs of the same rows.
+    None: no cache, since a student's own rows hardly ever repeat."""
     sleeps: bool = False
-    """transformers, vllm: between answers it leaves the device to others: slower, less memory."""
+    """engine=transformers or vllm: move the weights to the CPU's memory between answers. It is
+    slower, and leaves the GPU to the others."""
     vllm: VllmConfig | None = None
-    """vllm: how its engine is started; none: the defaults."""
+    """engine=vllm: how vLLM is started; none: the defaults."""
     url: str | None = None
-    """server: such as http://host:8000."""
+    """engine=server, required: the server's address, such as http://host:8000."""
     weights: Place | None = None
-    """server: a folder or hub id of the same model here, to compare it with."""
+    """engine=server: a folder or hub id of the same model, with which `tutelage doctor` compares
+    the server's scores."""
     api_key_env: str | None = None
-    """server: the environment variable that holds the key."""
+    """engine=server: the name of the environment variable that holds the server's API key."""
     timeout: Above0 = 300.0
-    """server: seconds of one answer."""
+    """engine=server: seconds that one answer may take."""
     attempts: Positive = 8
-    """server: at one answer; the pauses between 8 of them last 91 s: a restart."""
+    """engine=server: how often a request is sent before the run stops. The pauses between 8
+    attempts last 91 s, enough for a server to restart."""
     concurrency: Positive = 8
-    """server: rows in flight."""
+    """engine=server: the most rows that are sent at the same time."""
     max_answer_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256.0
-    """server: of one answer; a longer one is refused. 32,000 tokens with K = 64 take some 180."""
+    """engine=server: the largest answer in MiB; a longer one is refused. 32,000 tokens with k=64
+    take about 180."""
 
     @model_validator(mode="before")
     @classmethod
     def _server_dtype(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("engine") == "server":
-            return {"dtype": "bfloat16"} | data
+            return {"dtype": "bfloat16"} | data  # what servers usually run
         return data
 
     @model_validator(mode="after")
@@ -150,5 +163,5 @@ class TeacherConfig(Section):
 
     @property
     def files(self) -> str | None:
-        """Where its weights and its tokenizer are to be had; None: the server alone has them."""
+        """Where its weights and tokenizer are; None: only the server has them."""
         return self.weights if self.engine == "server" else self.model

@@ -155,10 +155,10 @@ class Routing:
         return scores, answers
 
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
-        needs, asked = self._task_objectives[task].objective.needs, None
+        needs, query_ids = self._task_objectives[task].objective.needs, None
         if needs.student_k:
-            asked = self._learner.own_support(rows, needs.student_k)
-        return Ask(teacher=teacher, rows=rows, needs=needs, asked=asked)
+            query_ids = self._learner.own_support(rows, needs.student_k)
+        return Ask(teacher=teacher, rows=rows, needs=needs, query_ids=query_ids)
 
 
 def _ledger(examples: Sequence[Example], scores: Sequence[_Scored | None]) -> dict[str, float]:

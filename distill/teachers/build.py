@@ -19,7 +19,7 @@ from tutelage.distill.teachers.vllm import load_vllm_teacher
 
 
 def check_teachers(config: RunConfig, tasks: Mapping[str, TaskSettings], tokenizer: Any) -> None:
-    """Whether servers are there and can teach, and vLLM is installed, before a model loads.
+    """Check, before any model loads, that servers answer and can teach, and that vLLM is installed.
 
     Raises:
         ConfigError: which teacher, and the cure. ServerError: a server that does not answer.
@@ -27,14 +27,16 @@ def check_teachers(config: RunConfig, tasks: Mapping[str, TaskSettings], tokeniz
     for name, teacher in config.teachers.items():
         if teacher.engine == "server":
             check_server(name, teacher, tokenizer, k=support_of(name, tasks))
-        elif teacher.engine == "vllm" and config.cluster is None:
+        elif teacher.engine == "vllm" and config.cluster is None:  # else other machines need it
             require_vllm(f"teachers.{name}.engine")
 
 
 def make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherService:
     if config.engine == "server":
         digest = digest_of_served(config.model)
-    else:  # other engines' scores are no others, but hold no entropy: a cache keeps them apart
+    else:
+        # The cache's keys depend on the digest. An engine's scores are the same but for entropy,
+        # which vLLM does not give: with its name in the digest no engine reads another's.
         engine = "" if config.engine == "transformers" else config.engine
         digest = digest_of(config.model, dtype=config.dtype + engine)
     return TeacherService(
@@ -48,7 +50,7 @@ def make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherSe
 
 
 def load_teacher(name: str, config: TeacherConfig, vocabulary: int) -> Teacher:
-    """A teacher in its engine."""
+    """Start the teacher's engine, or connect to its server."""
     if config.engine == "server":
         return ServerTeacher(name, config, vocabulary=vocabulary)
     if config.engine == "vllm":

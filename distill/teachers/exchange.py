@@ -1,10 +1,11 @@
-"""One HTTP exchange that ends. httpcore, the transport of httpx, speaks HTTP; here is the network
-under it: every wait, from the name server to the last byte, is up to one deadline, and every byte
-that comes counts against one limit.
+"""One HTTP request and its answer, within one deadline and one limit of bytes.
 
-httpcore's own timeouts are of one wait each, so a server that sends a byte a second would be waited
-for without end. It follows no redirect, so a key goes to no other host; it asks no proxy and reads
-no netrc; and it unpacks nothing.
+httpcore, the transport of httpx, speaks HTTP; this file is the network under it. httpcore's own
+timeouts each bound a single wait, so a server that sends a byte a second would be read for ever:
+here one deadline covers everything, from the name server to the last byte.
+
+httpcore follows no redirect, so a key never goes to another host; it uses no proxy, reads no netrc
+and decompresses nothing.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from tutelage.distill.config.credentials import hidden
 T = TypeVar("T")
 
 SHOWN = 80
-"""Characters of an answer's first line in a message, where it is no HTTP."""
+"""Characters that a message quotes of an answer's first line, where the answer is not HTTP."""
 
 LOOK = 0.05
-"""Seconds between two looks whether the exchange was cancelled, while a name server is asked."""
+"""While a name server is asked: seconds between two checks whether the exchange was cancelled."""
 
 logging.getLogger("httpcore2").setLevel(logging.INFO)  # for DEBUG it logs what servers say
 
 
 class AnswerTooLong(Exception):
-    """The server sends more bytes than it may."""
+    """The server's answer has more bytes than are allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back. location: where a redirect points to. retry_after: seconds that the server
-    asks for before it is asked again."""
+    """The server's answer. location: where a redirect points to. retry_after: the seconds to wait
+    that the server asks for."""
 
     status: int
     body: bytearray
@@ -53,9 +54,10 @@ class Reply:
 
 
 class Connections:
-    """The sockets that are open, so that another thread may cancel all exchanges."""
+    """The open sockets, so that another thread can cancel all exchanges."""
 
     def __init__(self) -> None:
+        # weak: a socket leaves the set with its exchange, however that ends
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.cancelled = threading.Event()
@@ -66,9 +68,9 @@ class Connections:
             raise ConnectionAbortedError("another request failed")
 
     def hold(self, opened: socket.socket) -> None:
-        """Raises as `check`."""
+        """Let `cancel` reach this socket. Raises as `check`."""
         with self._lock:
-            self.check()
+            self.check()  # under the lock: `cancel` comes before, or sees the socket
             self._open.add(opened)
 
     def cancel(self) -> None:
@@ -77,7 +79,7 @@ class Connections:
         with self._lock:
             for opened in self._open:
                 with suppress(OSError):  # it is closed
-                    opened.shutdown(socket.SHUT_RDWR)
+                    opened.shutdown(socket.SHUT_RDWR)  # wakes a blocked recv; close() does not
 
 
 def exchange(
@@ -90,11 +92,11 @@ def exchange(
     connections: Connections,
     tls: ssl.SSLContext | None,
 ) -> Reply:
-    """Ask, over a connection of its own, and read the whole answer. data: posted; None: GET.
-    timeout: seconds for all of it. max_bytes: of the answer, its headers too.
+    """Send a request over a new connection and read the whole answer. data: posted; None: GET.
+    timeout: seconds for all of it. max_bytes: of the answer with its headers.
 
     Raises:
-        OSError: TimeoutError among them; ConnectionError where what came is no HTTP.
+        OSError: such as TimeoutError; ConnectionError where the answer is not HTTP.
         AnswerTooLong: more than `max_bytes`.
     """
     network = _Network(timeout, max_bytes, connections)
@@ -107,7 +109,8 @@ def exchange(
         ):
             return _read(response, max_bytes)
     except httpcore2.RemoteProtocolError as error:
-        # h11 may quote what came, as Python would: a key must look like itself to be hidden.
+        # h11 quotes bytes of the answer as Python's repr does. A key in it must be spelled as it is
+        # in the environment, or `hidden` does not find it.
         said = str(error).rstrip(".").replace(r"\\", "\\").replace(r"\'", "'")
         began = f", after '{hidden(network.first_line)[:SHOWN]}'" if network.first_line else ""
         raise ConnectionError(f"broken HTTP: {said}{began}") from None
@@ -115,11 +118,11 @@ def exchange(
 
 def _read(response: httpcore2.Response, max_bytes: int) -> Reply:
     headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
-    if int(headers.get(b"content-length", 0)) > max_bytes:
+    if int(headers.get(b"content-length", 0)) > max_bytes:  # do not wait until it has come
         raise AnswerTooLong
     coding = headers.get(b"content-encoding", "identity").lower()
     if coding not in ("", "identity"):  # a few kilobytes might become gigabytes
-        raise ConnectionError(f"its answer is packed ({coding}), which nobody asked for")
+        raise ConnectionError(f"its answer is compressed ({coding}), which nobody asked for")
     body = bytearray()  # grows in place: an answer may have 40 MB
     for part in response.iter_stream():
         body += part
@@ -128,13 +131,14 @@ def _read(response: httpcore2.Response, max_bytes: int) -> Reply:
         status=response.status,
         body=body,
         location=headers.get(b"location", ""),
+        # HTTP also allows a date here: not worth reading, the usual pause will do
         retry_after=float(seconds) if re.fullmatch("[0-9]{1,8}", seconds) else 0.0,
     )
 
 
 class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
-    """What httpcore connects with, and the one connection that it gets. The timeouts that httpcore
-    passes are ignored."""
+    """httpcore's network, and the one connection that it opens. The timeouts that httpcore passes
+    are ignored: the deadline covers them."""
 
     _socket: socket.socket
 
@@ -145,7 +149,7 @@ class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
         self.first_line = ""
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> _Network:
-        """Connects to one of the host's addresses.
+        """Connects to the first of the host's addresses that answers.
 
         Raises:
             OSError: why the last of them could not be reached.
@@ -156,6 +160,7 @@ class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
             try:
                 self._connections.hold(self._socket)
                 self._within(f"{host} could not be reached", self._socket.connect, address)
+                # the request leaves in several writes: none may wait for the one before
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return self
             except OSError as error:
@@ -164,8 +169,8 @@ class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
         raise fault
 
     def _addresses(self, host: str, port: int) -> list[Any]:
-        """What the name server says. It may take minutes, and nothing interrupts the C library: a
-        thread of its own asks, and is left behind."""
+        """What the name server says. That may take minutes, and nothing interrupts the C library's
+        getaddrinfo: a daemon thread calls it, and is abandoned at the deadline."""
         found: Future[list[Any]] = Future()
 
         def ask() -> None:
@@ -184,10 +189,13 @@ class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, *_: Any, **__: Any
     ) -> _Network:
         self._socket = secret = ssl_context.wrap_socket(
-            self._socket, server_hostname=server_hostname, do_handshake_on_connect=False
+            # the handshake comes below, where the deadline holds
+            self._socket,
+            server_hostname=server_hostname,
+            do_handshake_on_connect=False,
         )
         try:
-            self._connections.hold(secret)
+            self._connections.hold(secret)  # wrap_socket detached the one that was held
             self._within("there was no TLS handshake", secret.do_handshake)
         except BaseException:
             self.close()
@@ -196,7 +204,7 @@ class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         view = memoryview(buffer)
-        while view:
+        while view:  # not sendall: each send gets what is left of the deadline
             view = view[self._within("it did not take the request", self._socket.send, view) :]
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -213,8 +221,8 @@ class _Network(httpcore2.NetworkBackend, httpcore2.NetworkStream):
         self._socket.close()
 
     def _within(self, what: str, operation: Callable[..., T], *arguments: Any) -> T:
-        """What the socket's operation returns; a TimeoutError that says what did not happen in the
-        seconds that are left."""
+        """What the socket's operation returns. It gets the time that is left; then a TimeoutError
+        says `what` did not happen."""
         self._socket.settimeout(self._left(what))
         try:
             return operation(*arguments)

@@ -1,9 +1,9 @@
-"""Which teacher this is: the hash of its files, and what it says of a few fixed rows.
+"""A teacher's fingerprint: the hash of its files, and its scores of a few fixed rows (self-test).
 
-A teacher whose files changed between two sessions of a run teaches something else from there on. A
-teacher that lost its weights (woken badly on a device, loaded without its shards) raises no error
-either: its distribution is uniform, and the student learns noise. So every load and every wake ends
-with the same short exam, and every answer carries its result.
+A teacher whose files changed between two sessions of a run silently teaches something else from
+then on. A teacher that lost its weights (woken badly on a device, loaded without its shards) raises
+no error either: its distribution is uniform, and the student learns noise. So every load and every
+wake ends with the same short self-test, and every answer carries its result.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from tutelage.evaluation.files import write_json
 from tutelage.scheduler.episodes import NO_ACTION, Row
 
 FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json")
-"""What makes a teacher, in its folder."""
+"""The files in a teacher's folder that its scores depend on."""
 
 ROWS, TOKENS = 2, 33
-"""Of the exam: two rows of one given token and 32 scored ones."""
+"""Of the self-test: two rows, each of one prompt token and 32 scored ones."""
 
 UNIFORM = 1e-4
-"""A first load is refused when the exam's mean entropy is this share, or less, below ln V. Lost
-weights are zeros: their logits are all equal and the share is 0 (1e-7 in float32). A model never
-trained is not refused: logits of standard deviation s leave about s^2 / 2 nats, and an initial 0.02
-with 32 hidden units is 0.006, at 2,048 ids a share of 8e-4; larger models are further off."""
+"""A teacher is refused when the self-test's mean entropy lies no more than this share below ln V.
+Lost weights are zeros: their logits are all equal, and the share is 0 (1e-7 in float32). A model
+that was never trained passes: logits of standard deviation s lower the entropy by about s^2 / 2
+nats. An initial 0.02 with 32 hidden units lowers it by 0.006, at 2,048 ids a share of 8e-4; larger
+models lie further below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """A teacher's files and its exam.
+    """The hash of a teacher's files, and the result of its self-test.
 
-    digest: of weights, configuration and dtype; of a server, its model's name: its weights are
-    known by the exam alone. logprobs, entropies: of the exam's tokens, in nats.
+    digest: of weights, configuration and dtype; of a server, its model's name: only the self-test
+    tells anything of its weights. logprobs, entropies: of the self-test's tokens, in nats.
     """
 
     name: str
@@ -54,7 +55,8 @@ class Fingerprint:
     entropies: tuple[float, ...]
 
     def distance(self, other: Fingerprint) -> float:
-        """Mean difference of the exams' numbers, in nats; infinite where one is no number."""
+        """Mean difference of the two self-tests, in nats; infinite where a number is NaN or
+        infinite."""
         pairs = [(self.logprobs, other.logprobs), (self.entropies, other.entropies)]
         if any(len(mine) != len(theirs) for mine, theirs in pairs):
             return math.inf
@@ -66,7 +68,7 @@ class Fingerprint:
         """Raises ConfigError for a distribution that is uniform."""
         most = math.log(vocabulary)
         entropy = float(np.mean(self.entropies))
-        if not entropy < (1 - UNIFORM) * most:
+        if not entropy < (1 - UNIFORM) * most:  # not `>=`: NaN is refused too
             raise ConfigError(
                 f"teachers.{self.name}: it prefers no token to another (its entropy is"
                 f" {entropy:.4f} nats of at most ln V = {most:.4f}): its weights are lost; load"
@@ -74,13 +76,13 @@ class Fingerprint:
             )
 
     def check_same(self, reference: Fingerprint) -> None:
-        """Raises RuntimeError when a teacher of the same files says something else than it did."""
+        """Raises RuntimeError when a teacher of the same files now scores otherwise."""
         if (off := self.distance(reference)) > TOLERANCE[self.dtype]:
             raise RuntimeError(
-                f"teachers.{self.name}: its weights were lost or changed: on the exam's rows it is"
-                f" {off:.3g} nats from what it said when this run began (allowed:"
+                f"teachers.{self.name}: its weights were lost or changed: its self-test is"
+                f" {off:.3g} nats from that of this run's beginning (allowed:"
                 f" {TOLERANCE[self.dtype]}): load it again and run the same command;"
-                " where its hash is the same too, the device is at fault"
+                " if its hash is still the same, the device is at fault"
             )
 
     def write(self, path: Path) -> None:
@@ -89,8 +91,8 @@ class Fingerprint:
 
     @classmethod
     def read(cls, path: Path) -> Fingerprint | None:
-        """What `write` wrote; None where there is no such file, or, with a warning, where it is
-        damaged: then the hash in the checkpoint has to do."""
+        """What `write` wrote; None where there is no such file. A damaged one is None too, with a
+        warning: then only the hash in the checkpoint tells whether the teacher is the same."""
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             data |= {
@@ -101,19 +103,18 @@ class Fingerprint:
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(
-                f"{path} is damaged ({first_line(error)}): it is written anew; that the teacher is"
-                " the same, the hash in the checkpoint says alone",
+                f"{path} is damaged ({first_line(error)}): it is written anew; only the hash in the"
+                " checkpoint tells whether the teacher is the same",
                 stacklevel=2,
             )
             return None
 
 
 def digest_of(reference: str, *, dtype: str = "") -> str:
-    """SHA-256 of the names and bytes of a model's weight files and its configuration: of its
-    folder, or of a hub id's downloaded snapshot. Shards count, whatever they are called.
+    """SHA-256 of the names and bytes of a model's weight files, shards included, and of its
+    configuration. reference: a folder, or a hub id whose snapshot is downloaded.
 
     It reads the weights once: seconds for some gigabytes.
-
     """
     folder = Path(resolve(reference))
     if not folder.is_dir():
@@ -121,7 +122,7 @@ def digest_of(reference: str, *, dtype: str = "") -> str:
 
         folder = Path(snapshot_download(reference, local_files_only=True))
     total = hashlib.sha256(dtype.encode())
-    paths = sorted({path for kind in FILES for path in folder.glob(kind)})
+    paths = sorted({path for kind in FILES for path in folder.glob(kind)})  # glob has no order
     for path in paths:
         with path.open("rb") as file:
             total.update(
@@ -131,8 +132,8 @@ def digest_of(reference: str, *, dtype: str = "") -> str:
 
 
 def student_digest(model: str | None, tokenizer: Any) -> str:
-    """SHA-256 of what makes a student beside its weights, which are in the checkpoints: its
-    config.json where it has one here, its vocabulary and its template.
+    """SHA-256 of what a student is beside its weights, which are in the checkpoints: config.json
+    (if it has one on this machine), vocabulary and chat template.
 
     model: a folder or hub id.
     """
@@ -146,18 +147,18 @@ def student_digest(model: str | None, tokenizer: Any) -> str:
 
 
 def digest_of_served(model: str) -> str:
-    """SHA-256 of the name under which a server serves; it may move to another url."""
+    """SHA-256 of the name under which a server serves a model; its url may change."""
     return hashlib.sha256(f"server {model}".encode()).hexdigest()
 
 
 def self_test_rows(vocabulary: int) -> list[Row]:
-    """Fixed rows of ids of the vocabulary, all but the first token chosen."""
-    rng = np.random.default_rng(20)
+    """Fixed rows of random ids, whose tokens but the first are all scored."""
+    rng = np.random.default_rng(20)  # another seed would make every stored fingerprint differ
     return [scored_row(rng.integers(vocabulary, size=TOKENS)) for _ in range(ROWS)]
 
 
 def scored_row(ids: npt.ArrayLike) -> Row:
-    """A row of these ids, all but the first chosen."""
+    """A row of these ids, of which all but the first are action tokens."""
     ids_T = np.asarray(ids, dtype=np.int32)
     turns_T = np.zeros_like(ids_T)
     turns_T[0] = NO_ACTION

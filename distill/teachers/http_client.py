@@ -1,8 +1,8 @@
-"""Questions to an OpenAI-compatible server: every wait has a deadline, every failure is tried again
-a few times, and what is left is an error that names the server and the cure.
+"""A client of OpenAI-compatible servers. Every request has a deadline and is repeated a few times
+when it fails; what fails at last is an error that names the server and the cure.
 
-Each request has a connection of its own: beside the scoring of a row it costs nothing, and none is
-ever stale.
+Each request opens a connection of its own. That costs nothing beside the scoring of a row, and no
+connection is ever stale.
 """
 
 from __future__ import annotations
@@ -26,27 +26,29 @@ PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the second attempt, doubled before each further one, up to the longest."""
 
 TRANSIENT = (408, 425, 429)
-"""Statuses of which another attempt may be rid; all from 500 on, too."""
+"""Statuses after which another attempt may succeed; so may it after those from 500 on."""
 
 PERMANENT = (501, 505)
-"""But these: the server was not made for the request."""
+"""Except after these: the server does not implement the request."""
 
 SHOWN = 400
-"""Characters of a server's own words in a message."""
+"""Characters that a message quotes of a server's own words."""
 
 MIB = 1 << 20
 
+RESUMES = "; the same command resumes the run from what is saved"
+
 
 class ServerError(RuntimeError):
-    """The server did not answer, whatever was tried."""
+    """The server gave no usable answer in all attempts."""
 
 
 class InvalidResponse(ValueError):
-    """What the server sent does not answer the question."""
+    """The server's answer is not what was asked for. Another attempt may get a valid one."""
 
 
 class ClientError(Exception):
-    """The server refuses the request, and would again. status: HTTP's. text: the server's."""
+    """The server refuses the request, and would do so again. status: HTTP's. text: its reason."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"HTTP {status}: {text}")
@@ -54,7 +56,7 @@ class ClientError(Exception):
 
 
 class _TransientError(Exception):
-    """The server says that it cannot answer now. retry_after: seconds that it asks for."""
+    """The server cannot answer now. retry_after: the seconds to wait that it asks for."""
 
     def __init__(self, text: str, retry_after: float) -> None:
         super().__init__(text)
@@ -62,14 +64,15 @@ class _TransientError(Exception):
 
 
 class ServerClient:
-    """A server, as many threads may ask it.
+    """One server's client; many threads may use it at once.
 
     Args:
-        subject: whose it is, such as `teachers.NAME`. url: with or without a last `/v1`.
+        subject: the config's section, such as `teachers.NAME`. url: with or without a last `/v1`.
         key: for the Authorization header, or None.
-        timeout: seconds of one answer, from the name server's to the last byte.
-        attempts: at one answer. concurrency: requests in flight (`map_concurrently`).
-        max_answer_mib: of one answer.
+        timeout: seconds for one attempt, from asking the name server to the last byte.
+        attempts: how often a request is sent before it fails.
+        concurrency: requests in flight at once (`map_concurrently`).
+        max_answer_mib: the largest answer that is read.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class ServerClient:
         self._max_answer_mib = max_answer_mib
         self._headers: dict[bytes | str, bytes | str] = {
             "Host": urlsplit(self.url).netloc,
-            "Accept-Encoding": "identity",
+            "Accept-Encoding": "identity",  # compressed, a few kilobytes might become gigabytes
             "Content-Type": "application/json",
             "Connection": "close",
         }
@@ -97,16 +100,16 @@ class ServerClient:
         self._tls = ssl.create_default_context() if url.startswith("https:") else None
         self._connections = Connections()
         self._lock = threading.Lock()
-        self._reading = threading.Lock()  # one answer is unpacked at a time: it may take 100 MB
+        self._reading = threading.Lock()  # one answer is parsed at a time: it may take 100 MB
         self.retries = 0
-        self._waiting = False  # since an attempt that failed, with no answer yet
+        self._waiting = False  # an attempt failed, and no answer has come since
 
     def ask(self, path: str, body: Any = None, *, read: Callable[[bytearray], T]) -> T:
         """What `read` makes of the answer. body: posted as JSON; None: GET.
 
         Raises:
-            ServerError: no answer, or for `read` an InvalidResponse, at the last attempt too.
-            ClientError: a 4xx.
+            ServerError: the last attempt failed too, or `read` found its answer invalid.
+            ClientError: a 4xx or a redirect.
         """
         data = None if body is None else json.dumps(body).encode()
         begun, pause = time.monotonic(), 0.0
@@ -115,6 +118,7 @@ class ServerClient:
             if attempt:
                 with self._lock:
                     self.retries += 1
+                # a sleep that `map_concurrently` can end
                 self._connections.cancelled.wait(max(_pause(attempt), pause))
             if self._connections.cancelled.is_set():
                 raise ServerError(f"{self.subject}: {self.url}: another request failed")
@@ -135,7 +139,9 @@ class ServerClient:
                 return found
             except AnswerTooLong:
                 raise self._too_long(path) from None
-            except ssl.SSLCertVerificationError as error:  # it would be the same again
+            except (
+                ssl.SSLCertVerificationError
+            ) as error:  # an OSError, but no attempt would cure it
                 raise ServerError(
                     f"{self.subject}: {self.url}: its certificate is not to be trusted"
                     f" ({_described(error)}): correct {self.subject}.url, or set SSL_CERT_FILE to"
@@ -154,20 +160,20 @@ class ServerClient:
         ) from None  # the fault may hold what the server said at length
 
     def map_concurrently(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """The jobs' results, in order; so many at a time as the server is asked at once. The first
-        one that fails ends all."""
+        """The jobs' results, in order, `concurrency` at a time. The first that fails cancels all
+        others."""
         with ThreadPoolExecutor(self._concurrency) as pool:
             try:
                 futures = [pool.submit(job) for job in jobs]
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
+                    future.result()  # raises the failure itself, not a cancelled request's
                 return [future.result() for future in futures]
             except BaseException:  # Ctrl-C too: no thread may be left waiting for a server
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._connections.cancel()
                 raise
             finally:
-                pool.shutdown()
+                pool.shutdown()  # all threads have seen `cancelled` before it is cleared
                 self._connections.cancelled.clear()
 
     def _too_long(self, path: str) -> ServerError:
@@ -175,12 +181,11 @@ class ServerClient:
         return ServerError(
             f"{self.subject}: {self.url}{path} answers with more than {key} ="
             f" {self._max_answer_mib:g}: raise it, lower objective.k or shorten the episodes"
-            " (rollout.max_new_tokens, rollout.max_turns); the same command goes on from what is"
-            " saved"
+            f" (rollout.max_new_tokens, rollout.max_turns){RESUMES}"
         )
 
     def _say_so(self, path: str, fault: Exception) -> None:
-        """Nobody should wonder what a run waits for: one line an outage."""
+        """Print what the run waits for, once for each outage."""
         with self._lock:
             told, self._waiting = self._waiting, True
         if not told:
@@ -193,28 +198,28 @@ class ServerClient:
             )
 
     def _cure(self, fault: Exception) -> str:
-        again = "; the same command goes on from what is saved"
         if isinstance(fault, TimeoutError):
-            return f"raise {self.subject}.timeout or lower its concurrency" + again
+            return f"raise {self.subject}.timeout or lower its concurrency{RESUMES}"
         if isinstance(fault, InvalidResponse | _TransientError):
-            return "see the server's own log" + again
-        return f"is it running there? Start it, or correct {self.subject}.url" + again
+            return f"see the server's own log{RESUMES}"
+        return f"is it running there? Start it, or correct {self.subject}.url{RESUMES}"
 
 
 def _pause(attempt: int) -> float:
-    """Seconds before an attempt after the first, which is 0."""
+    """Seconds to wait before an attempt; the first one is attempt 0 and does not wait."""
     return min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
 
 
 def read_json(body: bytearray) -> Any:
-    """Raises InvalidResponse for what is no JSON."""
+    """The body as JSON. Raises InvalidResponse where it is none."""
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: it nests a thousand deep
         raise InvalidResponse(f"its answer is no JSON ({_described(error)})") from None
 
 
 def _accepted(reply: Reply) -> bytearray:
+    """The body of a 2xx; raises what its status means otherwise."""
     status = reply.status
     if 200 <= status < 300:
         return reply.body
@@ -233,7 +238,7 @@ def _message(body: bytearray) -> str:
     """What an error's body says, in one line."""
     try:
         found = json.loads(body)
-        found = found.get("error", found)
+        found = found.get("error", found)  # OpenAI: {"error": {"message"}}; older vLLM: {"message"}
         text = found if isinstance(found, str) else found["message"]
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         text = body[: 100 * SHOWN].decode(errors="replace")
@@ -246,4 +251,5 @@ def _described(error: Exception) -> str:
 
 def _line(said: object) -> str:
     """In one line, not too long; a key that the server repeats is not shown."""
+    # hidden before it is cut to size: half a key would not be recognised
     return hidden(" ".join(str(said)[: 100 * SHOWN].split()))[:SHOWN]

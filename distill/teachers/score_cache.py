@@ -1,8 +1,8 @@
-"""Scores that were given before, on the disk: one file a row, by teacher and prefix.
+"""A cache of scores on the disk: one file for each row.
 
-For replays, and for runs and evaluations that are repeated or go on: fresh rollouts hardly ever
-repeat a row. A hit has the bits that were stored; those depend, in float32's last digits, on the
-batch that the row was first scored in. Nothing is ever deleted: the folder may be, at any time.
+It serves replays, and runs that are repeated or resumed; fresh rollouts hardly ever repeat a row.
+A hit returns the bits that were stored. In float32's last digits they depend on the batch in which
+the row was first scored. The cache deletes nothing; its folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transport import CompactScores
 from tutelage.scheduler.episodes import Row
 
-FORMAT = b"tutelage scores 1"
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-"""And a TypeError for arrays of other names, a RuntimeError for archives of other kinds."""
+FORMAT = b"tutelage scores 1"  # part of each key: another layout never meets files of this one
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
+    TypeError,  # CompactScores has no field of an array's name
+    RuntimeError,  # zipfile: an encrypted archive
+)
+"""What numpy, zipfile and CompactScores raise for a damaged file."""
 
 
 class ScoreCache:
     """A folder of rows' scores. Several processes may share it.
 
     Args:
-        folder: made when first written to. teacher: the hash of the teacher's weights.
+        folder: created at the first write. teacher: the hash of the teacher's weights.
     """
 
     def __init__(self, folder: Path, *, teacher: str) -> None:
         self._folder, self._teacher = folder, teacher
 
     def key(self, row: Row, needs: Needs, *, query_ids_NJ: np.ndarray | None) -> str:
-        """Of all that a row's scores depend on: the teacher, the ids up to the last chosen one,
-        which were chosen, the branches, and what is needed."""
+        """The hash of all that a row's scores depend on: the teacher, the ids up to the last
+        action token, the action mask, the branches, and what the objective needs."""
         action_mask_T = row.action_mask_T
         end = int(action_mask_T.nonzero()[0].max(initial=-1)) + 1
         found = hashlib.sha256(FORMAT)
@@ -47,25 +51,27 @@ class ScoreCache:
         for array in (row.ids_T[:end], row.branches_T[:end], action_mask_T[:end]):
             found.update(array.astype(np.int32).tobytes())
         if query_ids_NJ is not None:
+            # with the shape: bytes alone do not tell [2, 3] from [3, 2]
             found.update(f"{query_ids_NJ.shape}".encode() + query_ids_NJ.astype(np.int32).tobytes())
         return found.hexdigest()
 
     def get(self, key: str, *, teacher: str, vocabulary: int, count: int) -> CompactScores | None:
-        """The `count` tokens' scores; None when they are not there, or their file is damaged."""
+        """The scores of `count` tokens; None when there are none, or their file is damaged."""
         try:
+            # read whole first: np.load of a path keeps the file open, and reads it array by array
             data = self._path(key).read_bytes()
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 parts: dict[str, Any] = {name: arrays[name] for name in arrays.files}
             found = CompactScores(teacher=teacher, vocabulary=vocabulary, **parts)
             return found if len(found) == count == len(found.ids_NK) else None
-        except (*UNREADABLE, TypeError, RuntimeError):
+        except UNREADABLE:
             return None
 
     def put(self, key: str, scores: CompactScores) -> None:
-        """Store them, whole or not at all.
+        """Write the scores atomically.
 
         Raises:
-            OSError: with the folder and the cure.
+            OSError: with the file and the cure.
         """
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **scores.arrays())
@@ -77,7 +83,7 @@ class ScoreCache:
             os.replace(partial, path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)  # half of it takes the room that is lacking
+                partial.unlink(missing_ok=True)  # on a full disk it takes the room that is lacking
             raise OSError(
                 f"teachers.{scores.teacher}.cache: {path} could not be written"
                 f" ({error.strerror}): make room, delete the folder, or set cache: null"

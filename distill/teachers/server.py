@@ -1,12 +1,13 @@
-"""A teacher behind an OpenAI-compatible server, such as `vllm serve`: it scores rows over HTTP.
+"""A teacher behind an OpenAI-compatible server, such as `vllm serve`, which scores rows over HTTP.
 
-A row goes to `/v1/completions` as token ids, and what comes back is `prompt_logprobs`, which vLLM
-adds to OpenAI's protocol: at each token the K most probable ids and the token itself, over all rows
-of the server's embedding. Padding rows beyond the tokenizer's ids, if there are any, keep the
-probability that the model gives them, which no top K tells: next to nothing after training. One
-that is among a top K is refused.
+A row is posted to `/v1/completions` as token ids. The answer holds `prompt_logprobs`, vLLM's
+addition to OpenAI's protocol: for each token the K most probable ids and the token itself.
 
-vLLM writes -inf as -9999. It reads one token more than the row: `--max-model-len` must be greater
+The server's softmax runs over all rows of its embedding. Where those are more than the tokenizer's
+ids, the padding rows keep the probability that the model gives them: next to nothing after
+training, and nothing in the answer tells how much. A padding row among a top K is refused.
+
+vLLM writes -inf as -9999, and must generate at least one token: `--max-model-len` has to be greater
 than the longest row.
 
 Letters: T tokens of a row, C candidates of all tokens, K support size.
@@ -22,7 +23,6 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tutelage.distill.config.credentials import api_key, hidden
 from tutelage.distill.config.faults import ConfigError
@@ -41,26 +41,28 @@ from tutelage.distill.teachers.http_client import (
     ServerClient,
     read_json,
 )
+from tutelage.distill.teachers.transport import QueryIds
 from tutelage.scheduler.episodes import Row
 
 PROBED = 64
-"""Ids of the vocabulary whose texts are compared, evenly over it; and all that were added to it."""
+"""How many ids, spread evenly over the vocabulary, have their texts compared; and how many of those
+that were added to it."""
 
 LISTED = 8
-"""Models that a message names."""
+"""How many of a server's models a message names."""
 
 LEAST = -9999.0
 """What vLLM writes for -inf."""
 
 
 class ServerTeacher:
-    """Scores rows; no weights are here.
+    """Scores rows by asking the server; this process holds no weights.
 
     Args:
         name, config: of the teacher. vocabulary: ids of the tokenizer.
 
     Raises:
-        ConfigError: the environment does not hold the key that it should.
+        ConfigError: the environment variable for the key is missing or invalid.
     """
 
     model = None
@@ -80,21 +82,18 @@ class ServerTeacher:
 
     @property
     def retries(self) -> int:
-        """Requests that had to be sent again, so far."""
+        """How many requests had to be sent again, so far."""
         return self._client.retries
 
     def score(
-        self,
-        rows: Sequence[Row],
-        needs: Needs,
-        asked: Sequence[npt.NDArray[np.int32]] | None = None,
+        self, rows: Sequence[Row], needs: Needs, query_ids: QueryIds = None
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score; without entropies.
 
         Raises:
             ValueError: more than a top K is asked for, or a row has branches.
             ConfigError: the server serves another model, or one that cannot score the rows.
-            ServerError: no answer, after as many attempts as there may be.
+            ServerError: no usable answer in all attempts.
         """
         if needs.student_k or needs.full:
             raise ValueError(
@@ -107,7 +106,7 @@ class ServerTeacher:
         )
 
     def sleep(self) -> None:
-        """Its device is the server's."""
+        """The weights are on the server's device."""
 
     def wake(self) -> None:
         """See `sleep`."""
@@ -116,8 +115,8 @@ class ServerTeacher:
         """See `sleep`."""
 
     def check(self, tokenizer: Any, *, k: int) -> None:
-        """Whether the server is there, with this model, the student's vocabulary and K
-        log-probabilities.
+        """Check that the server answers, serves this model with the student's vocabulary, and gives
+        K log-probabilities a token.
 
         Raises: as `score`.
         """
@@ -132,7 +131,7 @@ class ServerTeacher:
             "model": self._model,
             "prompt": row.ids_T[:end].tolist(),
             "prompt_logprobs": k,
-            "max_tokens": 1,
+            "max_tokens": 1,  # vLLM must generate at least one token
             "temperature": 0,
             "add_special_tokens": False,
         }
@@ -141,7 +140,7 @@ class ServerTeacher:
             try:
                 candidates = read_candidates(answer, tokens=end, model=self._model)
                 return candidates.scores(row, k=k, vocabulary=self.vocabulary)
-            except BadCandidates as error:
+            except BadCandidates as error:  # a proxy's or an overloaded server's: worth a retry
                 raise InvalidResponse(str(error)) from None
 
         try:
@@ -155,8 +154,9 @@ class ServerTeacher:
             ) from None
 
     def _mistake(self, refused: ClientError, *, tokens: int, k: int) -> ConfigError:
-        """What the user must change, by what the server said no to."""
+        """What the user must change, to be read from the server's refusal."""
         where, text = f"teachers.{self.name}: {self._client.url}", refused.text
+        # HTTP's status is 400 for all of the first three: only vLLM's words tell them apart
         if "max allowed" in text or "max_logprobs" in text:
             return ConfigError(
                 f"{where} gives fewer than the {k} log-probabilities that the objective wants"
@@ -178,12 +178,12 @@ class ServerTeacher:
                 f"{where} refuses the key ({text}): set teachers.{self.name}.api_key_env to the"
                 " name of the environment variable that holds it"
             )
-        if refused.status == 404:
+        if refused.status == 404:  # vLLM's answer to an unknown model: names those it serves
             self._check_model()
         return ConfigError(f"{where} refuses to score a row: {refused}: see its log")
 
     def _check_model(self) -> None:
-        """Raises ConfigError where the server serves another one."""
+        """Raises ConfigError where the server does not serve the teacher's model."""
         url = self._client.url
         try:
             found = self._client.ask("/v1/models", read=read_json)
@@ -208,13 +208,14 @@ class ServerTeacher:
             )
 
     def _check_vocabulary(self, tokenizer: Any, probe: Sequence[int]) -> None:
-        """Raises ConfigError where ids stand for other texts than the student's. How a text is cut
-        into ids does not matter: ids are what is sent."""
+        """Raises ConfigError where ids stand for other texts than the student's. How the server
+        would tokenize a text does not matter: it is sent ids."""
         body = {"model": self._model, "tokens": [*probe]}
         try:
             theirs = str(self._client.ask("/detokenize", body, read=read_json)["prompt"])
         except (ClientError, KeyError, TypeError):
-            return  # vLLM's own: other servers have none, and then the exam has to do
+            return  # /detokenize is vLLM's own; of other servers the self-test tells enough
+        # without spaces: decoders differ in where they put them between unrelated ids
         theirs, ours = ("".join(text.split()) for text in (theirs, str(tokenizer.decode(probe))))
         if theirs != ours:
             pairs = enumerate(zip_longest(theirs, ours))
@@ -233,7 +234,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_server(name: str, config: TeacherConfig, tokenizer: Any, *, k: int) -> None:
-    """Ask a teacher's server whether it can teach in this run. k: of its own ids a token.
+    """Check that a teacher's server can teach in this run. k: how many ids it must score a token.
 
     Raises: as `ServerTeacher.score`.
     """
@@ -243,14 +244,14 @@ def check_server(name: str, config: TeacherConfig, tokenizer: Any, *, k: int) ->
 def read_candidates(
     answer: bytes | bytearray, *, tokens: int, model: str | None = None
 ) -> Candidates:
-    """A completion's `prompt_logprobs`. The JSON is packed as it is read, each token's candidates
-    at once: a Python object a candidate would take some 200 bytes. model: whose it must be, where
-    it says so.
+    """A completion's `prompt_logprobs`. model: which one must have answered, if the answer says so.
 
     Raises:
         InvalidResponse: no JSON, not of so many tokens, or another model's.
     """
     try:
+        # Arrays are made while the JSON is parsed, token by token: as Python objects the candidates
+        # would take some 200 bytes each.
         found = json.loads(answer, object_pairs_hook=_packed)
         if said := found.get("error"):
             raise InvalidResponse(f"it answers with an error: {said!r}")
@@ -260,7 +261,7 @@ def read_candidates(
         parts = choice.get("prompt_logprobs")
         if parts is None:
             raise InvalidResponse("its answer has no prompt_logprobs: is it vLLM's server?")
-        if not all(not part or isinstance(part, tuple) for part in parts):
+        if not all(not part or isinstance(part, tuple) for part in parts):  # null: the first token
             raise TypeError("not every token has candidates by id")
         ids, logprobs = zip(*[part or _NOTHING for part in parts], strict=True)
         ends_T = np.cumsum([len(part) for part in ids])
@@ -273,7 +274,7 @@ def read_candidates(
         OverflowError,
         RecursionError,
     ) as error:
-        if isinstance(error, InvalidResponse):
+        if isinstance(error, InvalidResponse):  # it is a ValueError, too
             raise
         raise InvalidResponse(
             f"its answer is no completion with prompt_logprobs ({type(error).__name__}: {error})"
@@ -294,8 +295,8 @@ _NUMBERS = frozenset({float, int})
 
 
 def _packed(pairs: list[tuple[str, Any]]) -> Any:
-    """An object of the answer: a candidate as its log-probability, a token's candidates as two
-    arrays, all else as it is."""
+    """An object of the JSON, called for the innermost first: a candidate becomes its
+    log-probability, a token's candidates two arrays, all else stays a dict."""
     if pairs and _ID.fullmatch(pairs[0][0]):
         ids, logprobs = zip(*pairs, strict=True)
         if not _NUMBERS.issuperset(map(type, logprobs)):  # numpy would read "-1.5", and true
@@ -308,7 +309,7 @@ def _packed(pairs: list[tuple[str, Any]]) -> Any:
 
 def _probe(tokenizer: Any) -> list[int]:
     """Ids from all over the vocabulary, the last one too, and those that were added to it."""
-    last = len(tokenizer) - 1
+    last = len(tokenizer) - 1  # a model with fewer ids than the student's fails at this one
     spread = np.linspace(0, last, num=min(PROBED, last + 1), dtype=np.int64).tolist()
     return sorted({*spread, *sorted(tokenizer.get_added_vocab().values())[:PROBED]})
 

@@ -1,4 +1,4 @@
-"""A teacher as a service: it wakes, passes its self-test, scores, and caches what it said."""
+"""A teacher as a service: it wakes, passes its self-test, scores rows and caches their scores."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.teachers.fingerprint import Fingerprint, self_test_rows
 from tutelage.distill.teachers.score_cache import ScoreCache
-from tutelage.distill.teachers.transport import CompactScores
+from tutelage.distill.teachers.transport import CompactScores, QueryIds
 from tutelage.scheduler.episodes import Row
 
 
 class Teacher(Protocol):
-    """What scores rows, in whatever engine. model: its weights, where they are at hand. remote:
-    they are somebody else's, and may become others between two answers. retries: how often it had
-    to be asked again, so far."""
+    """What scores rows, in whatever engine. model: its weights, if they are in this process.
+    remote: the weights are on somebody else's server and may be replaced between two answers.
+    retries: how many requests had to be sent again, so far."""
 
     vocabulary: int
     model: Any
@@ -32,10 +29,7 @@ class Teacher(Protocol):
     def retries(self) -> int: ...
 
     def score(
-        self,
-        rows: Sequence[Row],
-        needs: Needs,
-        asked: Sequence[npt.NDArray[np.int32]] | None = None,
+        self, rows: Sequence[Row], needs: Needs, query_ids: QueryIds = None
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score."""
 
@@ -43,32 +37,29 @@ class Teacher(Protocol):
         """Leave the device."""
 
     def wake(self) -> None:
-        """Come back to it."""
+        """Return to the device."""
 
     def close(self) -> None:
-        """Let go of what the engine holds beside the weights."""
+        """Release what the engine holds beside the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """Rows for a teacher, and what its scores must hold.
-
-    asked: of each row, the student's ids [N, J] at which they are needed.
-    """
+    """Rows for a teacher, and what its scores must hold."""
 
     teacher: str
     rows: Sequence[Row]
     needs: Needs
-    asked: Sequence[npt.NDArray[np.int32]] | None = None
+    query_ids: QueryIds = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a teacher says of some rows, and what it took.
+    """A teacher's scores of some rows, and what they cost.
 
-    scores: one of each row, in order. identity: of the teacher as it was last loaded or woken; of a
-    remote one, after these scores. hits: rows whose scores were on the disk. seconds: of the
-    network's work. retries: how often it had to be asked again.
+    scores: one for each row, in order. fingerprint: taken when the teacher was last loaded or
+    woken; of a remote teacher, after these scores. hits: rows whose scores came from the cache.
+    seconds: spent on the other rows. retries: requests that had to be sent again.
     """
 
     scores: tuple[CompactScores, ...]
@@ -79,18 +70,16 @@ class Answer:
 
 
 class TeacherService:
-    """A teacher at work: it has a name, passes its exam, remembers, and answers in compact form.
-    The scheduler runs it in this process or as a Ray actor.
+    """A teacher at work: it passes its self-test, caches scores, and answers in compact form. The
+    scheduler runs it in this process or as a Ray actor.
 
     Args:
         name: in the configuration. digest: of its weights. dtype: of its weights.
-        cache: where scores are kept, or None.
-        sleeps: between answers its weights lie in the CPU's memory, and its device is free.
-
-    `identity` is as it was last loaded or woken.
+        cache: the folder of the score cache, or None.
+        sleeps: between answers its weights move to the CPU's memory, and its device is free.
 
     Raises:
-        ConfigError: it has no weights (see identity.UNIFORM), or they give no numbers.
+        ConfigError: its weights are lost (see fingerprint.UNIFORM), or give NaN or infinity.
     """
 
     def __init__(
@@ -114,21 +103,16 @@ class TeacherService:
             self.sleep()
 
     def answer(self, ask: Ask) -> Answer:
-        """Its scores of the rows that it is asked about; where there are none, who it is."""
-        return self.score(ask.rows, ask.needs, ask.asked)
+        """Its scores of the rows; with no rows, its fingerprint alone."""
+        return self.score(ask.rows, ask.needs, ask.query_ids)
 
-    def score(
-        self,
-        rows: Sequence[Row],
-        needs: Needs,
-        asked: Sequence[npt.NDArray[np.int32]] | None = None,
-    ) -> Answer:
-        """See TransformersTeacher.score; the ids asked for are left out of the answer."""
+    def score(self, rows: Sequence[Row], needs: Needs, query_ids: QueryIds = None) -> Answer:
+        """See TransformersTeacher.score; the answer leaves the query ids out."""
         keys: list[str] = []
         found: list[CompactScores | None] = [None] * len(rows)
         if self._cache is not None:
             for i, row in enumerate(rows):
-                own = None if asked is None else asked[i]
+                own = None if query_ids is None else query_ids[i]
                 keys.append(self._cache.key(row, needs, query_ids_NJ=own))
                 found[i] = self._cache.get(
                     keys[i],
@@ -140,17 +124,18 @@ class TeacherService:
         retries = self.teacher.retries
         begun = time.perf_counter()
         if new:
-            given = None if asked is None else [asked[i] for i in new]
+            own_ids = None if query_ids is None else [query_ids[i] for i in new]
             self.wake()
             try:
-                fresh = self.teacher.score([rows[i] for i in new], needs, given)
+                fresh = self.teacher.score([rows[i] for i in new], needs, own_ids)
             except FloatingPointError as error:
                 raise RuntimeError(f"teachers.{self.name}: {error}") from error
-            if self.teacher.remote:
+            if self.teacher.remote:  # after the scores, so that it covers them; routing compares it
                 self.fingerprint = self._self_test()
             if self._sleeps:
                 self.sleep()
             for i, scores in zip(new, fresh, strict=True):
+                # rounded before it is cached: a hit and a fresh answer have the same bits
                 found[i] = packed = CompactScores.pack(scores, teacher=self.name)
                 if self._cache is not None:
                     self._cache.put(keys[i], packed)
@@ -168,10 +153,10 @@ class TeacherService:
         self._asleep = True
 
     def wake(self) -> None:
-        """Come back to the device, if asleep, and pass the exam again.
+        """Return to the device, if asleep, and pass the self-test again.
 
         Raises:
-            RuntimeError: it says something else than before it slept.
+            RuntimeError: its self-test gives other numbers than before it slept.
         """
         if not self._asleep:
             return
@@ -181,17 +166,17 @@ class TeacherService:
         self._asleep = False
 
     def close(self) -> None:
-        """Its work is done."""
+        """Release the engine: the teacher's work is done."""
         self.teacher.close()
 
     def _self_test(self) -> Fingerprint:
         try:
             answers = self.teacher.score(self_test_rows(self.teacher.vocabulary), Needs(k=1))
         except FloatingPointError as error:
-            raise ConfigError(f"teachers.{self.name}: in its exam {error}") from error
+            raise ConfigError(f"teachers.{self.name}: in its self-test {error}") from error
         scores = TeacherScores.join(answers)
-        # A top K tells no entropy. -log of the largest probability is one too, Renyi's of order
-        # infinity: never above it, and ln V of a uniform distribution alone.
+        # A top K does not tell the entropy. -log of the largest probability stands in for it: the
+        # Renyi entropy of order infinity, never above Shannon's, and ln V only if uniform.
         entropy_N = -scores.logprobs_NK[:, 0] if scores.entropy_N is None else scores.entropy_N
         return Fingerprint(
             name=self.name,

@@ -1,4 +1,5 @@
-"""Teachers score what the student said, in one batched forward; they never speak themselves."""
+"""A teacher in transformers: it scores the student's tokens in batched forwards, and generates
+nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tutelage.distill.config.faults import ConfigError
@@ -14,16 +14,17 @@ from tutelage.distill.models.architecture import context_of
 from tutelage.distill.models.batches import Batch, pack
 from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
+from tutelage.distill.teachers.transport import QueryIds
 from tutelage.scheduler.episodes import Row
 
 
 class TransformersTeacher:
-    """A frozen transformers model, to the bit that it computes.
+    """A frozen transformers model. Its scores are the model's numbers, not rounded.
 
     Args:
         model: a causal LM.
-        vocabulary: ids that take probability; the embedding's padding beyond them does not.
-        max_tokens: tokens, padding included, in one forward.
+        vocabulary: ids that get probability; the embedding's padding rows beyond them get none.
+        max_tokens: the most tokens, padding included, in one forward.
         name: in the configuration.
     """
 
@@ -38,20 +39,17 @@ class TransformersTeacher:
 
     @torch.no_grad()  # not inference_mode: its tensors could not meet the student's in a loss
     def score(
-        self,
-        rows: Sequence[Row],
-        needs: Needs,
-        asked: Sequence[npt.NDArray[np.int32]] | None = None,
+        self, rows: Sequence[Row], needs: Needs, query_ids: QueryIds = None
     ) -> list[TeacherScores]:
-        """The scores of each row's chosen tokens, on the CPU, in the rows' order.
+        """The scores of each row's action tokens, on the CPU, in the rows' order.
 
-        needs: what they must hold; `full` takes 4 V bytes a token. asked: for each row, the
-        student's ids [N, J] at which they are needed.
+        needs: what the scores must hold; `full` takes 4 V bytes a token.
 
         Raises:
             FloatingPointError: logits that are NaN or infinite; names the row and the token.
-            ConfigError: a row is longer than its context.
+            ConfigError: a row is longer than the teacher's context.
         """
+        # by positions, not by length: an expert's branches share theirs
         longest = max((int(row.positions_T().max()) + 1 for row in rows), default=0)
         if longest > self._context:
             raise ConfigError(
@@ -65,10 +63,11 @@ class TransformersTeacher:
         for batch in pack(rows, max_tokens=self._max_tokens, device=self.model.device):
             hidden_ND = batch.hidden(self.model)
             query_ids_NJ = None
-            if asked is not None:
-                ids_NJ = np.concatenate([asked[i] for i in batch.members])
+            if query_ids is not None:
+                ids_NJ = np.concatenate([query_ids[i] for i in batch.members])
                 query_ids_NJ = torch.from_numpy(ids_NJ).to(hidden_ND.device).long()
             parts = []
+            # Block by block: the logits of all tokens at once might take more than the model.
             for at in range(0, len(hidden_ND), size):
                 logits_NV = head(hidden_ND[at : at + size])[:, : self.vocabulary]
                 self._check(logits_NV, at, batch, rows)
@@ -79,7 +78,7 @@ class TransformersTeacher:
                     keep_full=needs.full,
                     query_ids_NJ=None if query_ids_NJ is None else query_ids_NJ[at : at + size],
                 )
-                parts.append(part.to("cpu"))  # lessons are data, not device memory
+                parts.append(part.to("cpu"))  # scores wait for the learner without device memory
             joined = TeacherScores.join(parts)
             start = 0
             for member in batch.members:
@@ -89,8 +88,9 @@ class TransformersTeacher:
         return [scores[i] for i in range(len(rows))]
 
     def _check(self, logits_NV: torch.Tensor, at: int, batch: Batch, rows: Sequence[Row]) -> None:
-        """Refuse logits that are no numbers. at: where in the batch the first stands."""
-        highest_N = logits_NV.amax(-1)  # of NaN among them, NaN; -inf alone rules an id out
+        """Refuse NaN and infinite logits. at: the first one's place among the batch's tokens."""
+        # The largest tells all: it is NaN if any is, and -inf elsewhere only excludes an id.
+        highest_N = logits_NV.amax(-1)
         if highest_N.isfinite().all():
             return
         n = at + int((~highest_N.isfinite()).nonzero()[0])
@@ -109,8 +109,8 @@ class TransformersTeacher:
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Come back to it."""
+        """Return to it."""
         self.model.to(self._device)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""

@@ -1,18 +1,19 @@
-"""Teacher scores as they travel and are kept, 6 bytes an id instead of 12.
+"""The compact form in which teachers' scores are sent and cached: 6 bytes an id instead of 12.
 
-A token with K ids takes 6 K bytes (ids int32, log-probabilities float16) and 6 more: the sampled
-token's log-probability, which policy gradients subtract from the student's, stays float32; the
-entropy is float16. 192 + 6 bytes at K = 32.
+A token with K ids takes 6 K bytes (ids int32, log-probabilities float16) and 6 more (at K = 32
+together 198): the sampled token's log-probability stays float32, since policy gradients subtract
+the student's from it; the entropy is float16.
 
 float16 moves a log-probability x by at most max(2^-11 |x|, 2^-25), `rounding_bound`. Below -65504
-it becomes -65504, far under what objectives take for impossible; -inf stays what it is. A teacher
-rounds before it answers, so that scores are the same bits wherever it runs.
+it becomes -65504, far under what objectives take for impossible; -inf stays -inf. A teacher rounds
+before it answers, so its scores are bit-identical whether it runs here or on another machine.
 
-Letters: N tokens, K support size, J ids that the student asked for, V vocabulary.
+Letters: N tokens, K support size, J query ids, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ import torch
 
 from tutelage.distill.objectives import TeacherScores
 
+QueryIds = Sequence[npt.NDArray[np.int32]] | None
+"""For each row, the student's own ids [N, J] at which a teacher scores; None: its own alone."""
+
 Halves = npt.NDArray[np.float16]
 
 LEAST = float(np.finfo(np.float16).min)
@@ -30,8 +34,8 @@ LEAST = float(np.finfo(np.float16).min)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactScores:
-    """One row's TeacherScores, rounded, and who gave them: its fields, but for the ids that the
-    student asked for, which do not travel back."""
+    """One row's TeacherScores, rounded, and the name of the teacher. The query ids are left out:
+    who asked has them."""
 
     teacher: str
     vocabulary: int
@@ -46,7 +50,7 @@ class CompactScores:
         return len(self.sampled_N)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What the teacher sent, by name."""
+        """The fields that are arrays, by name."""
         found = [(name, getattr(self, name)) for name in self.__slots__]
         return {name: value for name, value in found if isinstance(value, np.ndarray)}
 
@@ -56,7 +60,7 @@ class CompactScores:
 
     @classmethod
     def pack(cls, scores: TeacherScores, *, teacher: str) -> CompactScores:
-        """Round `scores`."""
+        """`scores`, rounded."""
         sent = {
             name: _narrow(name, tensor)
             for name, tensor in scores.tensors()
@@ -65,11 +69,12 @@ class CompactScores:
         return cls(teacher=teacher, vocabulary=scores.vocabulary, **sent)
 
     def unpack(self, query_ids_NJ: npt.NDArray[np.int32] | None = None) -> TeacherScores:
-        """What objectives take, on the CPU. asked_ids_NJ: what `asked_logprobs_NJ` is about.
+        """The TeacherScores that objectives take, on the CPU. query_ids_NJ: the ids that
+        `query_logprobs_NJ` scores.
 
         Raises:
-            ValueError: not a teacher's scores (shapes, ids beyond the vocabulary, NaN), or the ids
-                that were asked for are missing.
+            ValueError: not a teacher's scores (shapes, ids beyond the vocabulary, NaN), or the
+                query ids are missing.
         """
         parts: dict[str, Any] = {name: _wide(array) for name, array in self.arrays().items()}
         if query_ids_NJ is not None:
@@ -78,22 +83,24 @@ class CompactScores:
 
 
 def rounding_bound(values: torch.Tensor) -> torch.Tensor:
-    """How far `pack` may move each of `values`, finite ones from -65504 up."""
+    """How far `pack` may move each of `values`; they are finite and not below -65504."""
+    # half a step of float16's 11-bit significand; below 2^-14 its steps no longer shrink
     return (values.abs() * 2.0**-11).clamp(min=2.0**-25)
 
 
 def _narrow(name: str, values: torch.Tensor) -> npt.NDArray[Any]:
-    """Ids as int32, the sampled token's float32 as it is, else the nearest float16, ties to even;
-    never an infinity that was not there."""
+    """Ids as int32; the sampled token's log-probability as float32; else the nearest float16, ties
+    to even. A finite number stays finite."""
     if not values.is_floating_point():
         return values.cpu().numpy().astype(np.int32)
     if name == "sampled_N":
         return values.float().cpu().numpy()
+    # float16 would make -inf of what lies below its range, and an objective of that an error
     values = torch.where(values == -torch.inf, values, values.clamp(min=LEAST))
     return values.to(torch.float16).cpu().numpy()
 
 
 def _wide(array: npt.NDArray[np.generic]) -> torch.Tensor:
-    """int64 or float32, in memory of its own: what comes through Ray must not be written to."""
+    """int64 or float32, copied: arrays that come through Ray are read-only, and torch warns."""
     kind = np.int64 if array.dtype.kind == "i" else np.float32
     return torch.from_numpy(array.astype(kind))

@@ -1,17 +1,16 @@
-"""A teacher in a vLLM engine of this process: prompts go in as ids, numbers come out as arrays.
+"""A teacher in a vLLM engine of this process: rows go in as token ids, scores come out as tensors.
 
-They are taken where vLLM's front end would unpack them into Python lists, one number after the
-other (`keep_arrays`): that took 20 us a token, a third of a tiny model's time.
+vLLM's front end would turn every log-probability into Python objects, one after the other: 20 us a
+token, a third of a tiny model's time. `keep_arrays` takes the tensors before that.
 
-It says of each token its top K and the token's own log-probability (`prompt_logprobs`), and, on a
-CUDA device, what it gives to ids that the student chose (`prompt_logprob_token_ids`, which vLLM's
-V2 model runner alone computes). Padding rows of the embedding are cut off before the softmax, as in
-TransformersTeacher.
+For each token vLLM gives the top K and the token's own log-probability (`prompt_logprobs`). On a
+CUDA device it also scores query ids (`prompt_logprob_token_ids`), which only its V2 model runner
+does. Padding rows of the embedding are cut off before the softmax, as in TransformersTeacher.
 
-vLLM computes the logits of all tokens of a forward at once on the CPU, of 1,024 on a GPU: the size
-of a forward bounds the memory (`batched_tokens`).
+vLLM computes the logits of all tokens of a forward at once on the CPU, and of 1,024 tokens on a
+GPU: on the CPU the size of a forward bounds the memory (`batched_tokens`).
 
-Letters: N chosen tokens, K support size, J ids that the student asked for, V vocabulary.
+Letters: N action tokens, K support size, J query ids, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,18 +44,19 @@ from tutelage.distill.teachers.candidates import (
     check_linear,
     read_length,
 )
+from tutelage.distill.teachers.transport import QueryIds
 from tutelage.scheduler.episodes import Row
 
 LEAST_TOKENS = 256
-"""Of a forward: no fewer than vLLM's sequences."""
+"""Of a forward: vLLM refuses fewer than its max_num_seqs."""
 
 
 class VllmTeacher:
-    """Scores rows.
+    """Scores rows by a vLLM engine.
 
     Args:
         name: in the configuration. engine: vLLM's LLMEngine (`load_vllm_teacher`).
-        vocabulary: ids that take probability.
+        vocabulary: ids that get probability.
     """
 
     model = None
@@ -64,19 +64,16 @@ class VllmTeacher:
 
     def __init__(self, name: str, engine: Any, *, vocabulary: int) -> None:
         self.name, self.vocabulary, self._engine = name, vocabulary, engine
-        self._asked = 0  # requests so far: their ids must differ
+        self._requests = 0  # so far: each needs a name of its own
 
     def score(
-        self,
-        rows: Sequence[Row],
-        needs: Needs,
-        asked: Sequence[npt.NDArray[np.int32]] | None = None,
+        self, rows: Sequence[Row], needs: Needs, query_ids: QueryIds = None
     ) -> list[TeacherScores]:
         """See TransformersTeacher.score; without entropies.
 
         Raises:
-            ValueError: the whole distribution is asked for, the student's ids where vLLM does not
-                score them, or a row has branches.
+            ValueError: the whole distribution is asked for, or query ids where vLLM does not score
+                them, or a row has branches.
             ConfigError: a row is longer than the engine's context.
             EngineFailure: the engine broke.
         """
@@ -89,38 +86,39 @@ class VllmTeacher:
                     "type": "token",
                     "prompt_token_ids": row.ids_T[: read_length(row)].tolist(),
                 }
-                self._asked += 1
-                name = str(self._asked)
-                wanted = _wanted(row, needs.width, None if asked is None else asked[i])
+                self._requests += 1
+                name = str(self._requests)
+                params = _params(row, needs.width, None if query_ids is None else query_ids[i])
                 parts: list[Any] = []
                 waiting[name] = i, parts
-                keep_arrays(self._engine, self._engine.add_request(name, prompt, wanted), parts)
+                # add_request returns vLLM's own name of it, which is not the one that it is given
+                keep_arrays(self._engine, self._engine.add_request(name, prompt, params), parts)
             while waiting:
                 for output in self._engine.step():
                     if output.finished:
                         i, parts = waiting.pop(output.request_id)
-                        own = None if asked is None else asked[i]
-                        scores[i] = self._packed(output, parts, rows[i], needs.width, own)
+                        own = None if query_ids is None else query_ids[i]
+                        scores[i] = self._scores(output, parts, rows[i], needs.width, own)
         except BaseException as error:
             with suppress(Exception):  # the first error tells more
                 self._engine.abort_request([*waiting])
             if isinstance(error, ValueError) or not isinstance(error, Exception):
-                raise
+                raise  # the caller's mistake (ConfigError is a ValueError), or Ctrl-C
             raise EngineFailure(
                 f"teachers.{self.name}: {broken(self._engine, f'scoring {len(rows)} rows', error)}"
             ) from error
         return [one for one in scores if one is not None]
 
     def sleep(self) -> None:
-        """Leave the GPU: the weights go to the CPU's memory, the cache is dropped."""
-        self._engine.sleep(level=1)
+        """Leave the GPU: the weights move to the CPU's memory, the key-value cache is dropped."""
+        self._engine.sleep(level=1)  # level 2 would drop the weights too
 
     def wake(self) -> None:
-        """Come back to it."""
+        """Return to it."""
         self._engine.wake_up()
 
     def close(self) -> None:
-        """Let go of what the engine holds."""
+        """Release what the engine holds."""
         if self._engine is not None:
             stop(self._engine)
         self._engine = None
@@ -138,7 +136,8 @@ class VllmTeacher:
                 f" alone, on a CUDA device: {cure}, or choose support='teacher'"
             )
         check_linear(f"teachers.{self.name}", rows)
-        room = self._engine.model_config.max_model_len - 1  # vLLM speaks one token itself
+        # vLLM must generate at least one token
+        room = self._engine.model_config.max_model_len - 1
         longest = max((read_length(row) for row in rows), default=0)
         if longest > room:
             raise ConfigError(
@@ -148,11 +147,13 @@ class VllmTeacher:
                 " rollout.context)"
             )
 
-    def _packed(
+    def _scores(
         self, output: Any, parts: list[Any], row: Row, k: int, ids_NJ: npt.NDArray[np.int32] | None
     ) -> TeacherScores:
+        """What vLLM gave for a row. parts: of each forward that read a piece of it."""
         ids_TC, logprobs_TC = (torch.cat([part[n] for part in parts]).cpu() for n in (0, 1))
-        # of every token but the first: itself, then the top K
+        # A line for every token but the first, of k + 1 candidates: itself, then the top K. The
+        # first token gets the empty range 0 to 0.
         ends_T = np.arange(len(ids_TC) + 1, dtype=np.int64) * ids_TC.shape[1]
         found = Candidates(
             ids_C=ids_TC.flatten().numpy().astype(np.int32),
@@ -170,7 +171,7 @@ class VllmTeacher:
         if ids_NJ is None:
             return scores
         at_N = np.flatnonzero(row.action_mask_T)
-        logprobs_NJ = output.prompt_token_id_logprobs[at_N - at_N[0]]
+        logprobs_NJ = output.prompt_token_id_logprobs[at_N - at_N[0]]  # from the first action on
         return replace(
             scores,
             query_ids_NJ=torch.from_numpy(ids_NJ).long(),
@@ -179,7 +180,7 @@ class VllmTeacher:
 
 
 def load_vllm_teacher(name: str, config: TeacherConfig, *, vocabulary: int) -> VllmTeacher:
-    """Starts its engine.
+    """A teacher whose engine is started here.
 
     Raises: as `start`.
     """
@@ -187,8 +188,8 @@ def load_vllm_teacher(name: str, config: TeacherConfig, *, vocabulary: int) -> V
     settings = load_settings(config.model).get_text_config()
     more: dict[str, Any] = {"max_logprobs": vocabulary, "enable_chunked_prefill": True}
     if options.max_model_len is None:
-        # A row may fill the context, and vLLM wants room for the token that it speaks, which it
-        # never reads: no position beyond the model's is used.
+        # A row may fill the context, and vLLM must have room for the token that it generates. It
+        # never feeds that token back, so no position beyond the model's is used.
         room = settings.max_position_embeddings + 1
         more |= {"max_model_len": room, "hf_overrides": {"model_max_length": room}}
     if options.max_num_batched_tokens is None and not torch.cuda.is_available():
@@ -207,11 +208,11 @@ def load_vllm_teacher(name: str, config: TeacherConfig, *, vocabulary: int) -> V
 
 
 def keep_arrays(engine: Any, request: str, parts: list[Any]) -> None:
-    """Let the request's (ids, log-probabilities, ...) be put into `parts`, as tensors. request:
-    vLLM's own name of it.
+    """Have vLLM put the request's tensors (ids, log-probabilities, ...) into `parts`, in place of
+    unpacking them. request: vLLM's own name of it.
 
     Raises:
-        ConfigError: this vLLM has no such place.
+        ConfigError: another release of vLLM, which keeps them elsewhere.
     """
     try:
         processor = engine.output_processor.request_states[request].logprobs_processor
@@ -225,36 +226,38 @@ def keep_arrays(engine: Any, request: str, parts: list[Any]) -> None:
 
 
 def batched_tokens(rows: int) -> int:
-    """Tokens of a forward whose logits over so many embedding rows take no more than CHUNK."""
-    return min(max(LEAST_TOKENS, CHUNK // rows), 2048)
+    """Tokens of a forward whose logits over so many embedding rows are no more than CHUNK numbers
+    (but for LEAST_TOKENS)."""
+    return min(max(LEAST_TOKENS, CHUNK // rows), 2048)  # 2,048: its own default
 
 
 def cut_padding(model: Any, *, vocabulary: int) -> None:
-    """Let ids from `vocabulary` on take no probability, in one of vLLM's models."""
+    """Give ids from `vocabulary` on no probability, in a model of vLLM's."""
     plain = model.compute_logits
 
     def compute_logits(*args: Any, **kwargs: Any) -> Any:
         logits = plain(*args, **kwargs)
-        if logits is not None:  # the first worker alone has them
+        if logits is not None:  # with tensor parallelism only the first worker has them
             logits[..., vocabulary:] = -torch.inf
         return logits
 
     model.compute_logits = compute_logits
 
 
-def _wanted(row: Row, k: int, ids_NJ: npt.NDArray[np.int32] | None) -> Any:
-    """vLLM's parameters of a row's request."""
+def _params(row: Row, k: int, ids_NJ: npt.NDArray[np.int32] | None) -> Any:
+    """vLLM's SamplingParams of a row's request."""
     from vllm import SamplingParams
 
     more: dict[str, Any] = {}
     if ids_NJ is not None:
         at_N = np.flatnonzero(row.action_mask_T)
-        # vLLM counts the tokens that predict: one before the chosen ones. -1: nothing is asked.
+        # vLLM counts positions by the token that predicts: one before the action token. -1: no
+        # query there, since observations may stand between a row's actions.
         ids_TJ = np.full((at_N[-1] + 1 - at_N[0], ids_NJ.shape[1]), -1, dtype=np.int32)
         ids_TJ[at_N - at_N[0]] = ids_NJ
         more = {"prompt_logprob_token_ids": ids_TJ, "prompt_logprob_start": int(at_N[0]) - 1}
     return SamplingParams(
-        max_tokens=1,
+        max_tokens=1,  # vLLM must generate at least one token
         temperature=0.0,
         prompt_logprobs=k,
         flat_logprobs=True,
