@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +86,16 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_envs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tutelage/Household-v0" in _says(capsys, "envs")
+
+
+def test_whoever_reads_may_stop_reading() -> None:
+    """As `head` does: no complaint, and the exit code of a broken pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tutelage.distill.cli.main", "config"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

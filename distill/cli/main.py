@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _complain(error)
         sys.exit(2)
+    except BrokenPipeError:  # `tutelage config | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit flushes
+        sys.exit(128 + signal.SIGPIPE)
     except (OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("TUTELAGE_TRACEBACK"):
             raise
