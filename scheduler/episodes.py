@@ -178,7 +178,7 @@ class Episode:
     verdict: str = ""  # info["reason"], where the environment says why it gave its reward
 
     @property
-    def num_chosen(self) -> int:
+    def num_action_tokens(self) -> int:
         """Tokens that take loss, before the special-token mask."""
         return int(sum(row.action_mask_T.sum() for row in self.rows))
 

@@ -1,4 +1,4 @@
-"""What of a configuration may change when a run goes on."""
+"""What of a configuration may change when a run resumes."""
 
 from __future__ import annotations
 

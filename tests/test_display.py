@@ -171,7 +171,7 @@ def test_a_step_of_several_tasks_counts_once(screen: Screen, config: RunConfig) 
 def test_a_run_that_goes_on_counts_its_own_steps(screen: Screen, config: RunConfig) -> None:
     watcher = ConsoleObserver(screen.console)
     watcher.start(config, 90)
-    assert screen.lines() == [f"going on at step 90 of 100 in {config.run}"]
+    assert screen.lines() == [f"resuming at step 90 of 100 in {config.run}"]
     _step(watcher, screen, 90, "household", 4.0)
     assert screen.lines()[0].startswith("step 91 of 100, 4 s a step, 36 s left")
 

@@ -1,4 +1,4 @@
-"""The run's diary: in whose episode a lesson stands."""
+"""The run's journal: in whose episode a training example stands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tutelage.distill.student.examples import Example
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingParams
 
 
-def test_an_episode_holds_its_own_lessons_whatever_their_rows_are(
+def test_an_episode_holds_its_own_examples_whatever_their_rows_are(
     tmp_path: Path, make_row: Callable[..., Row]
 ) -> None:
     """All say the same, so that the row tells nothing; one was lost, one has a row per turn."""

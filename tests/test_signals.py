@@ -145,9 +145,9 @@ class TestTrain:
         saved = path.parent / "run" / "checkpoints" / "000001"
         assert saved.is_dir()
         said = capfd.readouterr()
-        assert f"stopped; saved as {saved}; the same command goes on" in _words(said.out)
+        assert f"stopped; saved as {saved}; the same command resumes" in _words(said.out)
         assert _main("train", str(path)) == 0
-        assert "going on at step 1 of 3" in _words(capfd.readouterr().out)
+        assert "resuming at step 1 of 3" in _words(capfd.readouterr().out)
 
     def test_the_second_says_what_is_lost(
         self, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

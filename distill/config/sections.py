@@ -21,6 +21,7 @@ from tutelage.distill.config.faults import Like
 from tutelage.distill.config.values import (
     LISTED,
     Above0,
+    Amount,
     Beta,
     Count,
     Device,
@@ -455,10 +456,10 @@ class ClusterConfig(Section):
     """How many rollout workers play episodes, each with an engine of its own."""
     threads: Positive = 1
     """CPU threads of torch in each actor."""
-    worker_resources: dict[Text, Above0] = Field(default_factory=dict)
+    worker_resources: dict[Text, Amount] = Field(default_factory=dict)
     """What Ray reserves for each rollout worker, such as {GPU: 1}, or a resource that nodes were
     started with."""
-    teacher_resources: dict[Text, Above0] = Field(default_factory=dict)
+    teacher_resources: dict[Text, Amount] = Field(default_factory=dict)
     """What Ray reserves for each teacher, such as {GPU: 1}."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
     """Place all actors as one placement group, by this strategy of Ray's; none: each where there is

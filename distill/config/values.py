@@ -87,6 +87,9 @@ Positive = Annotated[Whole, Field(ge=1)]
 
 Above0 = Annotated[float, Field(gt=0)]
 
+Amount = Annotated[Above0, AfterValidator(lambda x: int(x) if x.is_integer() else x)]
+"""Of a resource. A whole number stays one: messages say {GPU: 1}, as the user does."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Part = Annotated[float, Field(gt=0, le=1)]

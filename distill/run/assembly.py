@@ -1,4 +1,4 @@
-"""What a run is put together from: its workers and its teachers, here or on Ray."""
+"""Puts a run's rollout workers and teachers together, in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def make_placement(
         return InProcess(worker, teachers)
     return RayCluster(
         ClusterSettings(**config.cluster.model_dump()),
+        # absolute: an actor has a working directory of its own
         stalled=(Path(config.run) / STALLED).absolute(),
         make_worker=partial(_make_worker, config, rollouts, guiding, vocabulary, beside()),
         make_teachers={
@@ -68,9 +69,9 @@ def _make_worker(
     vocabulary: int,
     modules: Sequence[str],
 ) -> RolloutWorker:
-    """A rollout worker with its own copy of the student (in a Ray actor). guiding: the teachers
-    that play prefixes, by task. modules: folders with environments of the user's own, where the
-    actor's machine has them."""
+    """A rollout worker with its own copy of the student (in a Ray actor). guiding: by task, the
+    teacher that plays prefixes. modules: folders with the user's own environments, which need not
+    exist on the actor's machine."""
     for folder in modules:
         look_beside(folder)
     pools = EnvironmentPools(rollouts)
@@ -78,7 +79,7 @@ def _make_worker(
     tokenizer = load_tokenizer(student_tokenizer(config.student))
     engine: Engine
     if config.rollout.engine == "vllm":
-        # its weights come with the first sync
+        # made from the settings alone: the first sync brings the weights
         settings = student_settings(config.student)
         engine = vllm_engine(config, rollouts, settings, vocabulary)
     else:

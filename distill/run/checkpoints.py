@@ -1,8 +1,8 @@
-"""Checkpoints: whole or not at all. Hugging Face format beside what the trainer needs to go on.
+"""Checkpoints, written whole or not at all: a Hugging Face folder with the trainer's state in it.
 
 A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a folder with a
 number for its name is complete. Its SHA256SUMS holds the hash of every file (`sha256sum -c` knows
-the format), and what is read is compared with it: a bit that flipped on the disk would train on.
+the format), and loading compares: a bit that flipped on the disk would be trained on unnoticed.
 Random states need not be saved: every random draw is a function of (seed, step).
 """
 
@@ -36,7 +36,7 @@ PARTIAL, REPLACED = ".partial", ".replaced"
 
 
 class SaveError(WriteError):
-    """A checkpoint that could not be written, and the cure; nothing of it is left."""
+    """A checkpoint could not be written; the message has the cure, and nothing of it is left."""
 
 
 def save(
@@ -52,7 +52,7 @@ def save(
     """Write `folder/NNNNNN`; delete the oldest beyond `keep`, but not that of step `best`.
 
     Raises:
-        SaveError: the disk is full or not writable; the part that was written is gone again.
+        SaveError: the disk is full or not writable; what was written of it is deleted.
     """
     final = folder / f"{step:06d}"
     partial = folder / f".{step:06d}{PARTIAL}"
@@ -66,7 +66,8 @@ def save(
         _flush(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # torch reports a full disk as a RuntimeError of many wordings, safetensors as its own.
+        # torch reports a full disk as a RuntimeError of many wordings, safetensors as an error
+        # class of its own.
         if isinstance(error, OSError | RuntimeError) or "No space left" in str(error):
             raise SaveError(
                 f"checkpoint {final} could not be saved ({first_line(error)}{_room(folder)}):"
@@ -75,19 +76,20 @@ def save(
             ) from error
         raise
     replaced = folder / f".{step:06d}{REPLACED}"
-    if final.exists():
+    if final.exists():  # rename() replaces no folder that has files in it
         os.replace(final, replaced)
     os.replace(partial, final)
     _sync_folder(folder)
     for old in [p for p in complete(folder)[:-keep] if best is None or int(p.name) != best]:
-        os.replace(old, folder / f".{old.name}{PARTIAL}")  # what has its number is whole
+        # renamed first: killed in the midst of deleting, no numbered folder is incomplete
+        os.replace(old, folder / f".{old.name}{PARTIAL}")
     tidy(folder)
     return final
 
 
 def tidy(folder: Path) -> None:
-    """Remove what was half-written, or half-deleted, when a run was killed. A checkpoint that was
-    about to be replaced is put back."""
+    """Remove what a killed run left half-written or half-deleted. A checkpoint that it had moved
+    aside, and not yet replaced, is put back."""
     for left in folder.glob(f".*{REPLACED}"):
         final = folder / left.name.removeprefix(".").removesuffix(REPLACED)
         if not final.exists():
@@ -107,8 +109,8 @@ def load_newest(folder: Path, student: Student) -> tuple[Path, dict[str, Any]] |
     """Let the student take the newest readable checkpoint's weights; (its folder, its state), or
     None where there is no checkpoint.
 
-    A damaged one is set aside with a warning, and the one before it taken: what follows that is the
-    same to the byte.
+    A damaged one is set aside with a warning, and the one before it taken: the steps between the
+    two are repeated, bit-identical.
 
     Raises:
         RuntimeError: every checkpoint is damaged.
@@ -121,15 +123,15 @@ def load_newest(folder: Path, student: Student) -> tuple[Path, dict[str, Any]] |
             fault = f"{checkpoint} is damaged ({error})"
         if len(complete(folder)) == 1:
             raise RuntimeError(
-                f"{fault}, and there is no other to go on from: put it back from a copy, or"
+                f"{fault}, and there is no other to resume from: put it back from a copy, or"
                 " delete the run folder to begin anew"
             )
         aside = folder / f".{checkpoint.name}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
         warnings.warn(
-            f"{fault}: set aside as {aside.name}; the run goes on from the one before it,"
-            " which leads to the same; is the disk sound?",
+            f"{fault}: set aside as {aside.name}; the run resumes from the one before"
+            " it, and repeats the steps since; is the disk sound?",
             stacklevel=2,
         )
     return None
@@ -142,7 +144,7 @@ def _load(checkpoint: Path, student: Student) -> dict[str, Any]:
         state = load_state(checkpoint)
         student.load(checkpoint)
     except ConfigError:
-        raise
+        raise  # of another architecture: setting it aside would not help
     except Exception as error:
         raise Damaged(first_line(error)) from error
     return state
@@ -150,6 +152,7 @@ def _load(checkpoint: Path, student: Student) -> dict[str, Any]:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `state`, arrays as tensors."""
+    # weights_only: a checkpoint from elsewhere must not run code of its own
     state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     return state
 
@@ -161,7 +164,7 @@ def _sums(folder: Path) -> str:
 
 
 def _with_tensors(value: Any) -> Any:
-    """Arrays as tensors: torch loads nothing else without running code."""
+    """Arrays as tensors: torch.load with weights_only refuses NumPy's."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, dict):
@@ -180,6 +183,7 @@ def _flush(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Flush the names in a folder: after a power cut a rename may be undone otherwise."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

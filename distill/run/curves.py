@@ -16,10 +16,10 @@ from tutelage.evaluation.run_folder import TENSORBOARD
 
 
 class TensorBoard(Observer):
-    """One point of every curve a step, in RUN/tensorboard, written here and now.
+    """Writes one point of every curve a step to RUN/tensorboard, at once.
 
-    TensorBoard's own writer hands every number to a thread, by a queue whose lock stays taken when
-    Ctrl-C falls into it: the run then waits for that thread for ever.
+    TensorBoard's own writer hands every number to a thread through a queue. When Ctrl-C interrupts
+    the queue its lock stays taken, and the run waits for that thread for ever.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,12 @@ class TensorBoard(Observer):
         self._write(self._event(step=step, summary=self._summary(value=values)))
 
     def _open(self, start: int) -> None:
-        """A new file; readers forget this step and later ones of older files."""
+        """Begin a new file, whose first event tells readers to forget this step and later ones."""
+        # TensorBoard looks for `tfevents` in the name, and reads a folder's files by name: in time
         name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
         self._file = Growing(self._folder / name)
         self._records = self._writer(self._file)
-        self._write(self._event(file_version="brain.Event:2"))
+        self._write(self._event(file_version="brain.Event:2"))  # without it START is not heeded
         session = self._session(status=self._session.START)
         self._write(self._event(step=start, session_log=session))
 

@@ -1,7 +1,6 @@
-"""The run's diary: metrics.jsonl, and its episodes.
+"""Writes metrics.jsonl, one JSON object a step, and episodes/NNNNNN.jsonl.
 
-One JSON object a step. Fields under time/, perf/ and memory/ are the only ones in which two runs of
-one configuration may differ. Episodes go to episodes/NNNNNN.jsonl.
+Two runs of one configuration may differ only in the fields under time/, perf/ and memory/.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Journal:
     """Appends to a run folder.
 
     Args:
-        folder: the run's. position: bytes of metrics.jsonl that are to stand (a resumed run cuts
-            off what came after its checkpoint).
+        folder: the run's. position: how many bytes of metrics.jsonl are kept (a resumed run cuts
+            off what was written after its checkpoint).
     """
 
     def __init__(self, folder: Path, *, position: int = 0) -> None:
@@ -35,20 +34,20 @@ class Journal:
         self.undone = self._lines.undone
 
     def _standing(self, position: int) -> int:
-        """How many bytes may stand: whole lines, and never more than there are."""
+        """How many bytes are kept: whole lines, and never more than there are."""
         found = self._path.read_bytes() if self._path.exists() else b""
         if len(found) >= position and (not position or found[position - 1 : position] == b"\n"):
             return position
         warnings.warn(
             f"{self._path} has {len(found)} bytes, and the checkpoint knows of {position}: lines of"
-            " steps that were done are lost or changed; the run goes on without them",
+            " steps that were done are lost or changed; the run continues without them",
             stacklevel=3,
         )
         return found[:position].rfind(b"\n") + 1
 
     @property
     def position(self) -> int:
-        """Bytes of metrics.jsonl that are on the disk."""
+        """Bytes of metrics.jsonl, once all are flushed to the disk."""
         self._lines.sync()
         return self._lines.length
 
@@ -68,6 +67,7 @@ class Journal:
     ) -> None:
         """The step's episodes with ids, masks, sampled and teacher log-probabilities. version: of
         the student that learns from them."""
+        # a mixed step has several tasks, each of which numbers its episodes from 0
         of_episode: dict[tuple[str, int], list[Example]] = defaultdict(list)
         for example in examples:
             of_episode[example.task, example.number].append(example)
@@ -131,15 +131,15 @@ def _episode(episode: Episode, examples: Sequence[Example], version: int) -> dic
 
 def _row(example: Example) -> dict[str, Any]:
     row = example.row
-    chosen = row.action_mask_T.nonzero()[0]
+    actions = row.action_mask_T.nonzero()[0]
     teacher: list[float | None] = [None] * len(row.ids_T)
     if example.scores is not None:
-        for at, value in zip(chosen, example.scores.sampled_N.tolist(), strict=True):
+        for at, value in zip(actions, example.scores.sampled_N.tolist(), strict=True):
             teacher[at] = number(value)
     return {
         "ids": row.ids_T.tolist(),
         "turn": row.turns_T.tolist(),
-        "mask": [int(m) for m in example.mask_T],
+        "mask": [int(m) for m in example.mask_T],  # action tokens less the special ones
         "branch": row.branches_T.tolist() if row.branches_T.any() else None,
         "sampled_logprob": [number(value) for value in row.behavior_logprobs_T.tolist()],
         "law_logprob": [number(value) for value in row.sampling_T.tolist()],
@@ -148,14 +148,13 @@ def _row(example: Example) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON does not know, as what it knows."""
+    """A value that JSON does not know: a NumPy or torch number as a number, the rest as text."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: what was not sampled is null, and -inf is the largest
-    negative float32.
-    """
+    """A log-probability as JSON, which has no NaN and no infinity: null where nothing was sampled,
+    the largest negative float32 for -inf."""
     if math.isnan(value):
         return None
     return round(value, 6) if math.isfinite(value) else -3.4e38

@@ -1,10 +1,9 @@
-"""One run in a folder: a lock that names who holds it.
+"""One run in a folder: a lock that names its owner.
 
-RUN/.lock is locked by the kernel (flock) for as long as its process lives: after a crash, or a
-SIGKILL, it is free. What stands in it names the owner for whoever is refused, and tells of owners
-that the kernel here knows nothing of: those of other machines, where a shared disk keeps locks
-apart, and all where it has none. Such an owner touches the file every few seconds, and one that
-does not is gone.
+The kernel holds the lock on RUN/.lock (flock) as long as the owner's process lives: after a crash,
+or a SIGKILL, it is free. The file's text names the owner for whoever is refused. It also serves
+where flock does not: on a disk without locks, or on a shared one that does not pass locks between
+machines. There the owner touches the file every few seconds, and one that stops doing so is gone.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ from tutelage.evaluation.files import put
 
 NAME = ".lock"
 BEAT = 5.0
-"""Seconds between two signs of life."""
+"""Seconds between two touches of the file by its owner."""
 SILENCE = 4 * BEAT
-"""Seconds without one after which an owner that nothing else is known of is gone."""
+"""Seconds without one after which an owner on another machine counts as gone. Several beats: a
+busy machine, or a network's disk, may be late with one."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a disk without locks answers."""
+"""Errors of flock on a disk without locks; which one differs from disk to disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """A process. boot: of its machine, which is another after each start. born: when it started, in
-    that machine's own count: with `pid`, no other process of that boot."""
+    """A process. boot: the id of its machine's current boot. born: when the process started, in
+    ticks since that boot. Pids are used again; (boot, pid, born) is not."""
 
     pid: int
     host: str
@@ -57,24 +57,24 @@ class Owner:
             boot=_boot(),
             born=_born(os.getpid()) or "",
             since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            command=hidden(shlex.join(sys.argv)),
+            command=hidden(shlex.join(sys.argv)),  # who is refused reads it: no keys
         )
 
     @classmethod
     def read(cls, path: Path) -> Owner | None:
-        """Whoever the file names; None: nobody, or in no way that can be read."""
+        """The owner that the file names; None: it is empty or cannot be read."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def same(self, other: Owner) -> bool:
-        """Whether both are one process."""
+        """Whether both are the same process."""
         mine, theirs = (asdict(one) | {"since": "", "command": ""} for one in (self, other))
         return bool(mine == theirs)
 
     def lives_here(self) -> bool:
-        """Whether a process of this machine, which it must have been, is still there."""
+        """Whether this owner, a process of this machine, is still alive."""
         return self.boot == _boot() and _born(self.pid) == self.born
 
     def __str__(self) -> str:
@@ -82,10 +82,10 @@ class Owner:
 
 
 class Lock:
-    """Holds `folder` until `release`. Within one process it may be taken again.
+    """Holds `folder` until `release`. The process that holds it may take it again, to no effect.
 
     Raises:
-        ConfigError: it is held, by whom; or it cannot be written, and why.
+        ConfigError: another process holds it (names which); or it cannot be written, and why.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,7 +111,7 @@ class Lock:
         for _ in range(20):
             if owner is not None or locked is not False:
                 break
-            time.sleep(0.05)  # its owner has only just come, and is about to write who it is
+            time.sleep(0.05)  # the owner has the lock, and is about to write who it is
             owner = Owner.read(self._path)
         if owner is not None and owner.same(me):  # taken before, by this process
             os.close(descriptor)
@@ -131,7 +131,8 @@ class Lock:
     def _open(self) -> tuple[int, bool | None]:
         """The file, and whether the kernel gave us its lock; None: the disk has no locks."""
         while True:
-            # 0600: a command line may hold a key
+            # 0600: the owner's command line stands in it, and may hold a key. O_APPEND and no
+            # O_TRUNC: until the lock is ours the text is another owner's.
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,14 +151,18 @@ class Lock:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
                     return descriptor, True
-            os.close(descriptor)  # its last owner has just removed it
+            # The last owner removed the file between our open and our flock: what we have locked
+            # has no name any more, and the next run would lock a new file beside it.
+            os.close(descriptor)
 
     def _lives(self, owner: Owner, *, locked: bool) -> bool:
-        """Whether the one who is named holds the folder, though the kernel here does not say so."""
+        """Whether the named owner still holds the folder, although flock did not refuse us."""
         if owner.boot == _boot() and locked:
-            return False  # this kernel would know
+            return False  # the same kernel gave us the lock: the owner has ended
         if owner.host == platform.node():
             return owner.lives_here()
+        # On another machine: watch for its next touch. The clocks of two machines differ, so that
+        # only a change of the time counts, not its age.
         deadline, last = time.monotonic() + SILENCE, self._sign()
         while time.monotonic() < deadline:
             time.sleep(BEAT / 4)
@@ -166,7 +171,7 @@ class Lock:
         return False
 
     def _sign(self) -> int:
-        """When the file was last touched. It is opened: a network's disk looks afresh then."""
+        """When the file was last touched. Opened for it: NFS answers a bare stat from its cache."""
         with self._path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
@@ -176,14 +181,14 @@ class Lock:
                 os.utime(self._descriptor)
 
     def release(self) -> None:
-        """Leave the folder to others; once is enough. One in which nothing was written is gone."""
+        """Leave the folder to others; may be called again. An empty folder is removed."""
         if self._descriptor >= 0:
             self._over.set()
             if self._thread is not None:
-                self._thread.join()
+                self._thread.join()  # before the close: the number may become another file's
             owner = Owner.read(self._path)
             with contextlib.suppress(OSError):
-                if owner is None or owner.same(Owner.me()):
+                if owner is None or owner.same(Owner.me()):  # not what another one took since
                     self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = -1
@@ -203,7 +208,7 @@ class Lock:
 
 
 def _boot() -> str:
-    """What this machine's last start is known by; empty where nothing tells."""
+    """The id of this machine's current boot; empty where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
@@ -211,8 +216,10 @@ def _boot() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process started, in the kernel's count; None: there is no such process."""
+    """When a process started, in ticks since boot; None: there is no such process."""
     try:
+        # Field 22. Split after the last ")": the second field is the program's name, in brackets,
+        # which may hold spaces and brackets. State Z is a zombie: ended, and not waited for.
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state == "Z" else rest[18]
     except OSError:

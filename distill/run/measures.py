@@ -1,4 +1,4 @@
-"""What a step's line of metrics holds beside the learner's: episodes, timings, scores."""
+"""A step's metrics beside the learner's own: of its episodes, its time and its memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ CURES = {
     "update": "set optimizer.recompute: true, lower optimizer.micro_tokens, or share the student"
     " among learner.processes; `tutelage plan` tells what each part takes",
 }
-"""Of a part of a step that ran out of memory."""
+"""The cure for each part of a step that ran out of memory."""
 
 UNGRADED = (
     "no_box", "too_long", "unreadable", "gold_unparseable", "refused", "timeout", "crash",
     "unavailable",
 )  # fmt: skip
-"""Verdicts of mathematics that are no comparison of two answers, each counted as `grading/...`."""
+"""Verdicts of the math grader where it did not compare two answers; each has a metric,
+`grading/...`."""
 
 
 class Clock:
@@ -40,7 +41,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time what is done inside.
+        """Time the block.
 
         Raises:
             RuntimeError: it ran out of memory; with the cure.
@@ -49,6 +50,7 @@ class Clock:
         try:
             yield
         except Exception as error:
+            # torch, vLLM and CUDA's libraries have a class of their own each: the words are common
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
                 said = f"the {name} ran out of memory: {str(error) or type(error).__name__}"
                 raise RuntimeError(f"{said}; {CURES.get(name, CURES['rollout'])}") from error
@@ -58,32 +60,35 @@ class Clock:
     def metrics(
         self, outcomes: Sequence[Episode | Dropped], examples: Sequence[Example]
     ) -> dict[str, float]:
-        """What may differ between two runs of one configuration: time/, perf/ and memory/."""
+        """Metrics that may differ between two runs of one configuration: time/, perf/, memory/."""
         tokens = sum(len(example.row.ids_T) for example in examples)
+        # ru_maxrss is in KiB on Linux
         peak = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if torch.cuda.is_available():
             peak["memory/peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
-        chosen = sum(episode.num_chosen for episode in episodes)
+        sampled = sum(episode.num_action_tokens for episode in episodes)
         return {
             **{f"time/{name}": round(seconds, 4) for name, seconds in self._parts.items()},
             "time/step": round(time.perf_counter() - self._begun, 4),
-            "perf/rollout_tokens_per_s": round(chosen / max(self._parts["rollout"], 1e-9), 1),
+            "perf/rollout_tokens_per_s": round(sampled / max(self._parts["rollout"], 1e-9), 1),
             "perf/score_tokens_per_s": round(tokens / max(self._parts["score"], 1e-9), 1),
             "perf/update_tokens_per_s": round(tokens / max(self._parts["update"], 1e-9), 1),
-            # here, since faults of the machine are no part of what is learned
+            # under perf/: a retried episode is the same episode, and how often one is retried
+            # depends on the machine
             "perf/episodes_retried": sum(episode.attempts > 1 for episode in episodes),
             **{name: round(amount, 1) for name, amount in peak.items()},
         }
 
 
 def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict[str, Any]:
-    """Of a task's episodes in one step: numbers; and where episodes were lost, `episodes/lost`,
-    which and why. version: of the student that learns from them."""
+    """Metrics of a task's episodes in one step; `episodes/lost`, if any were lost, says which
+    and why. version: of the student that learns from them."""
     lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
     episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
     count = len(episodes)
     replies = [turn for episode in episodes for turn in episode.turns]
+    # a guided episode's success is partly the guide's: it counts only where all are guided
     alone = [episode for episode in episodes if not episode.order.guide] or episodes
     return {
         "reward/success": sum(episode.success for episode in alone) / len(alone),
@@ -97,13 +102,13 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
         "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
         "episodes/malformed": sum(not turn.valid for turn in replies) / max(1, len(replies)),
-        "tokens/chosen": sum(episode.num_chosen for episode in episodes),
+        "tokens/chosen": sum(episode.num_action_tokens for episode in episodes),
         "tokens/seen": sum(len(row.ids_T) for episode in episodes for row in episode.rows),
     }
 
 
 def _grading(episodes: Sequence[Episode], lost: Sequence[Dropped]) -> dict[str, int]:
-    """How many answers were not compared, and why, where an environment tells its verdicts."""
+    """How many answers were not compared, by reason, where the environment tells verdicts."""
     verdicts = Counter(episode.verdict for episode in episodes if episode.verdict)
     undecided = sum(one.reason == "undecided" for one in lost)
     if not undecided and not verdicts.keys() & {"string", "exact", "symbolic", *UNGRADED}:
@@ -114,8 +119,8 @@ def _grading(episodes: Sequence[Episode], lost: Sequence[Dropped]) -> dict[str, 
 def step_line(
     found: Mapping[str, Mapping[str, Any]], timings: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """(a step's tasks, joined by `+`; its metrics, whose names begin with their task's where there
-    are several). found: by task."""
+    """(the step's tasks, joined by `+`; its metrics, prefixed with their task's name where several
+    tasks share the step). found: metrics by task."""
     if len(found) == 1:
         ((task, metrics),) = found.items()
         return task, {**metrics, **timings}
@@ -124,5 +129,6 @@ def step_line(
 
 
 def teacher_gap(metrics: Mapping[str, float]) -> float:
-    """How far the student is from its teacher, for the schedule."""
+    """How far the student is from its teacher (log pi - log q), for the schedule's policy `gap`."""
+    # gap/mean is log q - log pi; a task without teacher has none, and its loss stands in
     return -metrics["gap/mean"] if "gap/mean" in metrics else metrics["loss/mean"]

@@ -1,6 +1,7 @@
-"""Who is told what a run does, as it does it: the terminal, TensorBoard, what a user brings.
+"""Observers, which are told what a run does as it does it: the terminal, TensorBoard, a user's own.
 
-RUN/metrics.jsonl is written first and is none of them: the run depends on it, and on no observer.
+RUN/metrics.jsonl is written before they are told, and not by one of them: the run depends on that
+file, and on no observer.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from tutelage.evaluation.files import first_line
 
 
 class Observer:
-    """Told what a run does. A subclass has those of the methods that it needs; configurations name
+    """Is told what a run does. A subclass overrides the methods that it needs; configurations name
     it as `module:Class`, and it is made without arguments."""
 
     def start(self, config: RunConfig, step: int) -> None:
         """Training begins at `step`."""
 
     def doing(self, what: str) -> None:
-        """This begins, and may take a while."""
+        """The run begins something that may take a while."""
 
     def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
-        """A step is learned; one of several tasks is told once for each."""
+        """A step's update is done; with several tasks this is called once for each."""
 
     def evaluating(self, task: str, mode: str, done: int, total: int) -> None:
         """Evaluation has played `done` of `total` episodes, 0 at first."""
@@ -38,22 +39,22 @@ class Observer:
 
     def written(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
         """A step's line is in metrics.jsonl, with the scores of an evaluation that followed the
-        step; its tasks are joined by `+`. Of a run that goes on, the first one that comes replaces
-        the old one of its number and all after it."""
+        step; its tasks are joined by `+`. In a resumed run, the first call replaces the old line of
+        that step and all lines after it."""
 
     def close(self) -> None:
-        """The run has ended, however."""
+        """The run has ended, well or not."""
 
 
 def curves(task: str, metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a step's line, by names that begin with the task's."""
-    prefix = "" if "+" in task else f"{task}/"  # of several tasks, the line has it
+    prefix = "" if "+" in task else f"{task}/"  # a line of several tasks has the prefixes already
     return {prefix + name: x for name, x in metrics.items() if isinstance(x, int | float)}
 
 
 class Observers(Observer):
-    """Tells each of them, by name. One that raises is left out from there on, with a warning, and
-    counted in `failed`; the run goes on."""
+    """Tells each observer. One that raises is dropped, with a warning, and counted in `failed`; the
+    run continues."""
 
     def __init__(self, observers: Mapping[str, Observer]) -> None:
         self._told = dict(observers)
@@ -81,7 +82,7 @@ class Observers(Observer):
         self._tell("close")
 
     def _tell(self, event: str, *what: Any) -> None:
-        for name, observer in [*self._told.items()]:
+        for name, observer in [*self._told.items()]:  # a copy: one that fails is deleted
             try:
                 getattr(observer, event)(*what)
             except Exception as error:
@@ -90,7 +91,7 @@ class Observers(Observer):
                 why = first_line(error.__cause__ or error)
                 warnings.warn(
                     f"journal.observers: {name} failed ({event}: {why}): it is told"
-                    " no more; the run goes on, and metrics.jsonl has everything",
+                    " no more; the run continues, and metrics.jsonl has everything",
                     stacklevel=2,
                 )
                 if event != "close":
@@ -99,8 +100,8 @@ class Observers(Observer):
 
 
 def make_observers(config: RunConfig, console: Observer | None, *, trains: bool) -> Observers:
-    """Those that the configuration names; where nothing is trained, the console alone. console: who
-    `console` stands for; None: nobody looks.
+    """The observers that the configuration names; where nothing is trained, the console alone.
+    console: the observer that `console` stands for; None: there is none.
 
     Raises:
         ConfigError: one of them is not here, or cannot be made.

@@ -1,5 +1,5 @@
-"""What hangs on this machine and can be known before a model loads: devices, files, the run's
-folder, environments. Whatever is wrong is a ConfigError with its key.
+"""Checks what depends on this machine and can be known before a model loads: devices, files, the
+run's folder, environments. Each fault is a ConfigError that names its key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tutelage.scheduler.rollouts import EnvironmentPools, TaskRollout
 
 
 def check_machine(config: RunConfig) -> None:
-    """Whether this machine has what the run needs of it. Environments: see `open_once`.
+    """Check that this machine has what the run needs. Environments: see `open_once`.
 
     Raises:
         ConfigError: the key, what is missing, and the cure.
@@ -42,9 +42,9 @@ def check_machine(config: RunConfig) -> None:
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raises ConfigError for a run in the folder that one stands in, or in one above it: a run
-    fills its folder, and a folder's other files are not to be taken for a run's. Likewise where a
-    folder of the run's would take the place of a file, or a file that of a folder."""
+    """Raises ConfigError where the run's folder is the working directory, one above it, or the home
+    directory: a run's files would mix with others there. Likewise where something else stands in
+    the place of one of the run's files or folders."""
     folder = Path(config.run).resolve()
     for names, right in ((FOLDERS, Path.is_dir), (FILES, Path.is_file)):
         if wrong := [
@@ -56,6 +56,7 @@ def check_folder(config: RunConfig) -> None:
                 " another run folder"
             )
     here = Path.cwd().resolve()
+    # a folder that holds a run already may be resumed from inside: `run: .`
     if folder in (here, *here.parents, Path.home()) and not (folder / METRICS).is_file():
         raise ConfigError(
             f"run: {folder} holds more than a run: name a folder of its own, such as runs/first"
@@ -63,11 +64,11 @@ def check_folder(config: RunConfig) -> None:
 
 
 def check_room(config: RunConfig) -> None:
-    """Raises ConfigError where the disk has no room for one checkpoint: the weights, and what the
-    optimizer keeps of each of them."""
+    """Raises ConfigError where the disk has no room for one checkpoint: the weights, and the
+    optimizer's state."""
     student, dtype = student_footprint(config.student), config.student.dtype
     state, _ = student.optimizer_state(config.optimizer.name, dtype)
-    need = (student.weights(dtype) or 0) + (state or 0)
+    need = (student.weights(dtype) or 0) + (state or 0)  # None: a size that is not known
     if (free := shutil.disk_usage(config.run).free) < need:
         raise ConfigError(
             f"run: {config.run} has {free / 2**20:,.0f} MiB free, and one checkpoint takes"
@@ -76,7 +77,7 @@ def check_room(config: RunConfig) -> None:
 
 
 def _local(config: RunConfig) -> bool:
-    """Whether all of it runs on this machine."""
+    """Whether the whole run is on this machine."""
     return config.cluster is None or config.cluster.address == "local"
 
 
@@ -111,11 +112,11 @@ def _check_wheel(config: RunConfig) -> None:
 
 
 def _check_weights(key: str, reference: str) -> None:
-    """Whether a folder holds whole files of weights; reads their headers."""
+    """Check that a folder's files of weights are there and whole, by their headers alone."""
     with at_key(key):
         folder = Path(resolve(reference))
     if not folder.is_dir():
-        return  # a hub's
+        return  # a hub id: the hub's client checks what it downloads
     index = folder / "model.safetensors.index.json"
     try:
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
@@ -137,9 +138,9 @@ def _check_weights(key: str, reference: str) -> None:
 
 
 def open_once(rollouts: Mapping[str, TaskRollout]) -> list[str]:
-    """Open each task's environments once, for training and for evaluation, in a process of its own
-    that has a deadline, and without asking the network. What is not on this machine comes back, a
-    line each: there the environment went unseen.
+    """Open each task's environments once, for training and for evaluation, in a child process that
+    has a deadline and no network. Returns a line for each environment that could not be tried,
+    because its files or packages are not on this machine.
 
     Raises:
         ValueError: an environment that cannot be made as the configuration says.
@@ -170,7 +171,7 @@ def open_all(rollouts: Iterable[str], pools: EnvironmentPools) -> None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Processes that start meanwhile ask no hub."""
+    """Child processes that start inside ask no hub. (This one read the setting at its import.)"""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

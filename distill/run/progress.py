@@ -1,4 +1,4 @@
-"""What a person sees: progress with rates and current scores, and tables with intervals."""
+"""The console's observer: a bar or lines with the pace, the time left and the current scores."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from tutelage.evaluation.tables import percent
 QUIET_SECONDS = 10.0
 """Without a terminal, a line of progress at most this often."""
 SLOW_SECONDS = 60.0
-"""Where a step takes longer, its parts are told, too."""
+"""Without a terminal, where a step takes longer than this its parts are told, too."""
 LATELY = 20
-"""Steps of a task that say how long its next one takes."""
+"""How many of a task's last steps predict how long its next one takes."""
 
 
 class Pace:
-    """Seconds a step, over a full turn of the tasks: one task's may take thrice another's."""
+    """The mean seconds of a step, by task: one task's steps may take three times another's."""
 
     def __init__(self, tasks: Iterable[str]) -> None:
         self._recent: dict[str, deque[float]] = {task: deque(maxlen=LATELY) for task in tasks}
         self._counts: Counter[str] = Counter()
 
     def add(self, task: str, seconds: float) -> None:
-        """A task's first step, which warms up, counts until there is a second."""
+        """Add a step. A task's first one, which warms up, counts only until there is a second."""
         if self._counts[task] == 1:
             self._recent[task].clear()
         self._recent[task].append(seconds)
         self._counts[task] += 1
 
     def seconds(self) -> float:
-        """A step's mean, each task as often as it came; 0.0 before the first."""
+        """A step's mean, weighted by how often each task came; 0.0 before the first."""
         means = {task: fmean(recent) for task, recent in self._recent.items() if recent}
         if not means:
             return 0.0
         unknown = fmean(means.values())
+        # + 1: a task that has not come yet will, and is taken for as slow as the others' mean
         weights = {task: self._counts[task] + 1 for task in self._recent}
         total = sum(weight * means.get(task, unknown) for task, weight in weights.items())
         return total / sum(weights.values())
@@ -52,7 +53,7 @@ class ConsoleObserver(Observer):
     """Draws a bar on a terminal, prints a line now and then elsewhere.
 
     Args:
-        evaluates_after: an evaluation follows the training: its time is left, too.
+        evaluates_after: one more evaluation follows the training, and counts as time left.
     """
 
     def __init__(self, console: Console | None = None, *, evaluates_after: bool = False) -> None:
@@ -94,14 +95,14 @@ class ConsoleObserver(Observer):
         self._config, self._pace, self._done = config, Pace(config.tasks), step
         self._mark = time.monotonic()
         if step:
-            self.say(f"going on at step {step} of {config.steps} in {config.run}")
+            self.say(f"resuming at step {step} of {config.steps} in {config.run}")
 
     def step(self, step: int, task: str, metrics: Mapping[str, Any]) -> None:
         assert self._config is not None
         self._latest[task] = metrics
         done, now, steps = step + 1, time.monotonic(), self._config.steps
         first = not self._pace.seconds()
-        if done != self._done:  # a step of several tasks is told once for each
+        if done != self._done:  # called once for each task of a step, which takes its time once
             self._pace.add(task, now - self._mark)
             self._mark, self._done = now, done
         pace = f"{_seconds(self._pace.seconds())} a step, {_span(self._left(done))} left"
@@ -119,11 +120,11 @@ class ConsoleObserver(Observer):
     def score(self, task: str, mode: str, found: Mapping[str, Any]) -> None:
         now = time.monotonic()
         self._evaluations[task, mode] = now - self._mark
-        self._mark = now  # so that the next step's time begins here
+        self._mark = now  # the next step's time begins here: evaluation is no part of a step
         self.say(f"{task}, {mode}: {percent(found)}")
 
     def advance(self, what: str, done: int, total: int) -> None:
-        """Show how much of something is done."""
+        """Show how much of `what` is done."""
         now = time.monotonic()
         begun = self._begun.setdefault(what, now)
         left = f", {_span((now - begun) * (total - done) / done)} left" if 0 < done < total else ""
@@ -135,7 +136,7 @@ class ConsoleObserver(Observer):
             self._drop(what)
 
     def _left(self, done: int) -> float:
-        """Seconds to the end of the run, evaluations as long as they took last."""
+        """Seconds to the end of the run, if evaluations take as long as they last did."""
         assert self._config is not None
         tasks, wanted, total = self._config.tasks, self._config.evaluation, self._config.steps
 
@@ -143,13 +144,14 @@ class ConsoleObserver(Observer):
             asked = [(task, mode) for task in tasks for mode in modes]
             return sum(self._evaluations.get(one, 0.0) for one in asked)
 
+        # done - 1: this step's own evaluation, if one is due, is still to come
         live = total // wanted.every - (done - 1) // wanted.every if wanted.every else 0
         last = wanted.final + self._evaluates_after
         steps = (total - done) * self._pace.seconds()
         return steps + live * once(wanted.live_modes) + last * once(wanted.modes)
 
     def _draw(self, what: str, done: int | None, total: int | None, note: str) -> None:
-        """A row on the terminal: with a bar, where it is known how much there is."""
+        """A row on the terminal, with a bar where the total is known."""
         assert self._bar is not None
         if what not in self._bars:
             shown = "" if total is None else what
@@ -162,7 +164,7 @@ class ConsoleObserver(Observer):
             self._bar.remove_task(self._bars.pop(what))
 
     def say(self, text: str) -> None:
-        """A line."""
+        """Print a line."""
         self._printed = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -172,7 +174,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """About how long."""
+    """A time in the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

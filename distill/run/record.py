@@ -1,6 +1,4 @@
-"""What of a run is on the disk: its lines and checkpoints; how it goes on from them, and what would
-be lost.
-"""
+"""A run's folder: its lines of metrics and its checkpoints, and how the run resumes from them."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ from tutelage.scheduler.prefetch import Prefetch
 from tutelage.scheduler.timetable import Timetable
 
 NEEDED = ("step", "version", "position", "optimizer", "teachers", "best", "history", "ahead")
-"""Of a checkpoint's state."""
+"""Keys that a checkpoint's state must have."""
 
 
 class Record:
     """A run's folder, and the parts of the run whose state is kept there.
 
-    `pending` is a step that is learned, and neither evaluated nor written: (its number, its tasks,
-    their metrics).
+    `pending` is a step whose update is done, and that is neither evaluated nor written yet: (its
+    number, its tasks, their metrics). A checkpoint keeps it, so that a resumed run still evaluates.
     """
 
     journal: Journal
@@ -63,11 +61,11 @@ class Record:
 
     @contextmanager
     def open(self, stopping: Callable[[], bool]) -> Iterator[int]:
-        """Put back what the newest checkpoint holds, and write what comes; gives the first step to
+        """Restore the newest checkpoint, then record what is done inside; yields the first step to
         do.
 
-        Whatever ends the run inside, the steps since the last checkpoint are saved if they can be:
-        not in the middle of an update, nor when Ctrl-C comes while the run is `stopping`.
+        Whatever ends the run inside, the steps since the last checkpoint are saved, except in the
+        middle of an update, or when a second Ctrl-C comes while the run is `stopping`.
         """
         start, position = self._restore()
         write_config(self.folder, self._config, step=start)
@@ -78,10 +76,11 @@ class Record:
             yield start
         except (Exception, KeyboardInterrupt) as error:
             again = isinstance(error, KeyboardInterrupt) and stopping()
+            # a SaveError is that of a checkpoint: another try would meet the same full disk
             if not again and not isinstance(error, checkpoints.SaveError):
                 try:
                     self.save_rest()
-                except Exception as another:  # it may need what just failed
+                except Exception as another:  # saving may need what just failed, such as a GPU
                     error.add_note(f"Nor could it be saved since the last checkpoint: {another}")
             error.add_note(self.standing())
             raise
@@ -97,12 +96,12 @@ class Record:
         if missing := [key for key in NEEDED if key not in state]:
             raise RuntimeError(
                 f"{checkpoint}: its {run_folder.STATE} has no {missing[0]!r}: another version of"
-                " tutelage saved it; go on with that one, or choose another run folder"
+                " tutelage saved it; resume with that one, or choose another run folder"
             )
         optimizer = state["optimizer"]
-        if not self._learner.optimizer.fits(optimizer):  # a change that was accepted
+        if not self._learner.optimizer.fits(optimizer):  # optimizer.name changed, and was accepted
             warnings.warn(
-                f"optimizer: what {checkpoint} keeps is another one's: this one begins anew",
+                f"optimizer: the state in {checkpoint} is of another one: this one begins anew",
                 stacklevel=2,
             )
             optimizer = self._learner.optimizer_state()
@@ -111,8 +110,8 @@ class Record:
         refuse_other_teachers(self._config, self._routing.references, checkpoint, state["teachers"])
         self._best, self.pending = state["best"], json.loads(state.get("pending", "null"))
         history = [Step(**step) for step in state["history"]]
-        self._timetable.restore(history)
-        if not self._config.accept_changes:  # else what was planned may not fit any more
+        self._timetable.restore(history)  # before `prefetch.restore`, which counts steps from it
+        if not self._config.accept_changes:  # planned steps may not fit a changed configuration
             planned = self._prefetch.restore(state["ahead"], self._routing.sound)
             self._timetable.restore(history, planned)
         return state["step"], state["position"]
@@ -123,7 +122,7 @@ class Record:
         assert self.pending is not None
         step, tasks, metrics = self.pending
         metrics = metrics | dict(scores)
-        with self.journal.undone():
+        with self.journal.undone():  # Ctrl-C between the two: the line is written again on resuming
             self.journal.write(step, tasks, metrics)
             self._observers.written(step, tasks, metrics)
         self.pending = None
@@ -163,8 +162,9 @@ class Record:
         )
 
     def save_rest(self) -> None:
-        """Save what was learned since the last checkpoint, unless an update was cut off."""
+        """Save the steps since the last checkpoint, unless an update was cut off."""
         done = len(self._timetable.history)
+        # unequal: the update ended, and what it did is not in the history yet
         whole = self._learner.intact and self._learner.version == done
         newest = run_folder.newest(self._checkpoints)
         if done and whole and (newest is None or int(newest.name) != done):
@@ -179,4 +179,4 @@ class Record:
             said = f"no checkpoint yet: {steps} lost" if lost else "nothing was learned yet"
             return f"{self.folder}: {said}; the same command begins anew"
         said = f"; what came after it is lost, {steps}" if lost else ""
-        return f"saved as {newest}{said}; the same command goes on from there"
+        return f"saved as {newest}{said}; the same command resumes from there"

@@ -1,5 +1,5 @@
-"""May a run resume in its folder: what of its configuration, student and teachers may be another,
-and what changed, key by key.
+"""May a run resume in its folder? What of its configuration, student and teachers may differ from
+before, and what changed, key by key.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tutelage.evaluation.files import write_text
 FREE_TO_CHANGE = (
     "run",
     "accept_changes",
-    # where and by how many it is computed: other numbers of processes, other parts of a batch,
-    # other devices round otherwise; the run goes on, but is not bit-identical
+    # Where and by how many processes it is computed. Other devices, numbers of processes and
+    # micro-batches round otherwise: the run resumes, but is not bit-identical.
     "learner.*",
     "cluster*",
     *(f"vllm.{key}*" for key in ("gpu", "kv", "max", "tensor", "enforce")),  # not its dtype
@@ -34,12 +34,13 @@ FREE_TO_CHANGE = (
     "optimizer.recompute",
     "*rollout.max_live",
     "*rollout.processes",
-    # when patience ends
+    # how long, how often and how much is lost before the run gives up
     "*rollout.timeout",
     "*rollout.attempts",
     "*rollout.lost",
-    # who teaches is the hash's and the self-test's to say
-    "teachers.*.model*",  # a folder that was moved: the hash of its files is compared
+    # Who teaches is known by the hash of its files and by its self-test, not by where it lies:
+    # `refuse_other_teachers` compares those.
+    "teachers.*.model*",
     "teachers.*.device*",
     "teachers.*.cache*",
     "teachers.*.sleeps*",
@@ -51,23 +52,23 @@ FREE_TO_CHANGE = (
     "teachers.*.concurrency*",
     "teachers.*.max_answer_mib*",
     "teachers.*.vllm*",
-    # what is told of it
+    # what is written, shown and evaluated
     "journal.*",
     "checkpoint.*",
     "evaluation.*",
     "tasks.*.eval_args*",
 )
-"""Keys that do not touch what is learned."""
+"""Patterns of the keys that do not decide what is learned."""
 
 MISSING = object()
 
 
 def refuse_changes(folder: Path, config: RunConfig, tasks: Mapping[str, TaskSettings]) -> None:
-    """Compare a configuration with that of the run in the folder, which the run goes on from.
+    """Compare a configuration with that of the run in the folder, which it is to resume.
 
     Raises:
-        ConfigError: every key that touches what is learned and is another now, and the cure; fewer
-            steps than are done; the folder's own configuration is damaged.
+        ConfigError: keys that decide what is learned have changed (all of them are named, with the
+            cure); fewer steps are configured than are done; the folder's config.yaml is damaged.
     """
     newest = run_folder.newest(folder / run_folder.CHECKPOINTS)
     if newest is None:
@@ -90,18 +91,20 @@ def refuse_changes(folder: Path, config: RunConfig, tasks: Mapping[str, TaskSett
     if found:
         raise ConfigError(
             f"{folder / run_folder.CONFIG}: the run there was made with another configuration"
-            f" ({'; '.join(found)}): put that back, choose another run folder, or go on with"
+            f" ({'; '.join(found)}): put that back, choose another run folder, or resume with"
             " accept_changes=true"
         )
 
 
 def write_config(folder: Path, config: RunConfig, *, step: int) -> None:
-    """RUN/config.yaml, without the permission to go on, which was for once; what it changes of the
-    one that stood there goes to RUN/changes.jsonl, a line a change of configuration."""
+    """Write RUN/config.yaml, and a line of RUN/changes.jsonl for what differs from the one before.
+
+    `accept_changes` is left out: it is a permission for one resumption, not for those to come.
+    """
     path, record = folder / run_folder.CONFIG, folder / run_folder.CHANGES
     try:
         changed = {key: [_plain(was), _plain(now)] for key, was, now in _changes(folder, config)}
-    except ConfigError as error:  # whoever came here has accepted it
+    except ConfigError as error:  # damaged; `refuse_changes` let it pass for accept_changes=true
         changed = {run_folder.CONFIG: [str(error), None]}
     if changed:
         line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %z"), "changes": changed}
@@ -121,15 +124,19 @@ def _changes(folder: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
 def refuse_other_student(
     config: RunConfig, tokenizer: Any, checkpoint: Path, saved: str | None
 ) -> None:
-    """Its weights are in the checkpoint; what they are computed with lies where it began. saved:
-    the digest of that, from the checkpoint."""
+    """Compare config.json, vocabulary and template of `student.model` with what `checkpoint` was
+    saved with. The checkpoint has the weights; the rest is read from where the run began.
+
+    Args:
+        saved: their digest, from the checkpoint; None: an older version did not save it.
+    """
     if config.accept_changes or saved in (None, student_digest(config.student.model, tokenizer)):
         return
     where = config.student.model or config.student.tokenizer
     raise ConfigError(
         f"student: {where!r} has another config.json, vocabulary or template than when"
         f" {checkpoint} was saved: put the old ones back (the checkpoint has copies), choose"
-        " another run folder, or go on with accept_changes=true"
+        " another run folder, or resume with accept_changes=true"
     )
 
 
@@ -139,16 +146,20 @@ def refuse_other_teachers(
     checkpoint: Path,
     saved: Mapping[str, str],
 ) -> None:
-    """From here on a teacher is compared with the run's first exam, not with this session's:
-    `references` then hold that one. saved: the teachers' digests, from the checkpoint."""
+    """Compare each teacher's weights with those that the run had. From here on `references` hold
+    the fingerprints of the run's first session, not this one's: small drifts cannot add up.
+
+    Args:
+        saved: the teachers' digests, from the checkpoint.
+    """
     if config.accept_changes:
         return
     for name, fingerprint in references.items():
         if fingerprint.digest != saved.get(name):
             raise ConfigError(
                 f"teachers.{name}: {config.teachers[name].model!r} holds other weights than when"
-                f" {checkpoint} was saved: put the old ones back, choose another run folder, or go"
-                " on with accept_changes=true"
+                f" {checkpoint} was saved: put the old ones back, choose another run folder, or"
+                " resume with accept_changes=true"
             )
         first = Fingerprint.read(Path(config.run) / run_folder.TEACHERS / f"{name}.json")
         if first is not None:
@@ -157,9 +168,9 @@ def refuse_other_teachers(
 
 
 def depending_on_steps(config: RunConfig, tasks: Mapping[str, TaskSettings]) -> str:
-    """What a run of more steps would have done otherwise from its beginning, for a message: the
-    schedule of the learning rate, and what goes by the share of a task's steps that is done. Empty:
-    nothing; whose turn it is never depends on how many steps are to come."""
+    """For a message, the keys whose effect on past steps depends on the number of steps to come:
+    the learning rate's decay, and what follows the share of a task's steps that is done. Empty:
+    there are none. (Which task has a step never depends on it.)"""
     found = ["optimizer.decay"] if config.optimizer.decay != "constant" else []
     for name, task in tasks.items():
         at_first, at_last = task.schedule.expert_share
@@ -173,11 +184,11 @@ def depending_on_steps(config: RunConfig, tasks: Mapping[str, TaskSettings]) -> 
 
 
 def differences(old: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(key, what it was, what it is) of all that differs; MISSING on the side that has it not.
-    Defaults that came after `old` was written are no difference."""
+    """(key, its old value, its new value) of all that differs; MISSING where one side lacks it.
+    A key that did not exist when `old` was written counts as having its default."""
     try:
         filled = parse_config(dict(old), "").model_dump(mode="json")
-    except ConfigError:  # an earlier version's, with keys that are no more
+    except ConfigError:  # an earlier version wrote it, with keys that no longer exist
         filled = dict(old)
     was, now = dict(_leaves(filled)), dict(_leaves(config.model_dump(mode="json")))
     return [
@@ -188,11 +199,11 @@ def differences(old: Mapping[str, Any], config: RunConfig) -> list[tuple[str, An
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no mapping with keys of its own."""
+    """(dotted key, value) of every value that is not a mapping."""
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
-        elif value != {}:
+        elif value != {}:  # an empty section says no more than an absent one
             yield f"{prefix}{key}", value
 
 
@@ -202,9 +213,9 @@ def _read(folder: Path) -> Mapping[str, Any]:
         return run_folder.read_config(folder)
     except run_folder.Damaged as fault:
         raise ConfigError(
-            f"{folder / run_folder.CONFIG} is damaged ({fault}), so that nobody can tell whether"
-            " the run goes on as it was begun: put it back from a copy, or go on with"
-            " accept_changes=true, which writes it anew"
+            f"{folder / run_folder.CONFIG} is damaged ({fault}), so that the run cannot be compared"
+            " with how it began: put it back from a copy, or resume with accept_changes=true, which"
+            " writes it anew"
         ) from None
 
 
@@ -213,7 +224,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: as in YAML, not too long."""
+    """A value for a message: as in YAML, shortened."""
     if value is MISSING:
         return "not there"
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Takes every episode to its own teacher and brings it back as a lesson; keeps the ledger.
+"""Has every episode scored by its own teacher, makes training examples of it, keeps the ledger.
 
-An episode's order names its teacher, so none can be lost by an index. All teachers of a step are
-asked at once.
+An episode's order names its teacher, so that no index can mix teachers up. All teachers of a step
+are asked at once.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from tutelage.distill.teachers.transport import CompactScores
 from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.placement import Placement
 
-_Scored = tuple[CompactScores, TeacherScores]  # as they came, and unpacked
+_Scored = tuple[CompactScores, TeacherScores]  # as the teacher sent them, and unpacked
 Outcomes = Mapping[str, Sequence[Episode | Dropped]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """A step's lessons, task by task in the episodes' order.
+    """A step's training examples, task by task in the episodes' order.
 
-    ledger: of each task, who taught how much; the sum of `teacher/NAME/tokens` over a run is what
-    it trained. costs: what the teachers took, as metrics that may differ between two runs.
+    ledger: of each task, how much each teacher scored; `teacher/NAME/tokens` summed over a run are
+    the tokens that were trained. costs: what scoring took, as metrics that may differ between two
+    runs of one configuration.
     """
 
     examples: list[Example]
@@ -41,12 +42,12 @@ class StepBatch:
 
 
 class Routing:
-    """From episodes to lessons.
+    """From episodes to training examples.
 
     Args:
-        courses: of each task. special: ids that take no loss, by task.
+        special: ids that take no loss, by task.
 
-    `references` are the teachers' identities; an answer by another is refused.
+    `references` are the teachers' fingerprints; an answer with another one is refused.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Routing:
         self._tasks, self._task_objectives = tasks, task_objectives
         self._learner, self._placement = learner, placement
         self._special = special
+        # an ask without rows: every answer carries the teacher's fingerprint
         asks = [Ask(teacher=name, rows=(), needs=Needs(k=1)) for name in teachers]
         answers = zip(asks, placement.score(asks), strict=True)
         self.references = {ask.teacher: answer.fingerprint for ask, answer in answers}
@@ -71,19 +73,20 @@ class Routing:
         return lost < len(outcomes) and lost <= self._tasks[task].lost * len(outcomes)
 
     def complete(self, outcomes: Outcomes) -> Outcomes:
-        """The outcomes with all that their objectives need of the law that drew their tokens."""
+        """The outcomes with the log-probabilities under their sampling parameters, where a task's
+        objective needs them and the engine did not give them."""
         needy = {task for task in outcomes if self._task_objectives[task].objective.needs.sampling}
         return {
             task: told(own, self._learner) if task in needy else own
             for task, own in outcomes.items()
         }
 
-    def teach(self, outcomes: Outcomes) -> StepBatch:
-        """The lessons of a step.
+    def batch(self, outcomes: Outcomes) -> StepBatch:
+        """The step's batch.
 
         Raises:
             RuntimeError: a greater share of a task's episodes was lost than rollout.lost allows, or
-                a teacher says something else on its exam than at first.
+                a teacher's self-test has another result than at first.
             ConfigError: they were lost because their first prompts are too long.
         """
         rows = {task: self._rows(task, own) for task, own in outcomes.items()}
@@ -92,7 +95,7 @@ class Routing:
         ledger: dict[str, dict[str, float]] = {}
         for task, own in rows.items():
             found = scores.get(task, [None] * len(own))
-            taught = [
+            made = [
                 Example(
                     task=task,
                     row=row,
@@ -102,10 +105,10 @@ class Routing:
                 )
                 for (order, row), scored in zip(own, found, strict=True)
             ]
-            examples += taught
-            ledger[task] = _ledger(taught, found)
+            examples += made
+            ledger[task] = _ledger(made, found)
         costs = {}
-        if answers:  # a run that goes on may find what was scored before it stopped
+        if answers:  # not in the ledger: a resumed run finds scores in the cache, and asks less
             costs["time/teacher"] = round(sum(answer.seconds for answer in answers), 4)
             costs["perf/teacher_retries"] = float(sum(answer.retries for answer in answers))
             costs["perf/cache_hits"] = float(sum(answer.hits for answer in answers))
@@ -116,7 +119,7 @@ class Routing:
         if not self.sound(task, outcomes):
             lost = [outcome for outcome in outcomes if isinstance(outcome, Dropped)]
             most = self._tasks[task].lost
-            # what the user can mend is no crash
+            # "too long" is the configuration's fault (exit code 2), the rest the environment's (1)
             kind = ConfigError if lost[0].reason == "too long" else RuntimeError
             raise kind(
                 f"task {task!r}: {len(lost)} of {len(outcomes)} episodes were lost (rollout.lost"
@@ -133,8 +136,8 @@ class Routing:
     def _scores(
         self, rows: Mapping[str, Sequence[tuple[Order, Row]]]
     ) -> tuple[dict[str, list[_Scored | None]], Sequence[Answer]]:
-        """Every teacher's scores of its rows, in the rows' places, and the answers as they came."""
-        asks: list[tuple[str, list[int], Ask]] = []  # (task, the rows' places, what is asked)
+        """Every teacher's scores, in the order of `rows`; and the teachers' answers."""
+        asks: list[tuple[str, list[int], Ask]] = []  # (task, indexes of its rows, the ask)
         for task, own in rows.items():
             if self._task_objectives[task].objective.needs.teacher:
                 by_teacher: dict[str, list[int]] = defaultdict(list)
@@ -162,7 +165,8 @@ class Routing:
 
 
 def _ledger(examples: Sequence[Example], scores: Sequence[_Scored | None]) -> dict[str, float]:
-    """Each row counts for the teacher that its scores name."""
+    """Each row counts for the teacher that its scores name: evidence of who scored, not of who was
+    asked."""
     found: dict[str, float] = defaultdict(float)
     for example, scored in zip(examples, scores, strict=True):
         if scored is None:

@@ -1,12 +1,12 @@
 """The training loop.
 
 for step, tasks in timetable:                # a function of (seed, step, history)
-    placement.sync(learner)                  # rollouts use this version of the student
-    episodes = ahead.next()                  # token-exact; failures are counted records
-    lessons  = routing.teach(episodes)       # every episode's own teacher scores it
-    metrics  = learner.update(lessons, objectives)
-    timetable.record(step); journal.write(step, task, metrics)
-    checkpoint / evaluate where due
+    placement.sync(version)                  # rollouts use this version of the student
+    episodes = prefetch.next()               # token-exact; failures are counted records
+    batch    = routing.batch(episodes)       # every episode is scored by its own teacher
+    metrics  = learner.update(batch, objectives)
+    timetable.record(step)                   # later steps may depend on what this one did
+    evaluate where due; write the line of metrics; save a checkpoint where due
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from tutelage.scheduler.watchdog import Watchdog
 
 
 class Stopped(Exception):
-    """Somebody asked to stop, and what was being done can be done again."""
+    """The user asked to stop, and what was being done can be done again."""
 
 
 class Run:
@@ -66,15 +66,15 @@ class Run:
 
     Args:
         config: the checked configuration.
-        watch: who `console` in journal.observers stands for; None: nobody looks.
-        trains: the run folder is this run's until it is closed. False: only `evaluate` is called,
-            and whoever trains there may go on.
+        watch: the observer that `console` in journal.observers stands for; None: there is none.
+        trains: the run locks its folder until it is closed. False: only `evaluate` is called, and
+            another process may train there meanwhile.
     """
 
     def __init__(
         self, config: RunConfig, *, watch: Observer | None = None, trains: bool = True
     ) -> None:
-        self.config = as_begun(config)
+        self.config = as_begun(config)  # resumed another day, prompts show the first day's date
         self.tasks, self.folder = config.resolve(), Path(config.run)
         self._stop = self.stopped = False
         with ExitStack() as stack:
@@ -84,18 +84,18 @@ class Run:
             stack.callback(self.observers.close)
             self._check()
             self._load(stack)
-            self._stack = stack.pop_all()
+            self._stack = stack.pop_all()  # nothing failed: `__exit__` closes it, not this block
 
     def _take_folder(self, stack: ExitStack) -> None:
-        """Whether the run may go on in its folder, which is its own from here on."""
-        check_folder(self.config)
+        """Lock the run folder; refuse one in which this configuration may not start or resume."""
+        check_folder(self.config)  # before the lock, which writes a file there
         stack.callback(Lock(self.folder).release)
         checkpoints.tidy(self.folder / run_folder.CHECKPOINTS)
         refuse_changes(self.folder, self.config, self.tasks)
         check_room(self.config)
 
     def _check(self) -> None:
-        """Whatever is wrong shows before a model loads."""
+        """Find what is wrong with the configuration before a model loads."""
         config, tasks = self.config, self.tasks
         check_machine(config)
         check_rollout_engine(config)
@@ -116,7 +116,7 @@ class Run:
         self.timetable = config.timetable(tasks)
 
     def _load(self, stack: ExitStack) -> None:
-        """Start and load, the cheapest first; what is started here, the stack stops."""
+        """Start and load, the cheapest first. The stack stops what was started, the last first."""
         config, tasks = self.config, self.tasks
         rollouts = rollouts_of(tasks)
         pools = EnvironmentPools(rollouts)
@@ -163,8 +163,8 @@ class Run:
 
     def stop(self) -> None:
         """Save after the current step and end `train` (from a signal handler, say). An evaluation
-        is left: it is made anew when the run goes on."""
-        self._stop = True
+        under way is given up: it starts anew when the run resumes."""
+        self._stop = True  # no more than this: a signal handler may interrupt any line
 
     def __enter__(self) -> Run:
         return self
@@ -175,7 +175,8 @@ class Run:
     def train(self) -> None:
         """Train to the last step, from where the run folder left off.
 
-        Whatever ends it, what was learned is saved where it is whole; the error says where.
+        Whatever ends it, the steps since the last checkpoint are saved, unless an update was cut
+        off in its middle; the error's note says what is saved, and where.
         """
         stall = self.folder / run_folder.STALLED / "learner.txt", self.config.journal.stall
         with (
@@ -184,7 +185,7 @@ class Run:
         ):
             try:
                 self.observers.start(self.config, start)
-                self._conclude()
+                self._conclude()  # the last session may have ended between a step and its line
                 for step, tasks in self.timetable.walk():
                     self._stop_if_asked()
                     watchdog.watch()
@@ -204,7 +205,7 @@ class Run:
             raise Stopped
 
     def _conclude(self) -> None:
-        """What is due after a step that is learned: evaluation, its line, a checkpoint."""
+        """Do what is due after an update: evaluate, write the step's line, save a checkpoint."""
         if self.record.pending is None:
             return
         done, scores = self.record.pending[0] + 1, dict[str, float]()
@@ -213,7 +214,7 @@ class Run:
         self.record.write(scores)
 
     def evaluate(self, modes: Sequence[str]) -> dict[str, Any]:
-        """Scores of the student as it is, by task and mode."""
+        """Scores of the student as it is now, by task and mode."""
         self.placement.sync(self.learner.version)
         return evaluate_tasks(
             {name: task.evaluation for name, task in self.tasks.items()},
@@ -227,43 +228,44 @@ class Run:
 
     def _evaluating(self, task: str, mode: str, done: int, total: int) -> None:
         self.observers.evaluating(task, mode, done, total)
-        if 0 < done < total:
+        if 0 < done < total:  # at the end the score is as good as there
             self._stop_if_asked()
 
     def _play(self, orders: Sequence[Order], sampling: SamplingParams) -> list[Episode | Dropped]:
         return self.placement.start(orders, sampling=sampling).outcomes()
 
     def _step(self, step: int, tasks: Sequence[str]) -> None:
-        """One update on one or several tasks. What may fail comes before it, so that the step can
-        be done again; what comes of it is the record's `pending` at once."""
+        """One update on one or several tasks. All that is likely to fail comes before the update,
+        so that the step can be repeated; the record holds its metrics as `pending` right after."""
         clock, timetable, version = Clock(), self.timetable, self.learner.version
         with clock.part("sync"):
             self.placement.sync(version)
-        told = f"step {step + 1} of {self.config.steps}"
+        now = f"step {step + 1} of {self.config.steps}"
         orders = ", ".join(f"{self.config.tasks[task].episodes} of {task}" for task in tasks)
-        self.observers.doing(f"{told}: the student plays episodes, {orders}")
+        self.observers.doing(f"{now}: the student plays episodes, {orders}")
         with clock.part("rollout"):
             played = self.prefetch.next()
-        self.observers.doing(f"{told}: teachers score them")
+        self.observers.doing(f"{now}: teachers score them")
         with clock.part("score"):
             outcomes = self.routing.complete(played)
-            taught = self.routing.teach(outcomes)
+            batch = self.routing.batch(outcomes)
         everything = [outcome for own in outcomes.values() for outcome in own]
-        with clock.part("journal"):
+        with clock.part("journal"):  # before the update: a full disk must not follow a learned step
             if step % self.config.journal.episodes_every == 0:
-                self.record.journal.write_episodes(step, everything, taught.examples, version)
+                self.record.journal.write_episodes(step, everything, batch.examples, version)
+        # A task's own count of steps, not the run's: what else the run trains changes no draw.
         turn = timetable.turn(tasks[0])
-        self.observers.doing(f"{told}: the student learns from them")
+        self.observers.doing(f"{now}: the student learns from them")
         with clock.part("update"):
             update = self.learner.update(
-                taught.examples,
+                batch.examples,
                 self._task_objectives,
-                seed=self.config.seed * 1_000_003 + turn,
+                seed=self.config.seed * 1_000_003 + turn,  # apart for every seed and turn
                 progress={task: timetable.progress(task) for task in tasks},
                 diagnose=turn % self.config.journal.diagnostics_every == 0,
             )
         found = {
-            task: outcome_metrics(outcomes[task], version) | update[task] | taught.ledger[task]
+            task: outcome_metrics(outcomes[task], version) | update[task] | batch.ledger[task]
             for task in tasks
         }
         timetable.record(
@@ -274,7 +276,7 @@ class Run:
                 gaps={task: teacher_gap(found[task]) for task in tasks},
             )
         )
-        timings = clock.metrics(everything, taught.examples) | taught.costs
+        timings = clock.metrics(everything, batch.examples) | batch.costs
         timings["perf/actors_replaced"] = float(self.placement.restarts)
         if self.observers.failed:
             timings["perf/observers_failed"] = self.observers.failed
@@ -295,7 +297,7 @@ def evaluate_model(
     alone = {"teachers": {}, "learner": LearnerConfig()}
     name = config.student.model
     with Run(config.model_copy(update=alone), watch=watch, trains=False) as run:
-        # now: a run that goes on may have deleted the checkpoint when all is played
+        # before the games: a run that is training may delete the checkpoint while they are played
         weights = None if name is None else digest_of(name)
         scores = run.evaluate(config.evaluation.modes)
         date = run.config.date
