@@ -1,8 +1,8 @@
-"""Append-only chat: what was sampled is kept as ids; only what surrounds it is tokenised.
+"""Append-only chat: sampled ids are kept as they are; only the text around them is tokenised.
 
 The pieces between two sampled turns are read once from the tokenizer's own chat template, by
-rendering sentinels. A template that rewrites earlier turns (Qwen3 drops earlier reasoning) is
-therefore never asked to.
+rendering sentinels. A template that would rewrite earlier turns (Qwen3 drops earlier reasoning)
+therefore gets no occasion to.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 from tutelage.scheduler.templates import Pieces, pieces
 
 MARKERS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
-"""What usually ends a turn, where a vocabulary has it."""
+"""Tokens that usually end a turn, where a vocabulary has them."""
 
 
 class Chat:
     """Turns observations into prompt ids.
 
     `thought` is the "<think>" that the template itself puts before every reply (DeepSeek-R1's and
-    others' do), or "": whoever reads a reply reads it after that.
+    others' do), or "": it is part of the reply that follows.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template (without one: the texts, bare).
         system: a system message for the opening, or None.
-        stop_ids: what the model's own settings say ends a reply, beside what the tokenizer does.
-        date: what a template that asks takes for today; None: the clock's.
+        stop_ids: ids that end a reply by the model's own settings, beside the tokenizer's.
+        date: for templates that ask for today's date; None: the clock's.
 
     Raises:
-        ValueError: no reply could end, or the template does not do (templates.pieces).
+        ValueError: no reply could end, or the template cannot be used (templates.pieces).
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class Chat:
         self._close_ids = self._encode(self.pieces.close)
         vocabulary = tokenizer.get_vocab()
         known = {int(vocabulary[marker]) for marker in MARKERS if marker in vocabulary}
-        # An id of an ordinary word is a default that nobody set: replies would end within a word.
+        # Some models' settings keep a default id there, which in this vocabulary is part of an
+        # ordinary word: only added tokens count.
         told = {int(i) for i in stop_ids if i in added}
         closing = {i for i in self._close_ids[:1] if i in added and added[i].special}
         self.eos_ids = frozenset({eos, *known, *told, *closing})
@@ -65,12 +66,11 @@ class Chat:
         return self._between(self.pieces.head, text, self.pieces.tail)
 
     def following(self, text: str, *, closed: bool, end: int | None = None) -> list[int]:
-        """The ids between two replies; `closed` says that the student ended its reply itself, `end`
-        with which id.
+        """The ids between two replies. closed: the student ended its reply, with the id `end`.
 
-        The template's closing tokens begin with the end-of-turn token: it is not repeated when it
-        was sampled. One that also opens what comes next (GLM's next speaker) stays after another
-        end.
+        The template's closing tokens begin with the end-of-turn token, which is left out here if
+        the student sampled it. It stays where it also opens the next message (GLM ends a turn with
+        the next speaker's token) and the student ended with another one.
         """
         ids = self._between(self.pieces.close, text, self.pieces.again)
         said = end in (None, *ids[:1]) or ids[0] != self._opener
@@ -79,7 +79,7 @@ class Chat:
         return ids
 
     def reply(self, text: str) -> list[int]:
-        """A given reply (an expert's action) as the ids that the student would have sampled."""
+        """An expert's reply as the ids that the student would have sampled for it."""
         return [*self._encode(text), self.end_id]
 
     @property
@@ -98,9 +98,9 @@ class Chat:
         )
 
     def _between(self, before: str, text: str, after: str) -> list[int]:
-        """The ids of a text among the template's pieces, as one string, so that no word is split at
-        their seams. Where the text itself spells a special token it is encoded apart, as the plain
-        letters that it is: an environment cannot end the student's turn."""
+        """The ids of a text between two of the template's pieces, encoded as one string, since a
+        tokenizer may merge letters across their seams. A text that spells a special token is
+        encoded by itself, as plain letters: an environment must not end the student's turn."""
         if not any(token in text for token in self._special):
             return self._encode(before + text + after)
         return [*self._encode(before), *self._encode(text, plain=True), *self._encode(after)]
@@ -113,7 +113,7 @@ class Chat:
             return list(self.tokenizer.encode(text, add_special_tokens=False, **given))
         if not plain:
             return list(backend.encode(text, add_special_tokens=False).ids)
-        backend.encode_special_tokens = True  # of the tokenizer that everyone shares: for this call
+        backend.encode_special_tokens = True  # for this call only: the tokenizer is shared
         try:
             return list(backend.encode(text, add_special_tokens=False).ids)
         finally:
@@ -121,7 +121,7 @@ class Chat:
 
 
 def _open_thought(tail: str) -> str:
-    """The thought that a prompt leaves open at its end."""
+    """The thought that a prompt leaves open at its end, from "<think>" on; or empty."""
     begun = tail.rfind("<think>")
     return tail[begun:] if begun > tail.rfind("</think>") else ""
 

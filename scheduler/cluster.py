@@ -1,7 +1,7 @@
-"""Where workers and teachers run: as Ray actors.
+"""Runs rollout workers and teachers as Ray actors.
 
-The same classes either way, chosen by one line of configuration. It and ray_start.py alone import
-Ray.
+They are the same classes as in one process (placement.py); one line of the configuration decides.
+Only this file and ray_start.py import Ray.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from tutelage.scheduler.rollouts import RolloutWorker
 from tutelage.scheduler.watchdog import Watchdog, sweep
 
 LOOK = 10.0
-"""Seconds of waiting after which it is looked whether any node is left."""
+"""Seconds of waiting between two looks whether any node is left, which ray.get does not notice."""
 
 SLOW = 60.0
-"""Seconds of waiting for a start after which it is said."""
+"""Seconds of waiting for a start after which a line on stderr says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
     """Where actors run, how many, and how long one may take.
 
-    address: see ray_start.connected. workers: rollout workers; each plays a fixed share of every
-    step's episodes, so one worker plays exactly what an in-process run does. threads: of torch in
-    each actor. worker_resources, teacher_resources: what Ray keeps for each of them: CPU, GPU, or a
-    name that nodes were started with. strategy: of the placement group that holds all of these:
-    PACK, SPREAD, STRICT_PACK or STRICT_SPREAD; None: no group, each goes where there is room.
-    wheel: this package, for nodes that do not have it; what it needs must be installed there.
-    timeout: seconds that one step's rollouts or one scoring may take. attempts: of a piece of work,
-    each on a fresh actor; then the run stops.
+    address: see ray_start.connected. workers: how many rollout workers; each plays a fixed share of
+    every step's episodes, so that one worker plays exactly what a run in one process does. threads:
+    of torch in each actor. worker_resources, teacher_resources: what Ray reserves for each of them:
+    CPU, GPU, or a name that nodes were started with. strategy: of the one placement group of all
+    actors: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD; None: no group, each goes where there is
+    room. wheel: this package, for nodes that lack it; what it depends on must be installed there.
+    timeout: seconds that one step's rollouts or one scoring may take. attempts: how often a job is
+    tried, each time on a fresh actor, before the run stops.
     """
 
     address: str
@@ -64,8 +64,8 @@ class RayCluster(Generic[AskT, AnswerT]):
     """Rollout workers and teachers as Ray actors; the learner stays here.
 
     An actor that dies or overruns its deadline is killed and replaced, and its work is done again:
-    what a worker plays follows from its orders and the weights, so the run goes on as if nothing
-    had happened.
+    what a worker plays follows from its orders and the weights, so the run is bit-identical to one
+    without the fault.
 
     Args:
         make_worker: called in the actor, returns its RolloutWorker. make_teachers: by name, called
@@ -95,7 +95,7 @@ class RayCluster(Generic[AskT, AnswerT]):
         self._teachers: dict[str, _Member] = {}
         self.restarts = 0
         self._connection = contextlib.ExitStack()
-        if not ray.is_initialized():
+        if not ray.is_initialized():  # a program of the user's may have joined Ray itself
             with _unpacked(settings.wheel) as modules:
                 self._connection.enter_context(
                     connected(settings.address, attempts=settings.attempts, modules=modules)
@@ -109,7 +109,7 @@ class RayCluster(Generic[AskT, AnswerT]):
 
         def member(name: str, make: Callable[[], object], options: dict[str, Any]) -> _Member:
             actor = ray.remote(_Actor).options(**options)
-            deadline = 0.9 * settings.timeout
+            deadline = 0.9 * settings.timeout  # its stack is written before it is killed
             dump = None if stalled is None else (str(stalled / f"{name}.txt"), deadline)
             return _Member(name, lambda: actor.remote(name, make, settings.threads, dump))
 
@@ -121,7 +121,7 @@ class RayCluster(Generic[AskT, AnswerT]):
             ]
             self._workers = members[:workers]
             self._teachers = dict(zip(make_teachers, members[workers:], strict=True))
-            for one in members:  # they load side by side
+            for one in members:  # all are started by now, and load at the same time
                 self._await_start(one)
         except BaseException:
             self._end()
@@ -129,7 +129,8 @@ class RayCluster(Generic[AskT, AnswerT]):
 
     def sync(self, version: int) -> None:
         if self._loaded[1] == version:
-            return  # an evaluation after a step: it is there
+            return  # an evaluation right after a step: Ray's store has this version already
+        # put once, for all workers
         self._loaded = self._ray.put(dict(self._weights())), version
 
     def start(self, orders: Sequence[Order], *, sampling: SamplingParams | None = None) -> Started:
@@ -159,12 +160,13 @@ class RayCluster(Generic[AskT, AnswerT]):
 
     def close(self) -> None:
         for worker in self._workers:
-            with contextlib.suppress(self._ray.exceptions.RayError):  # dead or hung: killed below
+            # its environments' processes end in order; a dead or hung one is killed below
+            with contextlib.suppress(self._ray.exceptions.RayError):
                 self._get(_Job(worker, "close").start().reference, 10.0)
         self._end()
 
     def _end(self) -> None:
-        """Stop all that was started, as it is."""
+        """Kill all actors and leave Ray, whatever they are doing."""
         with contextlib.suppress(self._ray.exceptions.RayError):  # there may be no Ray any more
             for one in (*self._workers, *self._teachers.values()):
                 self._ray.kill(one.actor)
@@ -172,27 +174,29 @@ class RayCluster(Generic[AskT, AnswerT]):
                 self._ray.util.remove_placement_group(self._group)
         self._connection.close()
         if self._stalled is not None:
-            # killed actors could not; another run's files there are its own
+            # Killed actors did not sweep their own; files of other runs there are left alone.
             members = (*self._workers, *self._teachers.values())
             sweep([self._stalled / f"{one.name}.txt" for one in members])
 
     def _places(
         self, needs: Sequence[Mapping[str, float]], strategy: str | None
     ) -> list[dict[str, Any]]:
-        """Ray's options for an actor of each of these needs.
+        """Ray's options for an actor with each of these needs.
 
         Raises:
-            ValueError: a resource that no node of the cluster has so much of.
+            ValueError: no node of the cluster has as much of a resource.
         """
+        # Ray itself would wait for ever for such a node: it might still join.
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         for need in needs:
             if not any(all(node.get(k, 0) >= v for k, v in need.items()) for node in nodes):
+                # Ray's own, such as node:10.0.0.1, have a colon
                 have = [{k: v for k, v in node.items() if ":" not in k} for node in nodes]
                 raise ValueError(
                     f"cluster: no node has {dict(need)}: the nodes have {have}; start Ray there"
                     " with --resources, or ask for less"
                 )
-        # threads are limited by hand: Ray's CPU counts are no limit
+        # Ray's num_cpus reserves and does not limit: `_Actor` limits torch's threads.
         options: list[dict[str, Any]] = [
             {
                 "num_cpus": need.get("CPU", 0),
@@ -225,7 +229,7 @@ class RayCluster(Generic[AskT, AnswerT]):
             ) from None
 
     def _room(self) -> str:
-        """What the cluster has left."""
+        """What the cluster has left, for a message."""
         free = {k: v for k, v in self._ray.available_resources().items() if ":" not in k}
         return f"free now: {free}"
 
@@ -233,21 +237,22 @@ class RayCluster(Generic[AskT, AnswerT]):
         return self._finish([job.start() for job in jobs])
 
     def _finish(self, running: Sequence[_Running]) -> list[Any]:
-        """Every job's result, in order; those that lost their actor again on a fresh one.
+        """Every job's result, in order; jobs whose actor was lost are done again on a fresh one.
 
         Raises:
-            RuntimeError: a job lost as many actors as it may.
+            RuntimeError: a job lost its actor at every attempt.
         """
         results: dict[int, Any] = {}
         waiting = dict(enumerate(running))
         for attempt in range(1, self._attempts + 1):
+            # one deadline for all: they run at the same time
             deadline, lost = time.monotonic() + self._timeout, dict[int, Exception]()
             for i, one in waiting.items():
                 try:
                     left = max(0.0, deadline - time.monotonic())
                     results[i] = pickle.loads(self._get(one.reference, left))
                 except self._ray.exceptions.RayTaskError:
-                    raise  # the actor's own code raised: it would again
+                    raise  # the actor's own code raised: on a fresh actor it would again
                 except self._ray.exceptions.RayError as error:
                     lost[i] = error
             for i, fault in lost.items():
@@ -265,7 +270,7 @@ class RayCluster(Generic[AskT, AnswerT]):
         return [results[i] for i in range(len(running))]
 
     def _replace(self, lost: _Running) -> None:
-        """A fresh actor in its member's place, unless it has one since."""
+        """Put a fresh actor in the lost one's place, unless another job has done so already."""
         member = lost.job.member
         if member.actor is not lost.actor:
             return  # several jobs were queued with the actor that died
@@ -273,23 +278,23 @@ class RayCluster(Generic[AskT, AnswerT]):
         self._await_start(member)
 
     def _refill(self, member: _Member) -> None:
-        """Another actor for one that is lost; it begins to load."""
+        """Kill what may be left of a member's actor; another one begins to load."""
         self.restarts += 1
         self._ray.kill(member.actor)
         member.fill()
 
     def _await_start(self, member: _Member) -> None:
-        """Until its actor is ready; one that is lost as it starts is replaced, too.
+        """Wait until its actor is ready; one that is lost as it starts is replaced, too.
 
         Raises:
-            RuntimeError: as many were lost as may be.
+            RuntimeError: every attempt lost its actor.
         """
         for attempt in range(1, self._attempts + 1):
             try:
                 self._get(member.ready, LOAD_SECONDS, what=member.name)
                 return
             except self._ray.exceptions.RayTaskError:
-                raise  # what it could not load, another could not
+                raise  # what it could not load, another actor could not either
             except self._ray.exceptions.RayError as error:
                 if attempt == self._attempts:
                     raise RuntimeError(
@@ -299,8 +304,8 @@ class RayCluster(Generic[AskT, AnswerT]):
             self._refill(member)
 
     def _get(self, reference: Any, timeout: float, *, what: str = "") -> Any:
-        """A result; an error that the actor's own code raised is raised as itself. what: what is
-        started, which is said when it takes long.
+        """Wait for a result. An error that the actor's own code raised is raised as itself. what:
+        that is being started; a line on stderr says so when it takes long.
 
         Raises:
             RuntimeError: no node is left to wait for.
@@ -327,8 +332,8 @@ class RayCluster(Generic[AskT, AnswerT]):
 
 @contextlib.contextmanager
 def _unpacked(wheel: str | None) -> Iterator[list[str]]:
-    """A wheel's packages, as folders for Ray's py_modules. The wheel itself Ray would give to pip
-    on every node, to install all that it depends on once more.
+    """A wheel's packages, as folders for Ray's py_modules. Given the wheel itself, Ray would have
+    pip install it on every node with all that it depends on, torch included.
     """
     if wheel is None:
         yield []
@@ -341,21 +346,21 @@ def _unpacked(wheel: str | None) -> Iterator[list[str]]:
 
 
 class _Member:
-    """A place for an actor, which may have to be filled again."""
+    """A worker or teacher by name, whose actor may have to be replaced."""
 
     def __init__(self, name: str, start: Callable[[], Any]) -> None:
         self.name, self._start = name, start
         self.fill()
 
     def fill(self) -> None:
-        """A new actor, that begins to load."""
+        """Start a new actor; it begins to load."""
         self.actor = self._start()
         self.ready = self.actor.ready.remote()
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A call that can be made again. stored: arguments that lie in Ray's store."""
+    """A call that can be repeated on another actor. stored: arguments that lie in Ray's store."""
 
     member: _Member
     method: str
@@ -370,7 +375,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A call that was made."""
+    """A job in progress. actor: that has it, which may not be the member's any more."""
 
     job: _Job
     actor: Any
@@ -380,7 +385,7 @@ class _Running:
 class _Actor:
     """Holds one worker or teacher inside an actor process.
 
-    dump: (a file, seconds): where its stack goes when a call takes longer.
+    dump: (a file, seconds): where its stack is written when a call takes longer.
     """
 
     def __init__(
@@ -396,10 +401,11 @@ class _Actor:
             self._watchdog = None if dump is None else Watchdog(Path(dump[0]), dump[1])
 
     def ready(self) -> int:
-        """The process, once its model is loaded. (An error of `__init__` would come as a death.)
+        """Load the model; returns the process id. Not in `__init__`, whose error would reach the
+        learner as an actor's death, which is tried again.
 
         Raises:
-            ValueError: what the node lacks.
+            ValueError: the node lacks something; names the node.
         """
         if self._held is None:
             try:
@@ -419,7 +425,7 @@ class _Actor:
         return str(ray.get_runtime_context().get_node_id())
 
     def call(self, method: str, given: bytes, /, **stored: Any) -> bytes:
-        """What the method returns, packed like its arguments."""
+        """Call a method; its arguments and its result are packed."""
         if self._watchdog is not None:
             self._watchdog.watch()
         try:
@@ -431,6 +437,6 @@ class _Actor:
 
 
 def _packed(value: Any) -> bytes:
-    """One string of bytes. Ray would send each of a thousand small arrays apart, for twice the
-    time."""
+    """A value as one string of bytes. Ray would send each of its thousand small arrays by itself,
+    which takes twice the time."""
     return pickle.dumps(value, protocol=5)

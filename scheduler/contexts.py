@@ -1,10 +1,10 @@
 """What the student sees each turn: the whole history in one row, or a window with one row per turn.
 
-`full` appends: one prompt grows, the engine keeps its key-value cache, one training row per
-episode. `window` shows the task, the last turns, the current observation and (on request) the
-admissible actions, afresh each turn, the way step-independent agents are prompted; one training row
-per turn. A window may have a named format (scheduler/formats.py), its teacher's own prompt, whose
-replies hold a thought beside the action.
+`full` appends: one prompt grows, the engine keeps its key-value cache, and an episode is one
+training row. `window` writes a new prompt each turn, as step-independent agents are prompted: the
+task, the last turns, the current observation and (on request) the admissible actions; each turn is
+a training row. A window may use a named format (scheduler/formats.py): the prompt that a teacher
+was trained on, whose replies hold a thought beside the action.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class ContextSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What was chosen in one turn: ids, the student's log-probabilities (NaN for an expert's), and
-    those under the law that drew them (None: nobody said)."""
+    """One turn's action tokens: ids, the student's log-probabilities (NaN for an expert's tokens),
+    and those under the sampling parameters (None: the engine does not know them)."""
 
     ids: Sequence[int]
     logprobs: Sequence[float]
@@ -72,7 +72,7 @@ class _RowBuilder:
         self._ids: list[int] = []
         self._turns: list[int] = []
         self._logprobs: list[float] = []
-        self._law: list[float] = []
+        self._sampling: list[float] = []
         self._branches: list[int] = []
 
     def prompt(self, ids: Sequence[int]) -> None:
@@ -81,7 +81,7 @@ class _RowBuilder:
     def trunk(self, reply: Reply, turn: int) -> None:
         self._add(reply.ids, turn, reply.logprobs, reply.sampling_logprobs)
 
-    def given(self, ids: Sequence[int], turn: int) -> None:
+    def off_policy(self, ids: Sequence[int], turn: int) -> None:
         self._add(ids, turn)
 
     def branch(self, ids: Sequence[int], turn: int) -> None:
@@ -95,11 +95,11 @@ class _RowBuilder:
         sampling: Sequence[float] | None = None,
         branch: int = 0,
     ) -> None:
-        nobody = [float("nan")] * len(ids)
+        unknown = [float("nan")] * len(ids)
         self._ids.extend(ids)
         self._turns.extend([turn] * len(ids))
-        self._logprobs.extend(nobody if logprobs is None else logprobs)
-        self._law.extend(nobody if sampling is None else sampling)
+        self._logprobs.extend(unknown if logprobs is None else logprobs)
+        self._sampling.extend(unknown if sampling is None else sampling)
         self._branches.extend([branch] * len(ids))
 
     def row(self) -> Row:
@@ -107,13 +107,13 @@ class _RowBuilder:
             ids_T=np.asarray(self._ids, dtype=np.int32),
             turns_T=np.asarray(self._turns, dtype=np.int32),
             behavior_logprobs_T=np.asarray(self._logprobs, dtype=np.float32),
-            sampling_logprobs_T=np.asarray(self._law, dtype=np.float32),
+            sampling_logprobs_T=np.asarray(self._sampling, dtype=np.float32),
             branches_T=np.asarray(self._branches, dtype=np.int32),
         )
 
 
 class Context:
-    """One episode's conversation: `observe`, read `prompt_ids`, `reply`, ..., at the end `rows`."""
+    """One episode's conversation: `observe`, take `prompt_ids`, `reply`, and again; then `rows`."""
 
     def __init__(self, chat: Chat, settings: ContextSettings) -> None:
         self._chat, self._settings = chat, settings
@@ -129,7 +129,7 @@ class Context:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """All ids that the next reply is conditioned on."""
+        """The ids that the next reply is conditioned on."""
         return self._trunk
 
     @property
@@ -138,19 +138,19 @@ class Context:
         return self._settings.kind == "full"
 
     def read(self, text: str) -> Said:
-        """What a reply's text wants done: all of it is the command, where no format says more. The
-        thought that the prompt began is part of it: one that never ends is no answer."""
+        """The command in a reply's text: without a format, all of it. A thought that the prompt
+        began counts as part of the text, so that one without an end cannot pass for an answer."""
         whole = self._chat.thought + text
         if self._format is None:
             return Said(command=whole, remembered=text)
         return self._format.read(whole)
 
     def say(self, command: str) -> str:
-        """A command, as a reply in this context would put it."""
+        """A command in the form of a reply in this context."""
         return command if self._format is None else self._format.say(command)
 
     def observe(self, observation: str, info: Mapping[str, Any]) -> None:
-        """The environment's text becomes the next prompt."""
+        """Make the next prompt of the environment's text."""
         if not self._history and not self._task:
             self._task = str(info.get("task") or "")
         self._observation = observation
@@ -170,17 +170,18 @@ class Context:
 
     def reply(self, reply: Reply, *, action: str, expert_ids: Sequence[int] | None = None) -> None:
         """Record a turn; `action` is what later prompts show of it. With `expert_ids` (the expert's
-        action where the student acted) the loss falls on those instead: on a branch beside the
-        student's words, or in their place in a window's row.
+        action in the state where the student acted) the loss is taken on those instead: on a branch
+        beside the student's words, or in place of them in a window's row.
         """
         turn = len(self._history)
         if expert_ids is None:
             self._builder.trunk(reply, turn)
         elif self._settings.kind == "window":
-            self._builder.given(expert_ids, turn)
+            # nothing follows in a window's row, so that it needs no branch
+            self._builder.off_policy(expert_ids, turn)
         else:
             self._builder.branch(expert_ids, turn)
-            self._builder.prompt(reply.ids)  # the student's own words: seen, without loss
+            self._builder.prompt(reply.ids)  # the episode continues from them; they take no loss
         self._trunk = self._trunk + list(reply.ids)
         self._closed, self._end = reply.closed, int(reply.ids[-1]) if reply.ids else None
         self._history.append((self._observation, action))
@@ -188,14 +189,14 @@ class Context:
             self._rows.append(self._builder.row())
 
     def rows(self) -> tuple[Row, ...]:
-        """The training rows so far; a trailing observation that nobody answered is left out."""
+        """The training rows so far, without a last observation that has no reply."""
         if self._settings.kind == "window":
             return tuple(self._rows)
         row = self._builder.row()
-        chosen = np.flatnonzero(row.action_mask_T)
-        if not len(chosen):
+        actions = np.flatnonzero(row.action_mask_T)
+        if not len(actions):
             return ()
-        end = int(chosen[-1]) + 1
+        end = int(actions[-1]) + 1
         return (
             Row(
                 ids_T=row.ids_T[:end],
@@ -225,6 +226,7 @@ class Context:
         if not self._history:
             return "\n".join([observation, *self._admissible(info)])
         task = self._task or self._history[0][0]
+        # [-0:] would be the whole history
         shown = self._history[-self._settings.turns :] if self._settings.turns else []
         past = [line for seen, action in shown for line in (seen, f"> {action}")]
         return "\n".join([task, *past, observation, *self._admissible(info)])

@@ -1,7 +1,7 @@
 """What a rollout needs of an inference engine: ids in, ids out, many requests in flight.
 
-The shape is that of a continuous-batching server's own loop (add a request, step, collect what
-finished), so that vLLM and the transformers engine stand behind the same three calls.
+It is the loop of a continuous-batching server (add a request, step, collect what finished), so that
+vLLM and the transformers engine can be driven by the same three calls.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Request:
 class Completion:
     """The sampled ids, with natural log-probabilities over the full vocabulary at temperature 1.
 
-    law_logprobs: the same under the request's law, after temperature and top-p; None: the engine
-    does not know.
+    sampling_logprobs: the same under the request's sampling parameters, after temperature and
+    top-p; None: the engine does not know them.
     """
 
     session: int
@@ -58,7 +58,7 @@ class Completion:
     def __post_init__(self) -> None:
         self._check(self.logprobs, "log-probability")
         if self.sampling_logprobs is not None:
-            self._check(self.sampling_logprobs, "log-probability under the sampling law")
+            self._check(self.sampling_logprobs, "log-probability under the sampling parameters")
 
     def _check(self, logprobs: Sequence[float], what: str) -> None:
         if len(self.ids) != len(logprobs):
@@ -66,7 +66,7 @@ class Completion:
                 f"the engine sampled {len(self.ids)} ids and {len(logprobs)} log-probabilities"
             )
         for at, (token, logprob) in enumerate(zip(self.ids, logprobs, strict=True)):
-            if token < 0 or not -math.inf < logprob <= SLACK:
+            if token < 0 or not -math.inf < logprob <= SLACK:  # NaN fails both comparisons
                 raise RuntimeError(
                     f"the engine sampled id {token} with {what} {logprob} (token {at} of"
                     f" {len(self.ids)}): ids count from 0, and log-probabilities are finite and at"
@@ -84,13 +84,13 @@ class Engine(Protocol):
     all sessions before it steps again; then a run repeats exactly."""
 
     def load(self, weights: Weights | None, version: int) -> None:
-        """Take the learner's weights (None: they are shared in memory already)."""
+        """Take the learner's weights (None: the engine shares them in memory already)."""
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
 
     def step(self) -> list[Completion]:
-        """Advance; return what finished. Empty: something still runs, or nothing was queued."""
+        """Advance; return what finished. Empty: requests still run, or none was queued."""
 
     def release(self, session: int) -> None:
         """Forget a session and its cache."""

@@ -1,4 +1,4 @@
-"""The records that travel: what was asked for, what was sampled, what went wrong. No torch, no Ray.
+"""The records that travel between processes: orders, episodes, failures. No torch, no Ray.
 
 Letters of shape suffixes: T tokens of a row, N tokens that take loss, K support size.
 """
@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 NO_ACTION = -1
-"""The turn number of a token that nobody chose: prompt, observation, template."""
+"""The turn number of a token that is no action: prompt, observation, template."""
 
 
 Ending = Literal["terminated", "truncated", "max_turns", "context"]
-"""What ended an episode: the environment said so, or cut it off, or a limit here did."""
+"""What ended an episode: the environment (terminated, truncated), or a limit of the rollout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How actions are drawn. `temperature=0` is greedy; `top_p` cuts the tail and renormalises."""
+    """How action tokens are drawn. temperature: 0 is greedy. top_p: cuts the tail, renormalises."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -35,7 +35,7 @@ class SamplingParams:
 
     @property
     def whole(self) -> bool:
-        """Whether it draws from the policy itself, unchanged."""
+        """Whether tokens are drawn from the policy itself, unchanged."""
         return self.temperature == 1 and self.top_p == 1
 
 
@@ -48,19 +48,20 @@ def _unsaid() -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One training row: the exact ids that a model saw and chose.
+    """One training row: the exact ids that a model read and wrote.
 
-    ids_T: token ids, int32. turns_T: the turn that chose the token, NOT_CHOSEN elsewhere.
-    logprobs_T: the student's natural log-probability of a token it sampled, over the full
-    vocabulary at temperature 1; NaN where nothing was sampled (a stored 0.0 would look like
+    ids_T: token ids, int32. turns_T: the turn of an action token, NO_ACTION elsewhere.
+    behavior_logprobs_T: the student's natural log-probability of a token it sampled, over the full
+    vocabulary at temperature 1; NaN where the student sampled nothing (a stored 0.0 would look like
     certainty).
-    law_logprobs_T: the same token's log-probability under the law that drew it, after temperature
-    and top-p (greedy: 0); NaN where nothing was sampled, or the engine did not say. Of length 0 in
-    a row of an older version: nobody said.
-    advantage_T: how much better a chosen token was than expected, by a reward; elsewhere it counts
-    for nothing. None: nobody said.
+    sampling_logprobs_T: the same token's log-probability under the sampling parameters that drew
+    it, after temperature and top-p (greedy: 0); NaN where nothing was sampled or the engine does
+    not know it. Of length 0 in a row of an older version, which did not keep it.
+    advantage_T: how much better an action token was than expected, by a reward; elsewhere it has no
+    meaning. None: there is no reward.
     branches_T: 0 on the trunk. A token of branch b > 0 (an expert's action in a state where the
-    student acted otherwise) sees the trunk before it and its own branch; nothing else sees it.
+    student acted otherwise) attends to the trunk before it and to its own branch; no other token
+    attends to it.
     """
 
     ids_T: npt.NDArray[np.int32]
@@ -84,14 +85,12 @@ class Row:
         if len(lengths) != 1:
             raise ValueError(f"a row's fields differ in length: {sorted(lengths)}")
         if len(self.ids_T) and self.turns_T[0] != NO_ACTION:
-            raise ValueError(
-                "a row must begin with a prompt: its first token was chosen from nothing"
-            )
+            raise ValueError("a row must begin with a prompt: nothing predicts its first token")
         if (
             self.advantage_T is not None
             and not np.isfinite(self.advantage_T[self.action_mask_T]).all()
         ):
-            raise ValueError("a row's advantages must be finite where a token was chosen")
+            raise ValueError("a row's advantages must be finite on its action tokens")
 
     @property
     def action_mask_T(self) -> npt.NDArray[np.bool_]:
@@ -100,12 +99,13 @@ class Row:
 
     @property
     def sampling_T(self) -> npt.NDArray[np.float32]:
-        """`law_logprobs_T`, NaN throughout where nobody said."""
+        """`sampling_logprobs_T`; all NaN in a row of an older version."""
         said = self.sampling_logprobs_T
         return said if len(said) else np.full(len(self.ids_T), np.nan, dtype=np.float32)
 
     def positions_T(self) -> npt.NDArray[np.int64]:
-        """Position ids: the trunk counts on as if the branches were not there."""
+        """Position ids. The trunk is numbered as if there were no branches; a branch continues from
+        where it leaves the trunk."""
         on_trunk_T = self.branches_T == 0
         before_T = np.cumsum(on_trunk_T) - on_trunk_T  # trunk tokens before each token
         since_T = np.zeros(len(self.ids_T), dtype=np.int64)
@@ -120,6 +120,7 @@ class Row:
         sources_T = np.arange(len(self.ids_T), dtype=np.int64) - 1
         if not self.branches_T.any():
             return sources_T
+        # A branch's first token, and the trunk's first after a branch, follow the trunk's last one.
         last_trunk = -1
         for t, branch in enumerate(self.branches_T):
             same = t > 0 and branch != 0 and branch == self.branches_T[t - 1]
@@ -150,7 +151,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One exchange, in words, for people and for reports; training uses the rows. action: the whole
+    """One exchange as text, for people and reports; training uses the rows. action: the whole
     reply, thoughts included."""
 
     observation: str
@@ -162,7 +163,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """A finished episode. Its task's name travels with it: no index can lose its teacher."""
+    """A finished episode. Its order travels with it, so that no index can mix up its teacher."""
 
     order: Order
     rows: tuple[Row, ...]
@@ -194,13 +195,14 @@ class Dropped:
 
     @property
     def name(self) -> str:
-        """Which, and why: the last line of the detail, where a traceback says what was raised."""
+        """The order, the reason and the detail's last line: of a traceback, the one that names the
+        error."""
         last = (self.detail.strip().splitlines() or [""])[-1]
         return f"{self.order.name}: {self.reason}: {last[:200]}"
 
     @property
     def why(self) -> str:
-        """What was wrong, and with what."""
+        """The reason as a sentence's end."""
         environments = self.reason in ("died", "timeout", "raised", "garbage")
         return f"its environment {self.reason}: {self.detail}" if environments else self.detail
 
@@ -210,11 +212,11 @@ _SAVED = {
     "sampling_logprobs_T": "law_logprobs_T",
     "sampling": "law",
 }
-"""Names in checkpoints, which older runs have too."""
+"""Names of fields in checkpoints: runs of older versions have these, and must resume."""
 
 
 def saved(outcome: Episode | Dropped) -> dict[str, Any]:
-    """An outcome as a checkpoint keeps it: plain data and arrays."""
+    """An outcome as a checkpoint stores it: plain data and arrays."""
     plain = _renamed(asdict(outcome), _SAVED)
     if "rows" in plain:
         plain["rows"] = tuple(_renamed(row, _SAVED) for row in plain["rows"])
@@ -226,7 +228,7 @@ def revived(saved: Mapping[str, Any]) -> Episode | Dropped:
     names = {old: name for name, old in _SAVED.items()}
     plain = _renamed(saved, names)
     order = Order(**plain["order"])
-    if "reason" in plain:
+    if "reason" in plain:  # only Dropped has one
         return Dropped(**{**plain, "order": order})
     rows = tuple(
         Row(**{k: np.asarray(v) for k, v in _renamed(row, names).items() if v is not None})

@@ -1,4 +1,6 @@
-"""Where workers and teachers run, as the rest of a run sees it; and in this process."""
+"""Placement: the interface to rollout workers and teachers wherever they run; and the one in which
+all run in this process.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.rollouts import RolloutWorker
 
 LOAD_SECONDS = 3600.0
-"""A process, of workers, teachers or the learner, may take this long to load its model."""
+"""A process of a worker, a teacher or the learner may take this long to load its model."""
 
 
 class Addressed(Protocol):
-    """What teachers are asked is theirs to define; here it counts who is asked."""
+    """A message to a teacher. What it holds the teachers define; here only its address counts."""
 
     @property
     def teacher(self) -> str: ...
@@ -28,25 +30,26 @@ class Service(Protocol[AskT, AnswerT]):
     """A teacher at work, in this process or in an actor."""
 
     def answer(self, ask: AskT, /) -> AnswerT:
-        """What it says to that."""
+        """Answer one ask."""
 
     def close(self) -> None:
-        """Its work is done."""
+        """Let go of what the teacher holds."""
 
 
 class Started:
-    """Episodes that are being played, or were."""
+    """Episodes that are being played, or have been."""
 
     def __init__(self, finish: Callable[[], list[Episode | Dropped]]) -> None:
-        self._finish = cache(finish)
+        self._finish = cache(finish)  # a checkpoint may ask for them, too
 
     def outcomes(self) -> list[Episode | Dropped]:
-        """What came of them, in the orders' order; waits until all are there."""
+        """The outcomes, in the orders' order; waits until all are there."""
         return self._finish()
 
 
 class Placement(Protocol[AskT, AnswerT]):
-    """The learner's view of everything that is not the learner. restarts: actors replaced."""
+    """The learner's view of everything that is not the learner. restarts: how many actors were
+    replaced."""
 
     restarts: int
 
@@ -67,9 +70,9 @@ class Placement(Protocol[AskT, AnswerT]):
 
 
 class InProcess(Generic[AskT, AnswerT]):
-    """Everything here: rollouts share the learner's weights, teachers answer by call."""
+    """All in this process: rollouts share the learner's weights, teachers are called directly."""
 
-    restarts = 0
+    restarts = 0  # there are no actors
 
     def __init__(
         self, worker: RolloutWorker, teachers: Mapping[str, Service[AskT, AnswerT]]
@@ -80,6 +83,7 @@ class InProcess(Generic[AskT, AnswerT]):
         self._worker.load(None, version)
 
     def start(self, orders: Sequence[Order], *, sampling: SamplingParams | None = None) -> Started:
+        # at once, not when the outcomes are asked for: the weights may be newer by then
         played = self._worker.collect(orders, sampling=sampling)
         return Started(lambda: played)
 

@@ -1,7 +1,7 @@
-"""Which tasks a step trains: small values that fold the run's recorded history.
+"""Policies, which choose the tasks of each step from the run's recorded history.
 
-A policy is asked (`choose`) and told (`record`), one step after the other, and knows nothing else:
-told the same history it gives the same answers, so a resumed run goes on as it would have.
+A policy is asked (`choose`) and told (`record`) step by step, and knows nothing else: with the same
+history it gives the same answers, so that a resumed run has the steps it would have had.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POLICIES = ("alternate", "weighted", "mixed", "token_budget", "gap")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a step did. active: the tasks that could have been chosen; trained: those that were.
+    """What a step did. active: the tasks that it could have had; trained: those that it had.
 
     tokens: how many of a task's tokens took loss. gaps: how far from its teacher a task's student
     was (log pi - log q of its sampled tokens, the k1 estimate of the KL; a task without teacher:
@@ -36,10 +36,10 @@ class Policy(Protocol):
     """Chooses among the active tasks, given in the configuration's order."""
 
     def choose(self, active: Sequence[str]) -> tuple[str, ...]:
-        """The next step's tasks. Asking changes nothing."""
+        """The next step's tasks. Asking changes no state."""
 
     def record(self, step: Step) -> None:
-        """Learn what a step did."""
+        """Take note of what a step did."""
 
 
 class Alternate:
@@ -73,6 +73,7 @@ class Weighted:
     often as its weight says."""
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
+        # Whole numbers: sums of floats would break ties by rounding. By str: 0.1 is meant as 1/10.
         exact = {task: Fraction(str(weights.get(task, 1.0))) for task in tasks}
         scale = math.lcm(*(weight.denominator for weight in exact.values()))
         self._weights = {task: int(weight * scale) for task, weight in exact.items()}
@@ -93,8 +94,7 @@ class Weighted:
 class TokenBudget:
     """One task a step: the one that is furthest behind its share of the trained tokens.
 
-    A task that starts late owes nothing for the time before: it begins where the least served of
-    the others is.
+    A task that starts late does not catch up: it starts level with the least trained of the others.
     """
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float]) -> None:
@@ -116,8 +116,8 @@ class TokenBudget:
 class Gap:
     """One task a step, more often the one whose gap to its teacher closes fastest.
 
-    Of every step a part `least` is shared equally; the rest goes by the speed at which a task's
-    gap falls, the difference of a slow and a fast moving average. So no task waits longer than
+    A part `least` of all steps is shared equally; the rest in proportion to the speed at which a
+    task's gap falls, which is a slow moving average less a fast one. So no task waits longer than
     about len(tasks) / least steps.
     """
 
@@ -142,7 +142,7 @@ class Gap:
             self._slow[task] = 0.95 * self._slow.get(task, gap) + 0.05 * gap
 
     def _shares(self, active: Sequence[str]) -> dict[str, int]:
-        """Each task's part of a step, in millionths: whole numbers, so that equals stay equal."""
+        """Each task's part of a step, in millionths: whole numbers, so that ties stay ties."""
         speed = {task: self._speed(task) for task in active}
         total = sum(speed.values())
         if total <= 0:

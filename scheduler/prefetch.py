@@ -1,8 +1,9 @@
-"""Episodes asked for ahead: while the student learns from one step's, the next steps' are played.
+"""Asynchronous rollouts: while the student learns from one step's episodes, later ones are played.
 
-With staleness s the episodes of step n are asked for before the update of step n - s, so what plays
-them is at most s updates old; 0 is strictly on-policy. Where they are played, here or on Ray,
-decides when they are there and nothing else: in this process at once, so that nothing overlaps.
+With staleness s the episodes of step n are started before the update of step n - s, so the weights
+that play them are at most s updates old; 0 is strictly on-policy. On Ray playing and learning
+overlap. In one process nothing does: there the episodes are played when they are started, with the
+same result.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ class Prefetch:
     """The run's episodes, step by step.
 
     Args:
-        start: begins to play a task's orders.
+        start: begins to play the orders of a task.
         num_games: how many distinct games a task's environment has, or None.
-        staleness: how many updates old the weights may be that play an episode.
+        staleness: how many updates old the weights that play an episode may be.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class Prefetch:
         self._started: dict[int, dict[str, Started]] = {}  # by step
 
     def next(self) -> dict[str, list[Episode | Dropped]]:
-        """The episodes of the step that is due, by task; first those further on are asked for, to
-        be played by what the placement has now."""
+        """The episodes of the step that is due, by task. First those of the next `staleness` steps
+        are started, with the weights that the placement has now."""
         while len(self._timetable.planned) <= self._staleness and self._timetable.plan():
             pass
         due = len(self._timetable.history)
@@ -57,10 +58,10 @@ class Prefetch:
         }
 
     def state(self) -> list[dict[str, Any]]:
-        """The steps that are planned and their episodes, once all are there, as plain data: they
-        cannot be played again, since the weights that played them are gone."""
+        """The planned steps and their episodes as plain data, for a checkpoint; waits until all are
+        played. A resumed run could not play them again: the weights that did are gone."""
         if not self._staleness:
-            return []  # this step's episodes can be played again as they were
+            return []  # on-policy: the checkpoint's own weights play the next step
         due, found = len(self._timetable.history), []
         for step, planned in enumerate(self._timetable.planned, due):
             own = self._started.get(step, {})
@@ -73,8 +74,8 @@ class Prefetch:
         state: Sequence[Mapping[str, Any]],
         sound: Callable[[str, Sequence[Episode | Dropped]], bool],
     ) -> list[Planned]:
-        """What `state` gave, into a run that is at that step; the steps that were planned. A step
-        whose episodes are not `sound` (task, outcomes) is played anew: it would stop the run."""
+        """Put back what `state` gave; returns the planned steps. A step whose episodes are not
+        `sound` (by task and outcomes) is played anew: it stopped the run, and would again."""
         self._started = {}
         for step, one in enumerate(state, len(self._timetable.history)):
             outcomes = {task: [revived(o) for o in own] for task, own in one["outcomes"].items()}

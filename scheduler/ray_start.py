@@ -1,9 +1,9 @@
-"""Ray, started for one run or joined: behind a token, on this machine alone, in bounded time.
+"""Starts Ray for one run, behind a token and on this machine alone; or joins a cluster.
 
-A Ray that is started here listens on the loopback address, takes orders from nobody without the
-run's own random token, which travels in the environment of its processes, has no dashboard, and
-keeps its files in a folder of the user's alone, gone when it ends. One that is joined is its
-owner's affair: the user's token is used, and a cluster without any is told of.
+A Ray that is started here listens on the loopback address, obeys only who shows the run's own
+random token (which its processes inherit in their environment), has no dashboard, and keeps its
+files in a folder that only the user can read, deleted when it ends. A cluster that is joined is its
+owner's affair: the user's token is shown to it, and a warning says so if it asks for none.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from pathlib import Path
 from typing import Any
 
 TOKEN_SINCE = "2.52"
-"""The first Ray that knows tokens."""
+"""The first Ray with token authentication."""
 
 PATIENCE = 15.0
-"""Seconds of waiting for Ray after which it is said."""
+"""Seconds of waiting for Ray after which a line on stderr says so."""
 
 LONGEST_FOLDER = 40
-"""Characters: Ray puts sockets 60 further down, and Linux takes 107 in all."""
+"""Characters. Ray's sockets have paths some 60 longer, and Linux allows 107 for a socket's path."""
 
 
 @contextlib.contextmanager
 def connected(address: str, *, attempts: int, modules: Sequence[str] = ()) -> Iterator[None]:
-    """Ray, until the end of the block. address: `local`, `auto` or `ray://...`. modules: folders of
+    """Connect to Ray for the block. address: `local`, `auto` or `ray://...`. modules: folders of
     packages for nodes that lack them.
 
     Raises:
-        RuntimeError: it does not start, does not answer, or refuses the token; with the cure.
+        RuntimeError: Ray does not start, does not answer, or refuses the token; with the cure.
     """
     import ray
 
     options: dict[str, Any] = {"log_to_driver": True, "configure_logging": False}
     if modules:
         options["runtime_env"] = {"py_modules": [*modules]}
-    # Ray's own is 15: on a machine that does anything else, the learner waits for actors that
-    # starve. Heard where Ray is started, not where it is joined.
+    # Ray's default is 15: on a machine that does anything else, its actors starve and the learner
+    # waits for them. Read by a Ray that starts here, not by one that is joined.
     os.environ.setdefault("RAY_worker_niceness", "0")
     mode = _token_mode()
     if address != "local":
@@ -66,23 +66,24 @@ def connected(address: str, *, attempts: int, modules: Sequence[str] = ()) -> It
         with _on_its_own():
             if not mode():
                 raise RuntimeError("cluster: Ray did not take RAY_AUTH_MODE=token from this run")
-            _start(folder / "r", options, attempts)  # Ray opens its own folder to everybody
+            # a folder inside ours: Ray makes its own one readable for everybody
+            _start(folder / "r", options, attempts)
         yield
     except RuntimeError:
         failed = True
         raise
     finally:
         ray.shutdown()
-        _read_settings()  # the next Ray of this process has another token, or none
-        if not failed:  # else whoever looks for the reason needs its logs
+        _read_settings()  # forget this token: the next Ray of this process has another, or none
+        if not failed:  # its logs tell why it failed
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _token_mode() -> Callable[[], bool]:
-    """What says whether this process shows a token to Ray.
+    """A function that tells whether this process shows a token to Ray.
 
     Raises:
-        RuntimeError: this Ray knows none.
+        RuntimeError: this Ray has no tokens.
     """
     import ray
 
@@ -97,15 +98,15 @@ def _token_mode() -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def _on_its_own() -> Iterator[None]:
-    """The settings of a Ray that starts here, for it alone: its processes inherit them, and
-    environments that start later do not."""
+    """Set what a Ray that starts inside reads. Its processes inherit that; processes that start
+    after the block, such as those of environments, do not."""
     from ray._private import ray_constants
 
     own = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Where Ray is not to span machines it listens on the loopback address: the switch is
-        # named after the systems on which this is so by default. It is read at the import.
+        # Without clusters Ray listens on the loopback address. The variable is named after Windows
+        # and macOS, where that is the default; read at the import, hence the constant below.
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     }
     before = {name: os.environ.get(name) for name in (*own, "RAY_AUTH_TOKEN_PATH")}
@@ -124,17 +125,17 @@ def _on_its_own() -> Iterator[None]:
 
 
 def _read_settings() -> None:
-    """Ray reads its environment when it is imported; this is once more."""
+    """Have Ray read its environment again: by itself it does so only when it is imported."""
     raylet: Any = importlib.import_module("ray._raylet")
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _folder() -> Path:
-    """A new one, for the user alone (0700).
+    """A new folder that only the user can enter (0700).
 
     Raises:
-        RuntimeError: there is no place for it.
+        RuntimeError: it cannot be made.
     """
     where = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(where) > LONGEST_FOLDER and "RAY_TMPDIR" not in os.environ:
@@ -150,8 +151,9 @@ def _folder() -> Path:
 
 @contextlib.contextmanager
 def _deaf_to_terminals() -> Iterator[None]:
-    """What starts inside does not hear that the terminal closes: the run hears it, saves, and ends
-    it then. (Ctrl-C Ray keeps from its processes itself.)"""
+    """Processes that start inside ignore that the terminal closes: the run itself hears it, saves
+    with their help, and ends them. (From Ctrl-C Ray shields its processes itself.)"""
+    # a blocked signal stays blocked in children; a handler would not be inherited over exec
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
@@ -163,7 +165,8 @@ def _start(folder: Path, options: dict[str, Any], attempts: int) -> None:
     """Raises RuntimeError where Ray does not start."""
     import ray
 
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's own: 30
+    # Ray's default of 30 is too short on a busy machine
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     begun = time.monotonic()
     for attempt in range(1, attempts + 1):
         try:
@@ -174,7 +177,7 @@ def _start(folder: Path, options: dict[str, Any], attempts: int) -> None:
             ):
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
             return
-        except Exception as error:  # Ray raises Exception itself where it was too slow
+        except Exception as error:  # Ray raises a bare Exception where it was too slow
             ray.shutdown()
             what = _brief(error)
             if attempt == attempts:
@@ -200,13 +203,14 @@ def _join(address: str, options: dict[str, Any], attempts: int) -> None:
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
             _forget_client()
-            if _unauthorized(error):
+            if _unauthorized(error):  # Ray has no one class of error for it
                 raise RuntimeError(
                     f"cluster.address: {address} wants a token, and this process has none or"
                     " another: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the cluster's"
                     " own (ray get-auth-token prints it there)"
                 ) from None
-            again = isinstance(error, ConnectionError)  # Ray gives a ray:// client 30 s
+            # Ray gives up on a ray:// client after 30 s, which a busy machine exceeds
+            again = isinstance(error, ConnectionError)
             if attempt == attempts or not again:
                 raise RuntimeError(
                     f"cluster.address: {address} did not answer in {attempt} tries"
@@ -217,7 +221,7 @@ def _join(address: str, options: dict[str, Any], attempts: int) -> None:
 
 
 def _unauthorized(error: BaseException | None) -> bool:
-    """Whether it, or what led to it, is about the token."""
+    """Whether the error, or one of its causes, is about the token."""
     while error is not None:
         if any(word in f"{type(error).__name__} {error}" for word in ("uthenticat", "AuthToken")):
             return True
@@ -226,7 +230,8 @@ def _unauthorized(error: BaseException | None) -> bool:
 
 
 def _forget_client() -> None:
-    """After a `ray://` that failed Ray takes the next cluster for a client's, too."""
+    """Leave the client mode, which Ray keeps after a `ray://` address that failed: the next cluster
+    would be taken for a client's, too."""
     from ray._private.client_mode_hook import _explicitly_disable_client_mode
 
     _explicitly_disable_client_mode()
@@ -238,7 +243,7 @@ def _brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Nobody should wonder what a run waits for."""
+    """Say on stderr what a run waits for, if the block takes longer than PATIENCE."""
     timer = threading.Timer(PATIENCE, _say, [what])
     timer.daemon = True
     timer.start()
@@ -250,11 +255,12 @@ def _told(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Whoever heard SIGTERM before hears it again: Ray's own handler ends the process unsaved."""
+    """Put SIGTERM's handler back afterwards: Ray sets its own, which ends the process unsaved."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
+        # other threads may not set handlers; None: C code set the one before, and Python cannot
         if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGTERM, before)
 

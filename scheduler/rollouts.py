@@ -1,4 +1,4 @@
-"""Plays episodes: many at once, token-exact, each within its limits, each fault counted."""
+"""Plays episodes: many at once, token-exact, each within its limits, each failure counted."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from tutelage.scheduler.engine import Completion, Engine, Request, Weights
 from tutelage.scheduler.episodes import Dropped, Ending, Episode, Order, SamplingParams, Turn
 
 GRACE, POLL = 0.1, 0.0005
-"""An engine that goes without waiting gives environments this share of its last step to answer
-before the next (looking every POLL seconds): who misses a step has lost a whole one."""
+"""Before each step, an engine that does not go in lockstep waits for environments for this share of
+its last step's time (looking every POLL seconds): an episode whose answer comes just too late would
+lose a whole step."""
 
-MAX_VERDICT = 32  # characters of info["reason"]
+MAX_VERDICT = 32  # characters of info["reason"]: a word to count, no sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,20 +60,20 @@ class _Live:
     def __init__(self, order: Order, session: int, context: Context) -> None:
         self.order, self.session, self.context = order, session, context
         self.turns: list[Turn] = []
-        self.given: list[int] = []  # what a guide said first in this turn
+        self.prefix: list[int] = []  # a guide's (off-policy) tokens, with which this turn begins
         self.reward = 0.0
         self.observation = ""
         self.info: Mapping[str, Any] = {}
 
 
 class EnvironmentPools:
-    """Each task's environment processes: started on first use or by `open`, kept until `close`."""
+    """Each task's environment processes: started at first use or by `open`, kept until `close`."""
 
     def __init__(self, tasks: Mapping[str, TaskRollout]) -> None:
         self._tasks, self._pools = dict(tasks), dict[str, EnvironmentPool]()
 
     def open(self, tasks: Iterable[str]) -> None:
-        """Start these now, so that a bad id or option shows before anything costly loads.
+        """Start these tasks' now, so that a bad id or option shows before anything costly loads.
 
         Raises:
             ValueError: the environment cannot be made; names it.
@@ -107,9 +108,9 @@ class RolloutWorker:
         engine: the inference engine.
         tokenizer: the student's.
         tasks: how each task is played, by name.
-        pools: the tasks' environments, where they were opened before; closed with the worker.
-        guides: by task, the engine of the teacher that plays the prefix of guided episodes; where
-            there is none, the expert does.
+        pools: the tasks' environments, if they are open already; closed with the worker.
+        guides: by task, the engine of the teacher that plays the prefix of guided episodes; for
+            other tasks the environment's expert does.
         stop_ids, date: see Chat.
     """
 
@@ -131,14 +132,14 @@ class RolloutWorker:
         self._vocabulary = len(tokenizer)
         self._pools = pools or EnvironmentPools(tasks)
         self._sessions = 0
-        self._loaded: int | None = None  # the version that it was given
+        self._loaded: int | None = None  # the version whose weights were loaded last
 
     def collect(
         self, orders: Sequence[Order], *, sampling: SamplingParams | None = None
     ) -> list[Episode | Dropped]:
         """Play every order (all of one task) and return the outcomes in the orders' order.
 
-        law: replaces the task's sampling law (evaluation).
+        sampling: replaces the task's own sampling parameters; given, it is an evaluation.
         """
         if not orders:
             return []
@@ -156,13 +157,13 @@ class RolloutWorker:
         weights: Weights | None,
         version: int | None,
     ) -> list[Episode | Dropped]:
-        """`collect` with this version of the student; None: the one that is there."""
+        """`collect` with this version of the student; None: the one that is loaded."""
         if version is not None and version != self._loaded:
             self.load(weights, version)
         return self.collect(orders, sampling=sampling)
 
     def chat(self, task: str) -> Chat:
-        """How a task's conversation is written."""
+        """The chat of a task's conversations."""
         return Chat(
             self._tokenizer,
             system=self._tasks[task].context.system,
@@ -191,8 +192,9 @@ class _Play:
     def __init__(
         self, worker: RolloutWorker, task: str, sampling: SamplingParams, *, scores: bool = False
     ) -> None:
-        self._scores = scores  # an evaluation: what cannot be asked counts as not solved
-        self._worker, self._engine, self._law = worker, worker.engine, sampling
+        # an evaluation: a prompt that fits no context counts as not solved, and is not dropped
+        self._scores = scores
+        self._worker, self._engine, self._sampling = worker, worker.engine, sampling
         self._guide = worker._guides.get(task)
         self._how = worker._tasks[task]
         self._pool = ReplayingPool(worker._pools[task], attempts=self._how.attempts)
@@ -207,12 +209,14 @@ class _Play:
         try:
             while self._waiting or self._live:
                 self._admit()
+                # In lockstep the engine steps only when no environment owes an answer: an expert's
+                # act asks its environment again at once, hence the loop.
                 while self._pool.outstanding:
                     self._take(self._answers())
                     if not self._engine.lockstep:
                         break
                 if self._guide is not None and self._guide.pending:
-                    self._begun(self._guide.step())
+                    self._open_with_prefixes(self._guide.step())
                 begun = time.monotonic()
                 completions = self._engine.step()
                 self._step_seconds = time.monotonic() - begun
@@ -223,10 +227,11 @@ class _Play:
         return [self._done[order.number] for order in orders]
 
     def _answers(self) -> list[Observed | Failed]:
-        """What the environments have to say: all that is outstanding if the engine goes in lockstep
-        (so that who came first shows nowhere), else what is there."""
+        """The environments' answers: all that are outstanding if the engine goes in lockstep (their
+        order of arrival then decides nothing), else those that are there."""
         answers: list[Observed | Failed] = []
         if not self._engine.lockstep:
+            # with nothing to generate, wait for an answer; else the loop would spin
             busy = self._engine.pending or (self._guide is not None and self._guide.pending)
             answers += self._pool.receive(block=not busy)
             until = time.monotonic() + GRACE * self._step_seconds
@@ -259,11 +264,12 @@ class _Play:
             self._pool.send(resets)
 
     def _take(self, results: Iterable[Observed | Failed]) -> None:
-        """Environment results become prompts or ends."""
+        """Make a prompt, or the episode's end, of each environment's result."""
         acts: list[Act] = []
+        # sorted: the order of arrival must not decide the order of requests in a batch
         for result in sorted(results, key=lambda r: r.episode):
             live = self._live.get(result.episode)
-            if live is None:
+            if live is None:  # the episode was lost since it was asked
                 continue
             if isinstance(result, Failed):
                 self._lose(live, result)
@@ -303,10 +309,11 @@ class _Play:
     def _room(self, live: _Live) -> int:
         return min(
             self._how.max_new_tokens, self._engine.max_context - len(live.context.prompt_ids)
-        ) - len(live.given)
+        ) - len(live.prefix)
 
     def _open_turn(self, live: _Live) -> Act | None:
-        """Ask whoever speaks first in this turn; an act where the expert says it all."""
+        """Ask who speaks first in this turn, guide or student. Returns the act where the expert
+        says all of it, and there is nobody to ask."""
         if live.order.actor == "expert":
             return self._expert_acts(live)
         guided = self._guided_tokens(live)
@@ -314,7 +321,7 @@ class _Play:
             reply = self._as_reply(live, self._expert_action(live))
             if guided >= len(reply):
                 return self._expert_acts(live)
-            live.given = reply[:guided]
+            live.prefix = reply[:guided]
         elif guided:
             assert self._guide is not None
             self._ask(live, self._guide, at_most=guided)
@@ -322,50 +329,52 @@ class _Play:
         return self._continue(live)
 
     def _continue(self, live: _Live, *, closed: bool = False) -> Act | None:
-        """Let the student go on from what was given; an act where nothing is left to say."""
+        """Let the student continue the prefix; an act where the prefix is the whole reply."""
         if closed or self._room(live) < 1:
             return self._answer(live, closed=closed)
         self._ask(live, self._engine)
         return None
 
     def _guided_tokens(self, live: _Live) -> int:
-        """How many tokens of this turn are the guide's: whole turns first, then a part of one."""
+        """How many tokens of this turn are the guide's: it plays whole turns, then part of one."""
         turns_left = live.order.guide * self._how.max_turns - len(live.turns)
         return max(0, min(self._room(live), int(turns_left * self._how.max_new_tokens)))
 
     def _ask(self, live: _Live, engine: Engine, *, at_most: int | None = None) -> None:
         turn = len(live.turns)
+        # the guide has a seed of its own: with the student's, both would draw the same numbers
         entropy = [live.order.seed, turn] + ([1] if engine is self._guide else [])
         engine.submit(
             Request(
                 session=live.session,
-                ids=[*live.context.prompt_ids, *live.given],
+                ids=[*live.context.prompt_ids, *live.prefix],
                 max_new_tokens=self._room(live) if at_most is None else at_most,
                 stop_ids=self._chat.eos_ids,
-                sampling=self._law,
+                sampling=self._sampling,
                 seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]),
             )
         )
 
-    def _begun(self, completions: Iterable[Completion]) -> None:
-        """What a guide said opens the turn; the student ends it, unless the guide has."""
+    def _open_with_prefixes(self, completions: Iterable[Completion]) -> None:
+        """A guide's tokens open the turn; the student continues, unless the guide ended it."""
         acts = []
         for completion in sorted(completions, key=lambda c: c.session):
             live = self._live[completion.session]
             if not live.context.appends:
                 assert self._guide is not None
                 self._guide.release(live.session)
-            live.given = list(completion.ids)
+            live.prefix = list(completion.ids)
             if act := self._continue(live, closed=completion.stopped):
                 acts.append(act)
         if acts:
             self._pool.send(acts)
 
     def _act(self, completions: Iterable[Completion]) -> None:
-        """Sampled ids become actions."""
+        """Make an action of each sampled reply."""
         acts = []
         for completion in sorted(completions, key=lambda c: c.session):
             live = self._live[completion.session]
+            # a model may have more logits than the tokenizer has tokens, padded for speed
             if (highest := max(completion.ids, default=0)) >= self._worker._vocabulary:
                 raise RuntimeError(
                     f"{live.order.name}: the engine sampled id {highest}, and the tokenizer has"
@@ -378,17 +387,17 @@ class _Play:
             self._pool.send(acts)
 
     def _answer(self, live: _Live, sampled: Completion | None = None, *, closed: bool) -> Act:
-        """Record the turn: what was given, then what the student sampled."""
-        given = [float("nan")] * len(live.given)
+        """Record the turn: the prefix, then what the student sampled."""
+        unknown = [float("nan")] * len(live.prefix)  # the student did not sample the prefix
         ids, logprobs = (sampled.ids, sampled.logprobs) if sampled else ([], [])
         sampling = sampled.sampling_logprobs if sampled else None
         reply = Reply(
-            ids=[*live.given, *ids],
-            logprobs=[*given, *logprobs],
+            ids=[*live.prefix, *ids],
+            logprobs=[*unknown, *logprobs],
             closed=closed,
-            sampling_logprobs=None if sampling is None else [*given, *sampling],
+            sampling_logprobs=None if sampling is None else [*unknown, *sampling],
         )
-        live.given = []
+        live.prefix = []
         text = self._chat.text(reply.ids)
         said = live.context.read(text)
         expert = self._expert_action(live) if live.order.labels else None
@@ -418,7 +427,7 @@ class _Play:
         return Act(episode=live.session, action=action)
 
     def _as_reply(self, live: _Live, action: str) -> list[int]:
-        """An expert's action as the ids that the student would have sampled."""
+        """An expert's action as the ids that the student would have sampled for it."""
         return self._chat.reply(live.context.say(action))
 
     def _expert_action(self, live: _Live) -> str:
@@ -432,7 +441,7 @@ class _Play:
         return str(action)
 
     def _finish(self, live: _Live, ended: Ending) -> None:
-        # An environment that says nothing of success: a positive reward is one.
+        # In an environment whose info has no "success", a positive reward counts as one.
         self._done[live.order.number] = Episode(
             order=live.order,
             rows=live.context.rows(),
@@ -441,7 +450,7 @@ class _Play:
             reward=live.reward,
             task_type=str(live.info.get("task_type", "")),
             ended=ended,
-            sampling=self._law,
+            sampling=self._sampling,
             version=self._engine.version,
             attempts=self._pool.attempt(live.session),
             final_observation=live.observation,
@@ -450,7 +459,8 @@ class _Play:
         self._leave(live)
 
     def _lose(self, live: _Live, failure: Failed) -> None:
-        if failure.reason == "differs":  # its past is gone, so it has to begin anew
+        # A replayed environment answered otherwise than before: only a new episode is consistent.
+        if failure.reason == "differs":
             self._waiting.append(_Try(order=live.order, attempt=failure.attempts))
         else:
             self._done[live.order.number] = Dropped(
@@ -470,5 +480,5 @@ class _Play:
 
 
 def _verdict(reason: Any) -> str:
-    """A word that can be counted; what else an environment may put there is left."""
+    """A word that can be counted; anything else that an environment puts there is left out."""
     return reason if isinstance(reason, str) and len(reason) <= MAX_VERDICT else ""

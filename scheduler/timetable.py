@@ -1,6 +1,6 @@
 """Which tasks are next, and which of their games: a function of (seed, step, recorded history).
 
-So a resumed run goes on exactly where it was.
+A resumed run therefore has exactly the steps that it would have had.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from tutelage.scheduler.episodes import Order
 from tutelage.scheduler.policies import Alternate, Policy, Step
 
 ENDLESS = 100_000
+"""An environment with so many games generates them: no run comes to their end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskPlan:
     """How many episodes one of a task's steps plays, and of what.
 
-    group: episodes of one game. teachers: by weight; each episode has one of them. labels: the
-    expert's action is recorded in every state (imitation). expert_share: share of the episodes that
-    the expert plays itself, at the task's first and last step, linear between (DAgger's mixing
-    rate, Ross et al. 2011, section 3).
+    group: episodes of one game. teachers: with their weights; each episode has one of them. labels:
+    the expert's action is recorded in every state (imitation). expert_share: share of the episodes
+    that the expert plays itself, at the task's first and at its last step, linear between (DAgger's
+    mixing rate, Ross et al. 2011, section 3).
     guided_share: share of the episodes that begin with a guide's prefix. guided_until: the share of
-    the task's steps after which no prefix is left. start, end: the run's steps in which the task
-    can be chosen, from start up to before end. most: how many steps it gets at most.
+    the task's steps after which there are no prefixes. start, end: the task can have the run's
+    steps from `start` to before `end`. most: how many steps it gets at most.
     """
 
     episodes: int
@@ -46,7 +47,7 @@ class TaskPlan:
     most: int | None
 
     def guide_at(self, progress: float) -> float:
-        """The prefix's share of an episode's greatest length: cosine from 1 to 0 (TrOPD,
+        """The prefix's share of an episode's maximum length: a cosine from 1 to 0 (TrOPD,
         arXiv:2606.01249: alpha = (1 + cos(pi t / T)) / 2)."""
         if progress >= self.guided_until:
             return 0.0
@@ -55,26 +56,25 @@ class TaskPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A step to come. active: the tasks that it could have had. turns: those that it has, and how
-    many steps each has had before."""
+    """A step to come. active: the tasks that the policy could choose. turns: those that it chose,
+    with how many steps each has had before."""
 
     active: tuple[str, ...]
     turns: Mapping[str, int]
 
 
 class Timetable:
-    """The steps of a run, one after the other: `for step, tasks in timetable.walk()`, and after
-    each one `record` what it did.
+    """The steps of a run: `for step, tasks in timetable.walk()`, and `record` after each.
 
     A task's n-th step is the same whatever else is in the run: its seeds come from (seed, task, n)
     alone.
 
-    Steps can be planned before the ones before them are done (`plan`). Then the policy takes those
-    still open for as many tokens and as large a gap as their tasks had last.
+    A step can be planned before earlier ones are done (`plan`). The policy then assumes that each
+    open step has as many tokens, and as large a gap, as its task's last step.
 
     Args:
         tasks: by name, in order. steps: of the run. seed: the run's.
-        make_policy: a new policy, that decides who is next; None: they alternate.
+        make_policy: makes the policy that decides which tasks are next; None: they alternate.
 
     Raises:
         ValueError: no task, or a step at which none can be chosen.
@@ -96,7 +96,7 @@ class Timetable:
         self.restore([])
 
     def restore(self, history: Sequence[Step], planned: Sequence[Planned] = ()) -> None:
-        """Begin after these steps, with these already planned."""
+        """Start after the steps of `history`, with those of `planned` planned already."""
         self._policy, self._turns = self._make_policy(), dict.fromkeys(self._tasks, 0)
         self._planned: deque[Planned] = deque()
         self.history: list[Step] = []
@@ -105,8 +105,8 @@ class Timetable:
         self._planned.extend(planned)
 
     def record(self, step: Step) -> None:
-        """The next step is done. It may be one of before the configuration was changed: tasks that
-        are no more had no turn."""
+        """Note what the next step did. Tasks that the configuration no longer has are left out of
+        what the policy is told."""
         if self._planned:
             self._planned.popleft()
         known = replace(
@@ -126,10 +126,11 @@ class Timetable:
         return tuple(self._planned)
 
     def plan(self) -> Planned | None:
-        """Plan one step more; None after the last."""
+        """Plan one more step; None after the last."""
         step, turns = len(self.history) + len(self._planned), dict(self._turns)
         if step >= self.steps:
             return None
+        # a copy: the guesses about open steps must not stay in the policy
         policy = copy.deepcopy(self._policy) if self._planned else self._policy
         for planned in self._planned:
             policy.record(self._guess(planned))
@@ -141,7 +142,7 @@ class Timetable:
         return self._planned[-1]
 
     def _guess(self, planned: Planned) -> Step:
-        """What an open step will have done: what its tasks did last."""
+        """An open step as it will probably be recorded: as its tasks' last ones."""
         nothing = Step(active=(), trained=())
         last = {
             task: next((step for step in reversed(self.history) if task in step.trained), nothing)
@@ -158,7 +159,7 @@ class Timetable:
         """(step, its tasks) from the first that is not recorded on.
 
         Raises:
-            RuntimeError: a step was not recorded before the next was asked for.
+            RuntimeError: the caller asks for the next step without having recorded this one.
         """
         for step in range(len(self.history), self.steps):
             if len(self.history) != step:
@@ -178,13 +179,14 @@ class Timetable:
         return self._turns[task]
 
     def steps_of(self, task: str) -> int:
-        """How many of the run's steps are the task's. Where that hangs on what happens in the run
-        (token_budget, gap), as many as if every step trained as much and closed as much."""
+        """How many of the run's steps are the task's. Where that depends on what happens in the run
+        (token_budget, gap), it is computed as if all steps had the same tokens and gap."""
         return self._expected[task]
 
     def progress(self, task: str, turn: int | None = None) -> float:
-        """The share of its steps that the task has had, 0 to 1. turn: before that one."""
+        """The share of its steps that the task has had, 0 to 1. turn: before its step `turn`."""
         turn = self._turns[task] if turn is None else turn
+        # - 1: the last step is at 1. min: there may be more steps than were expected
         return min(1.0, turn / max(1, self.steps_of(task) - 1))
 
     def orders(self, task: str, num_games: int | None, turn: int | None = None) -> list[Order]:
@@ -194,7 +196,7 @@ class Timetable:
         Games come in passes: each once in an order shuffled anew, before any comes again.
         """
         plan, turn = self._tasks[task], self._turns[task] if turn is None else turn
-        games = -(-plan.episodes // plan.group)
+        games = -(-plan.episodes // plan.group)  # rounded up: the last group may be smaller
         first = turn * games
         indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
         begin, end = plan.expert_share
@@ -211,7 +213,7 @@ class Timetable:
                     seed=int(entropy.generate_state(1)[0]),
                     index=indexes[number // plan.group],
                     teacher=_route(turn * plan.episodes + number, plan.teachers),
-                    # spread evenly, so that no kind of game goes to the expert alone
+                    # spread evenly: the first n would give the expert the same places every step
                     actor="expert" if _spread(number, by_expert, plan.episodes) else "student",
                     labels=plan.labels,
                     guide=guide if _spread(number, guided, plan.episodes) else 0.0,
@@ -235,7 +237,7 @@ class Timetable:
         return found
 
     def _rehearse(self) -> dict[str, int]:
-        """Every task's number of steps, if all trained and closed alike."""
+        """Every task's number of steps, if all steps had the same tokens and gap."""
         policy, turns = self._make_policy(), dict.fromkeys(self._tasks, 0)
         for step in range(self.steps):
             active = self._active(step, turns)
@@ -253,11 +255,13 @@ def _spread(number: int, count: int, total: int) -> bool:
 
 
 def _route(place: int, weights: Mapping[str, float]) -> str | None:
-    """The teacher at `place` of an endless sequence that has each as often as its weight says, in
-    every window as evenly as whole episodes allow; None where there is none.
+    """The teacher at `place` of an endless sequence in which each is as frequent as its weight
+    says, as evenly as whole episodes allow; None without teachers.
 
-    Each name takes its share of the places that those before it leave over.
+    The first teacher takes its share of the places, evenly spaced; the second its share of those
+    that are left, and so on.
     """
+    # fractions: with floats, rounding would give a place to two teachers or to none
     left = {name: Fraction(str(weight)) for name, weight in weights.items()}
     for name in weights:
         share = left[name] / sum(left.values())
@@ -270,10 +274,11 @@ def _route(place: int, weights: Mapping[str, float]) -> str | None:
 
 
 def _passes(first: int, count: int, num_games: int | None, *, entropy: Sequence[int]) -> list[int]:
-    """The games at places first..first+count-1 of an endless sequence of shuffled passes."""
+    """The games at places first..first+count-1 of an endless sequence of passes over all games,
+    each shuffled anew."""
     if num_games is None:
         return list(range(first, first + count))
-    if num_games >= ENDLESS:  # generated games: no pass will end, and a permutation would cost more
+    if num_games >= ENDLESS:  # in order: generated games are random, a permutation costs memory
         return [place % num_games for place in range(first, first + count)]
     shuffled: dict[int, np.ndarray] = {}
     games = []
@@ -286,5 +291,5 @@ def _passes(first: int, count: int, num_games: int | None, *, entropy: Sequence[
 
 
 def _key(name: str) -> int:
-    """A stable number for a name; the built-in hash differs from process to process."""
+    """A stable number for a name: Python's own hash differs from process to process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

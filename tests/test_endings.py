@@ -86,7 +86,7 @@ PLACES: dict[str, tuple[Any, str, int, int]] = {
     # (where, which call, steps that are learned then)
     "sync": (InProcess, "sync", 1, 1),
     "rollout": (InProcess, "start", 1, 1),
-    "scoring": (Routing, "teach", 2, 2),
+    "scoring": (Routing, "batch", 2, 2),
     "episodes": (Journal, "write_episodes", 2, 2),
     "update": (Learner, "update", 2, 2),
     "observers": (Observers, "step", 1, 2),
