@@ -21,13 +21,13 @@ from tutelage.scheduler.timetable import ENDLESS
 Collect = Callable[[Sequence[Order], SamplingParams], list[Episode | Dropped]]
 
 EVALUATION = "evaluation:"
-"""Prefix of a task's name when it is played for evaluation, with its eval_args."""
+"""Prefix of a task's name when it is played for evaluation, in environments made with eval_args."""
 
 EVALUATION_SEED = 20_251_107
-"""Fixed: the same games with the same draws, whoever is evaluated, whatever seed trained it.
+"""Fixed: every model plays the same games with the same draws, whatever seed trained it.
 
-Each game has draws of its own: were they shared, one unlucky number would be every game's, and the
-intervals, which take games for independent, too narrow."""
+Each game has draws of its own. If all shared one seed, one unlucky number would hit every game, and
+the intervals, which assume independent games, would be too narrow."""
 
 
 def orders(
@@ -44,7 +44,7 @@ def orders(
                 f"task {task!r}: evaluation.episodes is 'all', but the environment does not say how"
                 " many it has: give a number"
             )
-        if num_games >= ENDLESS:
+        if num_games >= ENDLESS:  # generated games: evaluation would take for ever
             raise ValueError(
                 f"task {task!r}: evaluation.episodes is 'all', and the environment has {num_games}:"
                 " give a number"
@@ -74,12 +74,13 @@ def evaluate_tasks(
     progress: Callable[[str, str, int, int], None],
     scored: Callable[[str, str, Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """Scores by task and mode. num_games: of a task, by the name under which it is played.
+    """Scores by task and mode. num_games: called with the name under which a task is played.
     `progress(task, mode, done, total)` is called as episodes are played, `scored(task, mode,
-    score)` as a score is there."""
+    score)` after each score."""
     scores: dict[str, Any] = {}
     for task, how in tasks.items():
         played = EVALUATION + task
+        # with one sample a game the success rate of single answers is pass@1
         scores[task] = {"metric": "pass@1" if how.max_turns == 1 else "success rate"}
         for mode in modes:
             found = evaluate(
@@ -105,12 +106,13 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     part: int = 64,
 ) -> dict[str, Any]:
-    """Play the games and summarise; `progress(done, total)` is called at first and after every
-    `part`."""
+    """Play the games and summarise; `progress(done, total)` is called first and after every `part`
+    episodes."""
     wanted = orders(task, episodes=episodes, num_games=num_games)
     outcomes: list[Episode | Dropped] = []
     tell = progress or (lambda done, total: None)
     tell(0, len(wanted))
+    # in parts: between two of them progress is shown, and a stop is heard
     for start in range(0, len(wanted), part):
         outcomes += collect(wanted[start : start + part], sampling)
         tell(len(outcomes), len(wanted))
@@ -123,9 +125,8 @@ def evaluate(
 
 def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
     """Success rate with its Wilson interval, overall and per task type. Dropped episodes are
-    counted apart.
-
-    A reply cut off at a limit is a failure in the denominator like any other.
+    counted apart: their environment failed, not the student. An episode that a limit cut off is
+    a failure like any other.
     """
     played = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
     if not played:
@@ -133,6 +134,7 @@ def summarise(outcomes: Sequence[Episode | Dropped]) -> dict[str, Any]:
             f"all {len(outcomes)} evaluation episodes were dropped"
             + (f": {outcomes[0].reason}: {outcomes[0].detail}" if outcomes else "")  # type: ignore[union-attr]
         )
+    # A score of 0 would look like the student's: it was never asked.
     if all(episode.ended == "context" and not episode.turns for episode in played):
         raise ValueError(
             f"evaluation of task {played[0].order.task!r}: none of {len(played)} prompts leaves"
@@ -170,7 +172,7 @@ def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """`eval/TASK/MODE` for a step's line of metrics."""
+    """The scores as `eval/TASK/MODE` for a step's line of metrics."""
     return {
         f"eval/{task}/{mode}": found["value"]
         for task, modes in scores.items()
@@ -182,7 +184,7 @@ def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
 def record(
     model: str, weights: str | None, scores: Mapping[str, Any], date: datetime.date | None
 ) -> dict[str, Any]:
-    """What eval.json holds of a model. weights: their hash. date: which its prompts showed."""
+    """The contents of eval.json. weights: their hash. date: the one that the prompts showed."""
     names = ("tutelage", "torch", "transformers", "gymnasium", "numpy")
     return {
         "model": model,

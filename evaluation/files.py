@@ -1,7 +1,7 @@
-"""Files of a run folder: written whole or not at all, whatever fails in the middle.
+"""Writes files of a run folder whole or not at all, whatever fails in the middle.
 
 A file that is replaced is written beside its place, flushed to the disk and renamed. A file that
-grows, grows by whole records: what a full disk cut off is taken away again.
+grows, grows by whole records: the part that a full disk let through is cut off again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ CURE = "the run's checkpoints are whole; make room and run the same command agai
 
 
 class WriteError(OSError):
-    """A file that could not be written, and the cure; nothing of it is left."""
+    """A file could not be written; the message has the cure, and nothing half-written is left."""
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Replace a file's contents. private: only its owner may read it: it may hold a key.
+    """Replace a file's contents. private: only its owner may read it, since it may hold a key.
 
     Raises:
-        WriteError: with the file and the cure; it is as it was.
+        WriteError: names the file and the cure; the file is as it was.
     """
+    # in the same folder: a rename from another disk would be a copy. With the pid: two processes
+    # may write the same file, eval.json, at once.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666
     with _named(path):
@@ -36,7 +38,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
             descriptor = os.open(partial, flags, mode)
             try:
                 put(descriptor, text.encode())
-                os.fsync(descriptor)
+                os.fsync(descriptor)  # a rename may reach the disk before the contents do
             finally:
                 os.close(descriptor)
             os.replace(partial, path)
@@ -52,13 +54,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises ValueError where a file could not be written: before the work that it is for."""
+    """Raises ValueError where a file could not be written; called before the work of which it keeps
+    the result."""
     trial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_text(trial, "")
         trial.unlink()
         with contextlib.suppress(OSError):
-            path.parent.rmdir()  # if it was made for this
+            path.parent.rmdir()  # succeeds only if it is empty: made by the trial
         fault = "it is a folder" if path.is_dir() else ""
     except OSError as error:
         fault = first_line(error.__cause__ or error)
@@ -67,39 +70,40 @@ def check_place(path: Path) -> None:
 
 
 def put(descriptor: int, data: bytes) -> None:
-    """All of the bytes: the system may take a part of them only, and fail at the rest."""
+    """Write all of the bytes: one os.write may take only a part of them, on a full disk."""
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
 
 
 class Growing:
-    """A file that grows by records. length: how many of its bytes stand; what follows is cut off.
+    """A file that grows by records. length: how many of its bytes are kept; the rest is cut off.
 
     Raises:
-        WriteError: with the file and the cure; what stood before the record stands.
+        WriteError: names the file and the cure; earlier records are intact.
     """
 
     def __init__(self, path: Path, *, length: int = 0) -> None:
         self._path, self.length = path, length
         with _named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # O_APPEND: after a truncation the next write begins at the new end
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.ftruncate(self._descriptor, length)
 
     def write(self, record: bytes) -> None:
-        """One record more."""
+        """Append one record."""
         with self.undone(), _named(self._path):
             put(self._descriptor, record)
             self.length += len(record)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """What is written inside is taken back when it fails."""
+        """Take back what the block wrote if it raises."""
         length = self.length
         try:
             yield
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, may cut a record in two
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, length)
             self.length = length
@@ -111,7 +115,7 @@ class Growing:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close; once is enough."""
+        """Close; may be called again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -119,10 +123,10 @@ class Growing:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Give a failed write (a full disk) its file and its cure."""
+    """Make an OSError inside, such as a full disk's, a WriteError with the file and the cure."""
     try:
         yield
-    except WriteError:
+    except WriteError:  # an OSError itself: named already
         raise
     except OSError as error:
         raise WriteError(f"{path} could not be written ({error.strerror}): {CURE}") from error

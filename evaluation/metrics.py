@@ -36,6 +36,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         raise ValueError(f"k={k}: it must be between 1 and num_samples={num_samples}")
     if num_samples - num_correct < k:
         return 1.0
+    # a product of ratios: the binomials themselves overflow a float for large n
     return 1.0 - math.prod(
         1.0 - k / j for j in range(num_samples - num_correct + 1, num_samples + 1)
     )
@@ -53,6 +54,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # exact at both ends, where rounding would leave a bound a little inside (0, 1)
     low = 0.0 if successes == 0 else max(0.0, middle - half)
     high = 1.0 if successes == n else min(1.0, middle + half)
     return Interval(low, high)
@@ -71,9 +73,10 @@ def mean_and_interval(
     """
     if not len(values):
         raise ValueError("mean_and_interval needs at least one value")
-    _normal_quantile(confidence)
+    _normal_quantile(confidence)  # for its check alone
     array = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
+    # one at a time: all draws at once would take RESAMPLES x n integers
     means = np.array(
         [array[rng.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
     )

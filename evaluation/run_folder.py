@@ -1,5 +1,5 @@
-"""The names in a run folder, and how what stands there is read: its configuration, its lines, and
-which of its checkpoints are whole.
+"""Names what is in a run folder and reads it: its configuration, its lines of metrics, which of its
+checkpoints are whole.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from tutelage.evaluation.files import first_line
 
 CONFIG, CHANGES, METRICS, SCORES = "config.yaml", "changes.jsonl", "metrics.jsonl", "eval.json"
 FILES = (CONFIG, CHANGES, METRICS, SCORES)
-"""METRICS tells a run's folder from others."""
+"""A folder that has METRICS is a run's."""
 
 CHECKPOINTS, EPISODES, TEACHERS = "checkpoints", "episodes", "teachers"
 TENSORBOARD, STALLED = "tensorboard", "stalled"
 FOLDERS = (CHECKPOINTS, EPISODES, TEACHERS, TENSORBOARD, STALLED)
 
 STATE, WEIGHTS, SUMS = "trainer.pt", "model.safetensors", "SHA256SUMS"
-"""Of a checkpoint."""
+"""Files of a checkpoint."""
 
 
 class Damaged(Exception):
-    """A file or checkpoint of which something is missing or not as it was saved; in one line."""
+    """Part of a file or checkpoint is missing, or not as it was saved; says what in one line."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run there.
 
     Raises:
-        Damaged: it is not there, or no run's.
+        Damaged: it is missing, or is not the configuration of a run.
     """
     try:
         found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
@@ -64,10 +64,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def check(checkpoint: Path, *, without: Container[str] = ()) -> None:
-    """Compare every file that was saved with its hash. Files that came later are no harm: nothing
-    that is loaded for training asks for them. without: files that nobody is going to read.
-
-    It reads them once, at about 1 GB/s.
+    """Compare every file that was saved with its hash, at about 1 GB/s. Files that were added later
+    do no harm: training loads none of them. without: files that the caller is not going to read.
 
     Raises:
         Damaged: which file.
@@ -82,7 +80,7 @@ def check(checkpoint: Path, *, without: Container[str] = ()) -> None:
         return
     except (OSError, ValueError) as error:
         raise Damaged(f"{SUMS}: {first_line(error)}") from error
-    if not {STATE, WEIGHTS} <= wanted.keys():
+    if not {STATE, WEIGHTS} <= wanted.keys():  # a list that was cut off would prove nothing
         raise Damaged(f"{SUMS} is no list of its files")
     for name, digest in wanted.items():
         if name in without:
@@ -99,7 +97,7 @@ def listed_sums(folder: Path) -> dict[str, str]:
     """The hash of each file by its name, as SHA256SUMS has them."""
     found = {}
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+        digest, _, name = line.partition("  ")  # two spaces, as sha256sum writes
         if not name:
             raise ValueError("a line that names no file")
         found[name] = digest
@@ -112,7 +110,8 @@ def sha256(path: Path) -> str:
 
 
 def complete(folder: Path) -> list[Path]:
+    """The whole checkpoints, the oldest first."""
     if not folder.is_dir():
         return []
     whole = [p for p in folder.iterdir() if p.name.isdigit() and (p / STATE).is_file()]
-    return sorted(whole, key=lambda p: int(p.name))
+    return sorted(whole, key=lambda p: int(p.name))  # by number: 1000000 comes after 999999

@@ -1,7 +1,7 @@
-"""Named formats of step-independent agents: how a turn is asked, where the reply says what to do.
+"""Named prompt and reply formats of step-independent agents.
 
-A teacher that was trained on one prompt is at home in that prompt alone, to the character, so the
-text here is its authors', spaces at the ends of lines included.
+A teacher that was trained on one prompt is good with that prompt alone, to the character. So the
+text here is its authors' own, spaces at the ends of lines included.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _TAIL = 30  # characters of a reply without tags that later prompts show as its 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """A reply, read. command: what the environment gets. remembered: what later prompts show as the
-    turn's action. valid: the reply keeps to its format."""
+    """What a reply says. command: the environment gets it. remembered: later prompts show it as the
+    turn's action. valid: the reply keeps to the format."""
 
     command: str
     remembered: str
@@ -69,10 +69,10 @@ class Format:
         )
 
     def read(self, reply: str) -> Said:
-        """What a reply wants done: what stands between the first of each tag, in lower case. A
-        thought that is missing or has Chinese in it makes the reply invalid, and is acted on all
-        the same. Without both tags the environment gets nothing, which it answers as it answers
-        anything that is no command."""
+        """Read a reply. Its command stands between the first opening and the first closing tag, in
+        lower case. A thought that is missing or has Chinese in it makes the reply invalid, yet
+        its command is carried out. Without both tags the command is empty, and the environment
+        answers as to anything that is no command."""
         lowered = reply.lower()
         opened, closed = lowered.find(_OPEN), lowered.find(_CLOSE)
         if opened < 0 or closed < 0:
@@ -82,7 +82,7 @@ class Format:
         return Said(command=command, remembered=command, valid=thought)
 
     def say(self, command: str) -> str:
-        """The reply of somebody who has a command and no thoughts: an expert."""
+        """An expert's reply: the command without a thought."""
         return f"{_OPEN}{command}{_CLOSE}"
 
 
@@ -119,7 +119,7 @@ FORMATS = {"gigpo": GIGPO}
 
 
 def find_format(name: str) -> Format:
-    """Raises ValueError, with the nearest name, for one that is not."""
+    """Raises ValueError, with the nearest name, for an unknown one."""
     if name not in FORMATS:
         raise ValueError(unknown("context format", name, FORMATS))
     return FORMATS[name]

@@ -1,8 +1,8 @@
-"""A tokenizer's chat template, asked once for the pieces that stand around what is said.
+"""Reads the pieces between messages once from a tokenizer's chat template.
 
-A template is a program of somebody else's: it may refuse a system message, want a message's content
-in parts, leave out what opens a reply, look at the clock, draw at random, or not be Jinja at all.
-What a conversation can do without is found here; the rest is refused in one line.
+A template is foreign code: it may refuse a system message, want a message's content in parts, leave
+out what opens a reply, ask for the date, draw at random, or not be Jinja at all. Where a
+conversation can do without, a way around is found here; the rest is refused in one line.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
     """What a template writes. head, tail: before and after the first user text. close, again:
-    between a reply and the next user text, and after that one. unasked: the part of `tail` and
-    `again` that the template writes before finished replies alone, not where it is asked to open
+    between a reply and the next user text, and after that one. unasked: the end of `tail` and
+    `again` that the template writes only before a finished reply, not when it is asked to open
     one."""
 
     head: str
@@ -42,15 +42,15 @@ class Pieces:
 
 
 def reads_clock(tokenizer: Any) -> bool:
-    """Whether what the template writes depends on the day."""
+    """Whether the template's text depends on the date."""
     return _CLOCK in str(tokenizer.chat_template or "")
 
 
 def render(
     tokenizer: Any, messages: Messages, *, date: datetime.date | None, opens: bool = True
 ) -> str:
-    """The template's own text of a conversation. date: what the template takes for today; None: the
-    clock's. opens: with what opens the next reply."""
+    """The template's own text of a conversation. date: for templates that ask for one; None:
+    the clock's. opens: add what opens the next reply."""
     clock = {}
     if date is not None:
         noon = datetime.datetime.combine(date, datetime.time(12))
@@ -72,7 +72,7 @@ def conversation(
 
 
 def in_parts(text: str) -> list[dict[str, str]]:
-    """A message's content as templates of models that read more than text want it."""
+    """A message's content in the form that templates of multimodal models want."""
     return [{"type": "text", "text": text}]
 
 
@@ -80,7 +80,7 @@ def spoken_of(tokenizer: Any, date: datetime.date | None) -> Spoken:
     """How the template wants a message's content: as it is, or in parts."""
     try:
         shown = render(tokenizer, conversation([FIRST], system=None), date=date)
-    except Exception:  # a template may raise anything: `pieces` says what
+    except Exception:  # a template may raise anything; `pieces` reports it
         shown = ""
     if FIRST in shown:
         return str
@@ -98,6 +98,7 @@ def pieces(tokenizer: Any, *, system: str | None, date: datetime.date | None) ->
         ValueError: in one line, why there are none.
     """
     who = f"the chat template of {tokenizer.name_or_path!r}"
+    # searched for, not tried: two renderings may agree by chance
     if _CHANCE.search(str(tokenizer.chat_template)):
         raise ValueError(
             f"{who} draws at random: no run could be repeated: take the random filter out of its"
@@ -131,7 +132,7 @@ def _works(tokenizer: Any, date: datetime.date | None) -> bool:
 
 
 class _Unshown(ValueError):
-    """A message that a rendering does not hold once."""
+    """A rendering leaves a message out, or repeats it."""
 
 
 def _pieces(tokenizer: Any, system: str | None, date: datetime.date | None) -> Pieces:
@@ -150,9 +151,12 @@ def _pieces(tokenizer: Any, system: str | None, date: datetime.date | None) -> P
                 "leaves the system message out: remove rollout.context.system, or say it in the"
                 " environment's own prompt"
             )
-        if said in close:  # it stands before the last message, wherever that is
+        # some templates put it before the last message, wherever that is: in the middle of an
+        # append-only chat it would be said again every turn
+        if said in close:
             _, middle, close, again = _split(shown(SENTINELS, told=None), SENTINELS)
     found = Pieces(head=head, tail=tail, close=close, again=again)
+    # Some begin a finished reply with more (an empty thought, say) than they open one with.
     unasked = middle.removeprefix(tail) if middle.startswith(tail) else ""
     if unasked.strip() and shown([FIRST], opens=False) == first:
         return replace(found, tail=tail + unasked, again=again + unasked, unasked=unasked)

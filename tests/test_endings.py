@@ -1,5 +1,5 @@
-"""Whatever ends a run, and wherever: nothing is lost that could be saved, and the same command goes
-on to the same bytes."""
+"""Whatever ends a run, and wherever: nothing is lost that could be saved, and the same command
+resumes, bit-identical."""
 
 from __future__ import annotations
 

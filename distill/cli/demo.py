@@ -1,4 +1,4 @@
-"""`tutelage demo`: one student, two jobs, two teachers, and a table that shows what came of it."""
+"""`tutelage demo`: trains one student under two teachers, and prints a table of scores."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from tutelage.evaluation.tables import score_table
 
 
 def run_demo(path: Path, overrides: list[str]) -> int:
-    """Evaluate start and teachers, train, evaluate, print the table; scores stay in demo.json."""
+    """Evaluate student and teachers, train, evaluate the student again, print the table. Scores are
+    kept in demo.json."""
     begun = time.monotonic()
     config = load_config(path, overrides)
     folder = Path(config.run)
+    # locked here: `Run` locks only while it trains, and demo.json is written before that
     with ConsoleObserver(evaluates_after=True) as watcher, Signals() as signals, Lock(folder):
         say = watcher.say
         say(f"{config.steps} steps of {', '.join(config.tasks)}; everything goes to {folder}")
@@ -48,8 +50,8 @@ def run_demo(path: Path, overrides: list[str]) -> int:
 
 
 def _measured(config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
-    """The scores of the untrained student and of the teachers: those that an interrupted demo has
-    measured already, and the others, each kept as soon as it is there."""
+    """The scores of the untrained student and of the teachers. What an interrupted demo measured is
+    not measured again; each new score is saved at once."""
     path = Path(config.run) / "demo.json"
     columns = _kept(path, config, watcher)
     if "before" not in columns:
@@ -65,9 +67,10 @@ def _measured(config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
 
 def _kept(path: Path, config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
     """What an interrupted demo had measured."""
-    taught = [name for name, task in config.tasks.items() if task.teachers]
-    wanted = {"before": [*config.tasks], "teacher": taught}
+    with_teacher = [name for name, task in config.tasks.items() if task.teachers]
+    wanted = {"before": [*config.tasks], "teacher": with_teacher}
     try:
+        # every number is checked: a damaged file must not end the demo when it prints its table
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         columns = {name: found[name] for name in wanted if name in found}
         if not columns:

@@ -1,6 +1,6 @@
 """`tutelage config`: every key of a config, what it may be, its default and its reason.
 
-All of it is read from the sections themselves (distill/config), so that it is written down once.
+All of it is read from the sections themselves (distill/config): it is written in one place.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Keys:
 
 def sections() -> list[Keys]:
     """Every section of a config, the whole first."""
+    # the schema, not the classes: pydantic has resolved types, defaults and descriptions in it
     schema = RunConfig.model_json_schema()
     return list(_sections("", schema, schema["$defs"]))
 

@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     warnings.showwarning = _warn
     hide_in_tracebacks()
-    # Few, large matrix products in one process: more OpenMP threads than cores only fight.
+    # tokenizers' threads would not survive the fork of a child process, and warn of it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's start warns of memory binding
-    atexit.register(gc.freeze)  # else the exit looks through all of torch for garbage, for seconds
+    atexit.register(gc.freeze)  # else the exit searches all of torch for garbage, for seconds
     try:
         sys.exit(options.command(options))
     except KeyboardInterrupt as error:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `tutelage config | head`: whoever read has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit flushes
         sys.exit(128 + signal.SIGPIPE)
-    except (OSError, RuntimeError, ArithmeticError) as error:
+    except (OSError, RuntimeError, ArithmeticError) as error:  # others are bugs: a traceback
         if os.environ.get("TUTELAGE_TRACEBACK"):
             raise
         _complain(error)
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; key=value pairs may stand anywhere (argparse loses those that follow an option)."""
+    """Parse; key=value pairs may stand anywhere."""
+    # argparse fills nargs="*" once: pairs that follow an option come back as unknown words
     parser = _parser()
     options, late = parser.parse_known_args(arguments)
     if wrong := [word for word in late if word.startswith("-") or "=" not in word]:
@@ -79,7 +80,7 @@ def _warn(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings are one line each; others keep Python's form."""
+    """Show our own warnings as one line each, others in Python's form."""
     if Path(filename).is_relative_to(CONFIGS.parent):
         print(f"tutelage: warning: {' '.join(str(message).split())}", file=sys.stderr)
     else:
@@ -87,7 +88,7 @@ def _warn(
 
 
 def _complain(error: BaseException) -> None:
-    """One line on stderr, and one for each note; the traceback on request."""
+    """Print the error as one line on stderr, and each of its notes; no traceback."""
     for said in (str(error) or type(error).__name__, *getattr(error, "__notes__", ())):
         print(f"tutelage: {' '.join(hidden(said).split())}", file=sys.stderr)
     if not isinstance(error, ValueError | FileNotFoundError):
@@ -95,11 +96,12 @@ def _complain(error: BaseException) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as all else does, and where to read on."""
+    """Says in one line what is wrong with the command, and where the help is."""
 
     def error(self, message: str) -> NoReturn:
         from tutelage.envs.names import unknown  # which loads Gymnasium
 
+        # argparse's own message lists all choices: ours names the nearest
         what, _, choices = message.partition(" (choose from ")
         known = re.findall(r"'([^']*)'", choices)
         if "invalid choice: " in what and known:
@@ -177,7 +179,7 @@ def _run_training(config: Any) -> int:
         with Run(config, watch=watcher) as run:
             signals.stop = run.stop
             run.train()
-            signals.stop = None
+            signals.stop = None  # all is saved: another signal may end the process at once
         if run.stopped:
             watcher.say(f"stopped; {run.record.standing()}")
             return signals.code
@@ -236,7 +238,7 @@ def _plan(options: argparse.Namespace) -> int:
         ]
     try:
         check_machine(config)
-    except ConfigError as error:  # where the run is to be, it may be otherwise
+    except ConfigError as error:  # only a note: the run may be planned for another machine
         also.append(f"here it would be refused: {error}")
     show_plan(plan, Console(), also)
     return 0
@@ -323,12 +325,12 @@ def _natural(text: str) -> int:
 
 
 def _begin() -> None:
-    """Something to read while that lasts, for seconds or, at first, a minute."""
+    """Say what lasts: the imports take seconds, the first time a minute."""
     print("loading torch and transformers", flush=True)
 
 
 def _quiet() -> None:
-    """Keep libraries' own bars and advice out of ours."""
+    """Keep transformers' own progress bars and advice off the terminal."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Pages for a terminal of 80 columns: the plan, the doctor's findings."""
+"""Tables for a terminal of 80 columns: the plan, the doctor's findings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
 
 
 def _place(subject: str) -> tuple[int, str]:
-    """Student first, then teachers, tasks, the grader."""
+    """A subject's place: student first, then teachers, tasks, the grader."""
     return ("student", "teachers", "tasks", "grader").index(subject.partition(".")[0]), subject
 
 

@@ -1,4 +1,4 @@
-"""Playing an environment by hand, or watching a policy; and the list of what there is to play."""
+"""`tutelage play` and `tutelage envs`: play an environment by hand or watch a policy; list them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutelage.envs.plugins import refusal
 
 POLICIES = ("hand", "expert", "random")
 Choose = Callable[[str, Mapping[str, Any]], str | None]
-"""An action, from an observation and what came with it; None: enough."""
+"""Chooses an action from an observation and its info; None: the player leaves the game."""
 
 
 def play(
@@ -36,7 +36,7 @@ def play(
         env = gymnasium.make(env_id, **args)
     except KeyboardInterrupt:  # the user's
         raise
-    except BaseException as error:  # whatever somebody's module does when it is imported or made
+    except BaseException as error:  # a foreign module may raise anything, SystemExit included
         raise ValueError(f"{env_id}: {refusal(env_id, error)[0]}") from error
     try:
         return _played(env, env_id, _chooser(policy, seed), policy=policy, index=index, seed=seed)
@@ -68,12 +68,12 @@ def _played(
 
 
 def _asked(env_id: str, what: str, ask: Callable[[], Any]) -> Any:
-    """Raises ValueError for what the environment refuses, RuntimeError for what breaks in it."""
+    """Call the environment. Raises ValueError where it refuses, RuntimeError where it breaks."""
     try:
         return ask()
     except (ValueError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # its sys.exit, too
+    except BaseException as error:  # SystemExit, too
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RuntimeError(f"{env_id}: its {what} raised {reason}") from error
 
@@ -120,7 +120,8 @@ def _required(info: Mapping[str, Any], key: str, policy: str) -> Any:
 
 
 def _model_player(reference: str) -> Callable[[str, Mapping[str, Any]], str]:
-    """A student's greedy replies, over the whole history."""
+    """A model's greedy replies, with the whole history as context."""
+    # imported here: by hand, playing needs no torch
     from tutelage.distill.config.sections import ContextConfig
     from tutelage.distill.engines.transformers import TransformersEngine
     from tutelage.distill.models.conversations import stop_ids
@@ -175,7 +176,8 @@ def describe_environments() -> str:
 
 
 def _spec(env_id: str) -> Any:
-    """The registered environment of an id; importing the module that `module:id` names first."""
+    """The registered environment of an id; imports the module that `module:id` names first."""
+    # Gymnasium's own spec() reads no module
     module, colon, name = env_id.rpartition(":")
     if colon:
         importlib.import_module(module)
@@ -183,7 +185,7 @@ def _spec(env_id: str) -> Any:
 
 
 def _class_of(spec: Any) -> Any:
-    """What makes a registered environment: its class, as a rule."""
+    """The class of a registered environment, or the function that makes it."""
     entry_point = spec.entry_point
     if not isinstance(entry_point, str):
         return entry_point
@@ -191,7 +193,7 @@ def _class_of(spec: Any) -> Any:
 
 
 def _options(cls: Any) -> dict[str, str]:
-    """A class's options with their defaults, those that it hands on to its parents included."""
+    """A class's options with their defaults, with those that it passes to its parents."""
     found: dict[str, str] = {}
     for parent in getattr(cls, "__mro__", ()):  # a factory function tells nothing
         if "__init__" not in vars(parent):
@@ -205,6 +207,7 @@ def _options(cls: Any) -> dict[str, str]:
                 found.setdefault(
                     parameter.name, "required" if required else repr(parameter.default)
                 )
+        # without **kwargs it passes no options on
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found

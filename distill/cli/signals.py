@@ -1,5 +1,6 @@
-"""Ctrl-C, SIGTERM and a terminal that closes: the first saves after the current step, the second
-ends at once."""
+"""Handles Ctrl-C, SIGTERM and a closed terminal: the first saves after the current step, the second
+ends at once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(KeyboardInterrupt):
-    """A signal ends what is being done. number: which."""
+    """A signal ends the command. number: of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -23,11 +24,11 @@ class Ended(KeyboardInterrupt):
 
 
 class Signals:
-    """Hears the signals that end a process, inside a `with` block in the main thread.
+    """Handles the signals that end a process, inside a `with` block in the main thread.
 
-    stop: set it to what ends the work in order; until then there is nothing to save, and the first
-    signal ends at once. number: of the first signal, or 0. One that was ignored when the process
-    started (nohup, a shell's background job) stays so.
+    stop: set it to what ends the work in order; while it is None there is nothing to save, and the
+    first signal ends at once. number: of the first signal, or 0. A signal that was ignored when the
+    process started (nohup, a shell's background job) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class Signals:
 
     @property
     def code(self) -> int:
-        """The exit code of a process that such a signal ended."""
+        """The exit code, by the shell's convention, of a process that this signal ended."""
         return 128 + self.number
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -61,14 +62,14 @@ class Signals:
             raise ended
         self.stop()
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        # not by print: its lock may be taken where the signal fell
+        # not by print: the signal may have interrupted one, which holds the stream's lock
         with contextlib.suppress(OSError):
             os.write(2, f"\ntutelage: saving after this step{again}\n".encode())
 
 
 def _leave_terminal() -> None:
-    """What is printed from here on goes nowhere: on a terminal that is gone it would be an error.
-    Files stay."""
+    """Send further output to nowhere: printing to a terminal that is gone would raise. Where output
+    goes to a file or a pipe, it still does."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
