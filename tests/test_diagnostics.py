@@ -72,14 +72,14 @@ class TestRecorded:
         assert found["gap/mean"].item() < -1000 and found["reward/negative_share"].item() == 1
 
 
-def test_gaps_fall_into_the_bucket_of_their_place() -> None:
+def test_gaps_fall_into_the_bucket_of_their_position() -> None:
     """The first place of a bucket is in it, the last before the next one's is too; weights count;
     buckets without a token are not reported."""
     meter = Meter()
     positions_N = torch.tensor([0, 3, 4, 15, 16, 8192, 100_000])
     gap_N = torch.tensor([1.0, 4.0, 10.0, 20.0, 5.0, 7.0, 9.0])
     weights_N = torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    diagnostics.add_by_place(meter, gap_N, positions_N, weights_N)
+    diagnostics.add_by_position(meter, gap_N, positions_N, weights_N)
     assert meter.means() == pytest.approx(
         {"gap/place_0": 3.0, "gap/place_4": 10.0, "gap/place_16": 5.0, "gap/place_8192": 8.0}
     )
@@ -132,7 +132,7 @@ class TestExamined:
         torch.testing.assert_close(gathered, dense)
 
 
-def test_drift_is_the_distance_of_the_learners_log_probability_from_the_recorded_one() -> None:
+def test_mismatch_is_the_distance_of_the_learners_log_probability_from_the_recorded_one() -> None:
     student = DenseStudent(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
     recorded_N = torch.tensor([0.5, 0.25]).log()
     found = diagnostics.mismatch(student, torch.tensor([0, 1]), recorded_N)

@@ -83,9 +83,9 @@ def _learner(model: Any, *, steps: int = 10, sparse: bool = False, **options: An
 
 
 def _ids(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the row's ids [1, T], where it has chosen tokens)."""
-    chosen = torch.from_numpy(np.flatnonzero(row.action_mask_T))
-    return torch.from_numpy(row.ids_T.astype(np.int64))[None], chosen
+    """(the row's ids [1, T], where its action tokens are)."""
+    at = torch.from_numpy(np.flatnonzero(row.action_mask_T))
+    return torch.from_numpy(row.ids_T.astype(np.int64))[None], at
 
 
 @torch.no_grad()
@@ -94,10 +94,10 @@ def _near_policy(rows: Sequence[Row], model: Any) -> list[Row]:
     clip."""
     rng, found = np.random.default_rng(2), []
     for row in rows:
-        ids_1T, chosen = _ids(row)
-        full_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY].log_softmax(-1)
+        ids_1T, at = _ids(row)
+        full_NV = model(input_ids=ids_1T).logits[0, at - 1, :VOCABULARY].log_softmax(-1)
         behavior_logprobs_T = row.behavior_logprobs_T.copy()
-        said_N = full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0].numpy()
+        said_N = full_NV.gather(1, ids_1T[0, at][:, None])[:, 0].numpy()
         behavior_logprobs_T[row.action_mask_T] = said_N + 0.1 * rng.standard_normal(len(said_N))
         found.append(
             replace(
@@ -112,7 +112,7 @@ def _near_policy(rows: Sequence[Row], model: Any) -> list[Row]:
 def _update(
     learner: Learner, examples: Sequence[Example], objective: Any, *, weight: float = 1.0, seed: int
 ) -> dict[str, float]:
-    """One update on the lessons of one task; its metrics."""
+    """One update on the training examples of one task; its metrics."""
     task_objectives = {x.task: TaskObjective(objective=objective, weight=weight) for x in examples}
     (metrics,) = learner.update(examples, task_objectives, seed=seed).values()
     return metrics
@@ -141,8 +141,8 @@ def _direct(
     losses = []
     for example in examples:
         ids_T = torch.from_numpy(example.row.ids_T.astype(np.int64))
-        chosen = torch.from_numpy(np.flatnonzero(example.row.action_mask_T))
-        logits_NV = model(input_ids=ids_T[None]).logits[0, chosen - 1, :VOCABULARY]
+        at = torch.from_numpy(np.flatnonzero(example.row.action_mask_T))
+        logits_NV = model(input_ids=ids_T[None]).logits[0, at - 1, :VOCABULARY]
         behavior_logprobs_N = torch.from_numpy(
             example.row.behavior_logprobs_T[example.row.action_mask_T]
         )
@@ -152,7 +152,7 @@ def _direct(
         loss_N, _ = objective(
             DenseStudent(logits_NV),
             example.scores,
-            ids_T[chosen],
+            ids_T[at],
             behavior_logprobs_N,
             tokens=tokens,
         )
@@ -328,27 +328,27 @@ def test_metrics_are_means_over_the_tokens_that_take_loss(
 ) -> None:
     """Entropy, gap to the teacher, gap to the rollout's own log-probabilities: by hand."""
     model, examples = make_model(seed=1), _examples(rows, teacher)
-    entropies, gaps, drifts = [], [], []
+    entropies, gaps, mismatches = [], [], []
     with torch.no_grad():
         for example in examples:
             ids_T = torch.from_numpy(example.row.ids_T.astype(np.int64))
-            chosen = torch.from_numpy(np.flatnonzero(example.row.action_mask_T))
-            logprobs = model(input_ids=ids_T[None]).logits[0, chosen - 1].log_softmax(-1)
-            said = logprobs.gather(1, ids_T[chosen][:, None])[:, 0]
+            at = torch.from_numpy(np.flatnonzero(example.row.action_mask_T))
+            logprobs = model(input_ids=ids_T[None]).logits[0, at - 1].log_softmax(-1)
+            said = logprobs.gather(1, ids_T[at][:, None])[:, 0]
             assert example.scores is not None
             entropies += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
-            behaviour = torch.from_numpy(example.row.behavior_logprobs_T[example.row.action_mask_T])
-            gaps += (example.scores.sampled_N - behaviour).tolist()
-            drifts += (said - behaviour).abs().tolist()
+            behavior = torch.from_numpy(example.row.behavior_logprobs_T[example.row.action_mask_T])
+            gaps += (example.scores.sampled_N - behavior).tolist()
+            mismatches += (said - behavior).abs().tolist()
     metrics = _update(
         _learner(model, micro_tokens=40), examples, build("local_support", k=8), weight=1.0, seed=0
     )
     assert metrics["student/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
     assert metrics["gap/mean"] == pytest.approx(np.mean(gaps), rel=1e-4)
-    assert metrics["gap/engine"] == pytest.approx(np.mean(drifts), rel=1e-4)
+    assert metrics["gap/engine"] == pytest.approx(np.mean(mismatches), rel=1e-4)
 
 
-def test_an_update_lowers_the_loss_of_its_own_lessons(
+def test_an_update_lowers_the_loss_on_its_own_examples(
     make_model: Make, rows: list[Row], teacher: TransformersTeacher
 ) -> None:
     learner = _learner(make_model(seed=1), lr=1e-2)
@@ -369,7 +369,10 @@ def test_an_empty_mask_is_refused(
     ]
     learner = _learner(make_model())
     task_objectives = {"kitchen": TaskObjective(objective=build("local_support", k=8), weight=1.0)}
-    for examples, said in ((empty, "'kitchen': no token takes loss"), ([], "there are no lessons")):
+    for examples, said in (
+        (empty, "'kitchen': no token takes loss"),
+        ([], "there are no training examples"),
+    ):
         with pytest.raises(ValueError, match=said):
             learner.update(examples, task_objectives, seed=0)
     assert learner.version == 0
@@ -443,10 +446,10 @@ class TestLearningRate:
 
 
 class TestLesson:
-    def test_a_mask_beyond_the_chosen_tokens_is_refused(self, rows: list[Row]) -> None:
+    def test_a_mask_beyond_the_action_tokens_is_refused(self, rows: list[Row]) -> None:
         mask_T = rows[0].action_mask_T.copy()
         mask_T[0] = True
-        with pytest.raises(ValueError, match="tokens that nobody chose"):
+        with pytest.raises(ValueError, match="covers prompt or observation tokens"):
             Example(task="t", row=rows[0], scores=None, mask_T=mask_T)
 
     def test_scores_of_another_length_are_refused(
@@ -456,7 +459,7 @@ class TestLesson:
         with pytest.raises(ValueError, match="2 teacher scores for 17"):
             Example(task="t", row=rows[1], scores=scores, mask_T=rows[1].action_mask_T)
 
-    def test_a_teachers_objective_refuses_a_lesson_without_scores(
+    def test_a_teachers_objective_refuses_an_example_without_scores(
         self, make_model: Make, rows: list[Row]
     ) -> None:
         with pytest.raises(ValueError, match="without scores"):
@@ -529,9 +532,9 @@ class TestSparse:
         model = make_model(seed=1, padding=11)
         learner = _learner(model, sparse=sparse, micro_tokens=40)
         for row, found_NK in zip(rows, learner.own_support(rows, 5), strict=True):
-            ids_1T, chosen = _ids(row)
+            ids_1T, at = _ids(row)
             with torch.no_grad():
-                logits_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
+                logits_NV = model(input_ids=ids_1T).logits[0, at - 1, :VOCABULARY]
             assert found_NK.dtype == np.int32
             assert found_NK.tolist() == logits_NV.topk(5).indices.tolist()
 
@@ -543,9 +546,9 @@ class TestSparse:
         answers = teacher.score(rows, Needs(k=2, student_k=5, full=True), own)
         for row, ids_NJ, scores in zip(rows, own, answers, strict=True):
             query_ids_NJ = torch.from_numpy(ids_NJ).long()
-            ids_1T, chosen = _ids(row)
+            ids_1T, at = _ids(row)
             with torch.no_grad():
-                logits_NV = teacher.model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
+                logits_NV = teacher.model(input_ids=ids_1T).logits[0, at - 1, :VOCABULARY]
             full_NV = logits_NV.log_softmax(-1)
             assert scores.query_ids_NJ is not None and torch.equal(
                 scores.query_ids_NJ, query_ids_NJ
@@ -651,7 +654,7 @@ class TestMicroBatches:
     def full(
         self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
     ) -> list[Example]:
-        """Ragged lessons near the policy, a third of their tokens masked."""
+        """Ragged examples near the policy, a third of their tokens masked."""
         rows = _near_policy(rows, make_model(seed=1))
         scores = teacher.score(rows, Needs(k=8, full=True))
         masks = [row.action_mask_T & (np.arange(len(row.ids_T)) % 3 > 0) for row in rows]
@@ -695,9 +698,9 @@ class TestMicroBatches:
         examples = [*full, *(replace(example, task="other") for example in full[:1])]
         model, entropies = make_model(seed=1), []
         for example in full:
-            ids_1T, chosen = _ids(example.row)
+            ids_1T, at = _ids(example.row)
             with torch.no_grad():
-                logits_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY]
+                logits_NV = model(input_ids=ids_1T).logits[0, at - 1, :VOCABULARY]
             own_N = DenseStudent(logits_NV).entropy()
             entropies.append(own_N[torch.from_numpy(example.mask_T[example.row.action_mask_T])])
         objective = build("reward_clipped", switch=0.5, share=share)
@@ -815,11 +818,11 @@ class TestTokens:
         example = Example(task="t", row=row, scores=scores, mask_T=mask_T)
         objective = build("sampled_token", gamma=1.0, clip=0.9)
         model = make_model(seed=1)
-        ids_1T, chosen = _ids(row)
-        old_N = torch.from_numpy(row.behavior_logprobs_T)[chosen]
+        ids_1T, at = _ids(row)
+        old_N = torch.from_numpy(row.behavior_logprobs_T)[at]
         with torch.no_grad():
-            full_NV = model(input_ids=ids_1T).logits[0, chosen - 1, :VOCABULARY].log_softmax(-1)
-        ratios = (full_NV.gather(1, ids_1T[0, chosen][:, None])[:, 0] - old_N).exp().tolist()
+            full_NV = model(input_ids=ids_1T).logits[0, at - 1, :VOCABULARY].log_softmax(-1)
+        ratios = (full_NV.gather(1, ids_1T[0, at][:, None])[:, 0] - old_N).exp().tolist()
         reward = (scores.sampled_N - old_N).tolist()
         advantages = [reward[0] + reward[1], reward[1], reward[2] + reward[4], None, reward[4]]
         wanted = -sum(a * r for a, r in zip(advantages, ratios, strict=True) if a is not None) / 4
@@ -857,7 +860,7 @@ class TestTokens:
         own = losses({"t": 0.9, "late": 0.1})
         assert own == [losses(0.9)[0], losses(0.1)[1]] != losses(0.9)
 
-    def test_the_engines_drift_is_a_mean_over_sampled_tokens(
+    def test_the_engines_mismatch_is_a_mean_over_sampled_tokens(
         self, make_model: Make, rows: list[Row], teacher: TransformersTeacher
     ) -> None:
         """Given tokens in the same micro-batch have no recorded log-probability: they leave the
@@ -868,18 +871,18 @@ class TestTokens:
             behavior_logprobs_T = row.behavior_logprobs_T.copy()
             behavior_logprobs_T[np.flatnonzero(row.action_mask_T)[::2]] = np.nan
             given.append(replace(row, behavior_logprobs_T=behavior_logprobs_T))
-        drifts = []
+        mismatches = []
         with torch.no_grad():
             for row in given:
-                ids_1T, chosen = _ids(row)
-                logits_NV = make_model(seed=1)(input_ids=ids_1T).logits[0, chosen - 1]
-                said_N = logits_NV.log_softmax(-1).gather(1, ids_1T[0, chosen][:, None])[:, 0]
-                drift_N = (said_N - torch.from_numpy(row.behavior_logprobs_T)[chosen]).abs()
-                drifts += drift_N[drift_N.isfinite()].tolist()
+                ids_1T, at = _ids(row)
+                logits_NV = make_model(seed=1)(input_ids=ids_1T).logits[0, at - 1]
+                said_N = logits_NV.log_softmax(-1).gather(1, ids_1T[0, at][:, None])[:, 0]
+                mismatch_N = (said_N - torch.from_numpy(row.behavior_logprobs_T)[at]).abs()
+                mismatches += mismatch_N[mismatch_N.isfinite()].tolist()
         examples = _examples(given, teacher)
         task_objectives = {"t": TaskObjective(objective=build("trust_region", k=8), weight=1.0)}
         found = _learner(make_model(seed=1)).update(examples, task_objectives, seed=0)["t"]
-        assert found["gap/engine"] == pytest.approx(np.mean(drifts), rel=1e-3)
+        assert found["gap/engine"] == pytest.approx(np.mean(mismatches), rel=1e-3)
         assert found["trust/given"] == pytest.approx((1 + 9 + 1 + 3) / 26)
         cheap = _learner(make_model(seed=1)).update(
             examples, task_objectives, seed=0, diagnose=False
@@ -921,7 +924,7 @@ class TestNumbersThatAreNone:
             model.get_output_embeddings().weight[7, 3] = value
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         said = (
-            r"task 't': .* \(first at the chosen token \d+ of a row, id \d+: the student's"
+            r"task 't': .* \(first at action token \d+ of a row, id \d+: the student's"
             rf" log-probability is {'nan' if math.isnan(value) else '(nan|-)'}.*, the teacher's -\d"
         )
         with pytest.raises(FloatingPointError, match=said):

@@ -18,7 +18,7 @@ def _taken(row: Row, special: list[int]) -> list[tuple[int, int]]:
     return [(int(t), int(row.ids_T[t])) for t in np.flatnonzero(mask_T)]
 
 
-def test_without_special_ids_the_loss_falls_on_exactly_what_was_chosen(
+def test_without_special_ids_every_action_token_takes_loss(
     make_row: Callable[..., Row],
 ) -> None:
     row = make_row([("prompt", [1, 2]), ("said", [3, 1]), ("prompt", [3]), ("said", [2])])

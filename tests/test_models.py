@@ -115,7 +115,7 @@ def test_a_model_that_looks_ahead_is_found_by_its_forward(
 
 def test_a_model_with_states_of_its_own_plays_nowhere() -> None:
     model = _model("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8)
-    with pytest.raises(ConfigError, match="cannot be played token by token"):
+    with pytest.raises(ConfigError, match="cannot generate token by token"):
         TransformersEngine(Student(model, vocabulary=101))
 
 

@@ -51,7 +51,7 @@ def test_matrices_keep_their_order_and_a_zero_one_stays() -> None:
     matrices = [*_matrices(1), torch.zeros(16, 48), *_matrices(2)]
     worst = 2 * 3 * ITERATIONS * 48 * 2.0**-24
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(muon, "TOGETHER", 2 * 16 * 48)
+        patch.setattr(muon, "STACKED", 2 * 16 * 48)
         in_parts = orthogonalized(matrices)
     for matrix, together, part in zip(matrices, orthogonalized(matrices), in_parts, strict=True):
         (alone,) = orthogonalized([matrix])

@@ -1,4 +1,4 @@
-"""The law that draws the tokens: who says what it gave them, and which objective it biases."""
+"""Sampling parameters: who tells the tokens' log-probabilities, and which objective they bias."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutelage.distill.doctor.numbers import check_law
 from tutelage.distill.engines.vllm.engine import _under_sampling
 from tutelage.distill.objectives import build, weighted_sum
 from tutelage.distill.plan.plan import make_plan, notes
-from tutelage.distill.student.sampling_bias import bias, told
+from tutelage.distill.student.sampling_bias import bias, with_sampling_logprobs
 from tutelage.scheduler.episodes import GREEDY, Episode, Order, Row, SamplingParams, revived, saved
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -57,7 +57,7 @@ def _episode(*rows: Row, params: SamplingParams, version: int = 3) -> Episode:
 
 
 class Sayer:
-    """A learner that says -10 - i of the i-th chosen token of each row."""
+    """A learner that says -10 - i of the i-th action token of each row."""
 
     version = 3
 
@@ -71,7 +71,7 @@ class Sayer:
 
 @pytest.fixture
 def row(make_row: Callable[..., Row]) -> Row:
-    """Two replies, the first token of the second given; nobody said what the law gave."""
+    """Two replies, the first token of the second off-policy; no sampling log-probabilities."""
     made = make_row([("prompt", [1, 2]), ("said", [5, 9]), ("prompt", [3]), ("said", [7, 4])])
     behavior_logprobs_T = made.behavior_logprobs_T.copy()
     behavior_logprobs_T[5] = np.nan
@@ -79,7 +79,7 @@ def row(make_row: Callable[..., Row]) -> Row:
 
 
 class TestRows:
-    def test_a_row_of_an_older_version_says_nothing(self, row: Row) -> None:
+    def test_a_row_of_an_older_version_knows_none(self, row: Row) -> None:
         """As a checkpoint holds it: without the field."""
         plain = saved(_episode(row, params=CUT))
         for each in plain["rows"]:
@@ -105,7 +105,7 @@ class TestTold:
     def test_the_student_says_it_of_its_own_tokens_and_no_others(self, row: Row) -> None:
         learner, known = Sayer(), replace(row, sampling_logprobs_T=row.behavior_logprobs_T * 0.5)
         episodes = [_episode(row, known, params=BOTH), _episode(row, params=CUT)]
-        first, second = told(episodes, learner)  # type: ignore[arg-type]
+        first, second = with_sampling_logprobs(episodes, learner)  # type: ignore[arg-type]
         assert isinstance(first, Episode) and isinstance(second, Episode)
         assert learner.asked == [(1, BOTH), (1, CUT)] and first.rows[1] is known
         nan = math.nan
@@ -114,9 +114,9 @@ class TestTold:
             np.testing.assert_array_equal(filled.sampling_T, np.float32(wanted))
             np.testing.assert_array_equal(filled.behavior_logprobs_T, row.behavior_logprobs_T)
 
-    def test_of_the_whole_policy_nobody_need_be_asked(self, row: Row) -> None:
+    def test_the_whole_policys_are_the_recorded_ones(self, row: Row) -> None:
         learner = Sayer()
-        (found,) = told([_episode(row, params=WHOLE, version=1)], learner)  # type: ignore[arg-type]
+        (found,) = with_sampling_logprobs([_episode(row, params=WHOLE, version=1)], learner)  # type: ignore[arg-type]
         assert isinstance(found, Episode) and not learner.asked
         np.testing.assert_array_equal(found.rows[0].sampling_T, row.behavior_logprobs_T)
 
@@ -124,10 +124,10 @@ class TestTold:
         with pytest.raises(
             RuntimeError, match=r"t\[2\] seed 5: .*version 2, now 3.*behavior: full"
         ):
-            told([_episode(row, params=CUT, version=2)], Sayer())  # type: ignore[arg-type]
+            with_sampling_logprobs([_episode(row, params=CUT, version=2)], Sayer())  # type: ignore[arg-type]
 
-    def test_what_vllm_knows_of_a_law(self) -> None:
-        """It tells the whole policy's log-probabilities: under another law, nothing."""
+    def test_what_vllm_tells(self) -> None:
+        """The whole policy's log-probabilities; under other parameters it knows none."""
         logprobs = [-0.5, -2.0]
         assert _under_sampling(WHOLE, logprobs) == logprobs
         assert _under_sampling(GREEDY, logprobs) == [0.0, 0.0]
@@ -138,22 +138,22 @@ class TestTold:
 
 class TestBias:
     @pytest.mark.parametrize(("name", "options"), DRAWING)
-    def test_each_law_is_named_with_what_mends_it(self, name: str, options: Any) -> None:
+    def test_the_parameters_are_named_with_the_cure(self, name: str, options: Any) -> None:
         full = build(name, **options)
         sampling = build(name, behavior="sampling", **options)
-        takes = f"{name} takes its tokens for draws of the whole policy at temperature 1;"
-        part = "set behavior: sampling (what is never drawn stays without its part), or"
+        takes = f"{name} treats its tokens as drawn from the whole policy at temperature 1;"
+        part = "set behavior: sampling (tokens that are never drawn stay without their part), or"
         wanted = {
-            CUT: (f"{takes} top_p 0.9 draws from a part", f"{part} top_p 1"),
+            CUT: (f"{takes} top_p 0.9 draws from a part of it", f"{part} top_p 1"),
             TEMPERED: (
-                f"{takes} temperature 0.7 draws by another law",
+                f"{takes} temperature 0.7 draws from another distribution",
                 "set behavior: sampling (exact), or temperature 1",
             ),
             BOTH: (
-                f"{takes} temperature 0.7 with top_p 0.8 draws from a part",
+                f"{takes} temperature 0.7 with top_p 0.8 draws from a part of it",
                 f"{part} temperature 1 and top_p 1",
             ),
-            GREEDY: (f"{takes} temperature 0 draws from a part", f"{part} temperature 1"),
+            GREEDY: (f"{takes} temperature 0 draws from a part of it", f"{part} temperature 1"),
         }
         for params, (text, cure) in wanted.items():
             found = bias(full, params)
@@ -162,7 +162,7 @@ class TestBias:
         for params, cure in ((CUT, "top_p 1"), (BOTH, "top_p 1"), (GREEDY, "temperature 1")):
             left = bias(sampling, params)
             assert left is not None and left.cure == f"{cure} leaves nothing out"
-            assert "never draws has no part in its gradient" in left.text
+            assert "never draws have no part in its gradient" in left.text
 
     @pytest.mark.parametrize(("name", "options"), DIRECT)
     def test_a_loss_that_takes_no_draw_has_none(self, name: str, options: Any) -> None:
@@ -172,7 +172,7 @@ class TestBias:
         """One that weighs its tokens does not speak for one that does not."""
         weighs = build("sampled_token", behavior="sampling")
         found = bias(weighted_sum([(1.0, weighs), (0.1, build("trust_region"))]), TEMPERED)
-        assert found is not None and found.text.startswith("trust_region takes its tokens")
+        assert found is not None and found.text.startswith("trust_region treats its tokens")
         assert bias(weighted_sum([(1.0, weighs), (0.1, build("local_support"))]), TEMPERED) is None
 
     def test_the_doctor_says_so(self) -> None:
@@ -202,9 +202,9 @@ class TestConfigs:
         config = _config(rollout={"top_p": 0.9})
         (line,) = [note for note in notes(make_plan(config)) if "behavior" in note]
         assert line == (
-            "tasks.math: sampled_token takes its tokens for draws of the whole policy at"
-            " temperature 1; top_p 0.9 draws from a part: set behavior: sampling (what is never"
-            " drawn stays without its part), or top_p 1"
+            "tasks.math: sampled_token treats its tokens as drawn from the whole policy at"
+            " temperature 1; top_p 0.9 draws from a part of it: set behavior: sampling (tokens that"
+            " are never drawn stay without their part), or top_p 1"
         )
         sampling = {"name": "sampled_token", "behavior": "sampling"}
         for sections in (
@@ -215,7 +215,7 @@ class TestConfigs:
             found = notes(make_plan(_config(**sections)))
             assert not [note for note in found if "drawn" in note or "draws" in note]
 
-    def test_where_nobody_can_say_it_is_refused_before_anything_loads(self) -> None:
+    def test_where_they_cannot_be_known_it_is_refused_before_anything_loads(self) -> None:
         """vLLM does not know, and stale weights are gone by the time the learner could say."""
         sampling = {"name": "sampled_token", "behavior": "sampling"}
         rollout, stale = {"engine": "vllm", "top_p": 0.9}, {"max_staleness": 1}

@@ -1,4 +1,4 @@
-"""The engine that a config names, built."""
+"""Builds the rollout engine that a config names."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from tutelage.scheduler.rollouts import TaskRollout
 
 
 def worker_weights(config: RunConfig, student: Student) -> Weights:
-    """What workers in other processes load."""
+    """The weights as workers in other processes load them."""
     if config.rollout.engine == "vllm":
         return sync.packed(*sync.source(student), dtype=config.rollout_dtype)
     return {name: array_of(tensor) for name, tensor in student.weights().items()}
 
 
 def check_rollout_engine(config: RunConfig) -> None:
-    """Raises ConfigError for an engine that is not installed where it would run: here."""
+    """Raises ConfigError for an engine that would run on this machine and is not installed."""
+    # a cluster elsewhere may have what this machine has not
     here = config.cluster is None or config.cluster.address == "local"
     if config.rollout.engine == "vllm" and here:
         require_vllm(WANTED)
 
 
 def make_engine(config: RunConfig, rollouts: Mapping[str, TaskRollout], student: Student) -> Engine:
-    """The engine that plays these, beside the learner in this process."""
+    """The engine for these tasks' rollouts, beside the learner in this process."""
     if config.rollout.engine == "vllm":
         settings, vocabulary = student.settings, student.vocabulary
         return vllm_engine(config, rollouts, settings, vocabulary, student=student)
@@ -52,6 +53,6 @@ def vllm_engine(
         config.vllm,
         vocabulary=vocabulary,
         dtype=config.student.dtype,
-        max_live=max(how.max_live for how in rollouts.values()),
+        max_live=max(rollout.max_live for rollout in rollouts.values()),
         student=student,
     )

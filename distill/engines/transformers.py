@@ -1,9 +1,9 @@
 """The transformers rollout engine: many multi-turn sessions in one batch, each with its own cache.
 
-A session owns a slot of one big cache, and a token's place in the slot is its position. So one
-rule, key <= query, masks padding, ragged lengths, prefill and decoding alike, and a turn's new
-tokens are all that is ever prefilled.
-Left out: paged memory and mixed prefill/decode batches; for those there is vLLM.
+A session owns a slot of one big cache, in which a token's index is its position. So one rule, key
+position <= query position, masks padding, ragged lengths, prefill and decoding alike, and only a
+turn's new tokens are ever prefilled. Left out: paged memory and batches that mix prefill with
+decoding; for those there is vLLM.
 
 Letters: B batch rows, Q query tokens, H key-value heads, P positions in a slot, V vocabulary, D
 head size.
@@ -30,17 +30,18 @@ CHUNK = 256
 """A slot's room grows by at least this many positions."""
 
 FORWARD = 64
-"""What a forward costs beside its tokens, in tokens: its operators are called, however small."""
+"""What a forward costs beside its tokens, in tokens: its operators are called however few there
+are."""
 
 
 class SlotCache:
-    """Keys and values of every session, per layer [slots, H, P, D]; to a model, its cache.
+    """Keys and values of every session, per layer [slots, H, P, D]; a model takes it for its cache.
 
     Before a forward set `positions_BQ` (where the tokens go), `reach` (how many positions the
     queries may look at) and `slots_B` (the rows' slots; None: the first B, which need no copy).
     """
 
-    is_compileable = False
+    is_compileable = False  # transformers reads it of a cache
 
     def __init__(self) -> None:
         self.keys: list[torch.Tensor] = []
@@ -54,6 +55,7 @@ class SlotCache:
         """Grow to at least `slots` x `room`; what is stored stays."""
         if slots > self.slots or room > self.room:
             slots = max(slots, self.slots)
+            # Growing copies the whole cache, so by CHUNK at least.
             room = max(room, self.room) if room <= self.room else max(room, self.room + CHUNK)
             self.keys = [self._grown(old, slots, room) for old in self.keys]
             self.values = [self._grown(old, slots, room) for old in self.values]
@@ -61,6 +63,7 @@ class SlotCache:
 
     @staticmethod
     def _grown(old: torch.Tensor, slots: int, room: int) -> torch.Tensor:
+        # zeros: the mask keeps probabilities off unwritten positions, but 0 * NaN would be NaN
         new = old.new_zeros(slots, old.shape[1], room, old.shape[3])
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
@@ -87,24 +90,25 @@ class SlotCache:
         rows, heads, _queries, size = new_BHQD.shape
         positions_BQ, slots_B = self.positions_BQ, self.slots_B
         assert positions_BQ is not None
-        if slots_B is None:
+        if slots_B is None:  # a view of the cache; indexing by slots, below, copies
             index = positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
             return kept[:rows].scatter_(2, index, new_BHQD)[:, :, : self.reach]
         kept[slots_B[:, None], :, positions_BQ] = new_BHQD.transpose(1, 2)
         return kept[slots_B, :, : self.reach]
 
     def get_seq_length(self, *_: Any) -> int:
-        """Asked by models that build their own masks; ours comes with the call."""
+        """Models ask it to build a mask of their own; here the mask comes with the call."""
         return 0
 
 
 @torch.inference_mode()
 def check_cache(student: Student) -> None:
-    """Refuse a model that keeps something else than keys and values of every position: states of
-    its own, or none at all.
+    """Refuse a model that keeps something other than keys and values of every position, such as a
+    recurrent state, or nothing at all.
 
     Raises:
-        ConfigError: it fails over our cache, or reads two tokens otherwise with it than without.
+        ConfigError: it fails with our cache, or two tokens give other hidden states with it than
+        without.
     """
     ids_1T = torch.tensor([[1, 2]], device=student.device)
     ids_1T %= student.rows
@@ -128,13 +132,15 @@ def check_cache(student: Student) -> None:
         whole_1TD = student.hidden(input_ids=ids_1T, use_cache=False).float()
     except Exception as error:  # transformers' models raise what comes
         raise ConfigError(
-            f"{who} cannot be played token by token here ({one_line(error):.300}): {cure}"
+            f"{who} cannot generate token by token here ({one_line(error):.300}): {cure}"
         ) from None
     apart = float((torch.cat(parts, dim=1).float() - whole_1TD).abs().max())
-    if apart > 0.1 * float(whole_1TD.abs().max()):  # (NaN is said where it matters)
+    # A tenth: bfloat16's rounding is far below it, a lost state far above. NaN compares as False
+    # and passes: `_sample` names it.
+    if apart > 0.1 * float(whole_1TD.abs().max()):
         raise ConfigError(
-            f"{who} says other things token by token than in one piece: it keeps more than keys and"
-            f" values: {cure}"
+            f"{who} computes other hidden states token by token than in one piece: it keeps more"
+            f" than keys and values: {cure}"
         )
 
 
@@ -148,7 +154,7 @@ class _Session:
 class _Running:
     request: Request
     session: _Session
-    draws: np.ndarray  # one uniform number per token to come
+    draws: np.ndarray  # one uniform number for each token that may come
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
@@ -156,11 +162,11 @@ class _Running:
 
 
 class TransformersEngine:
-    """Generates with a transformers causal language model, shared with the learner or loaded apart.
+    """Generates with a transformers causal language model, the learner's own or a copy of it.
 
     Args:
-        student: its weights are used as they are at each call: a shared one needs no copy. A
-            teacher's model that plays comes as a student, too.
+        student: its current weights are used at each call: the learner's own needs no copy. A
+            teacher's model that generates comes as a student, too.
         prefill_tokens: at most about this many tokens go through one prefill forward.
     """
 
@@ -169,7 +175,8 @@ class TransformersEngine:
     def __init__(self, student: Student, *, prefill_tokens: int = 16_384) -> None:
         self._student, self.version = student, 0
         self._prefill_tokens, self._matrix_size = prefill_tokens, matrix_size(student)
-        # A layer that looks back over a window alone would be given more: our mask has none.
+        # Our mask has no sliding window: a layer with one would see more than it was trained on.
+        # So no text is longer than the window.
         context = context_of(student.settings)
         self.max_context = min(context, window_of(student.settings) or context)
         check_cache(student)
@@ -187,7 +194,8 @@ class TransformersEngine:
         return len(self._in_flight)
 
     def load(self, weights: Weights | None, version: int) -> None:
-        """Take weights by name (None: the learner's own model); drop caches of older ones."""
+        """Take weights by name (None: the student is the learner's own); drop caches of older
+        ones."""
         if self.pending:
             raise RuntimeError(
                 f"{self.pending} requests are in flight: load weights between rollouts"
@@ -224,7 +232,8 @@ class TransformersEngine:
         owned = self._sessions.pop(session, None)
         if owned is not None:
             self._free.append(owned.slot)
-            for row in self._batch:  # it rides along: the batch must fill the first slots
+            # Only marked: its row stays in the batch, whose rows must fill the first slots.
+            for row in self._batch:
                 row.done = row.done or row.session is owned
         self._in_flight.discard(session)
         self._queue = [request for request in self._queue if request.session != session]
@@ -236,6 +245,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         running = [row for row in self._batch if not row.done]
+        # Prefill once as many wait as still run: a forward costs about as much for one as for many.
         if self._queue and len(self._queue) >= len(running):
             self._prefill(running)
         elif running:
@@ -261,21 +271,21 @@ class TransformersEngine:
                 old = self._cache.slots
                 self._cache.reserve(max(8, 2 * old), self._cache.room)
                 self._free = list(range(old, self._cache.slots))
-            self._free.sort(reverse=True)
+            self._free.sort(reverse=True)  # the lowest slot first: the batch uses the first ones
             session = self._sessions[request.session] = _Session(slot=self._free.pop())
         draws = np.random.default_rng(request.seed).random(request.max_new_tokens, dtype=np.float32)
         return _Running(request, session, draws)
 
     def _decode(self, running: list[_Running]) -> None:
-        # Finished rows ride along, their output unread, until they are a quarter of the batch:
-        # moving slots costs more.
+        # Finished rows stay in the batch, their output unread, until they are a quarter of it:
+        # moving slots costs more than computing them.
         if 4 * len(running) <= 3 * len(self._batch):
             self._batch = running
             self._bring_to_front([row.session for row in running])
         self._feed(self._batch, [row.ids[-1:] for row in self._batch])
 
     def _bring_to_front(self, sessions: Sequence[_Session]) -> None:
-        """Make `sessions` occupy slots 0..n-1, in that order as far as no slot must move."""
+        """Move `sessions` into slots 0..n-1. Those that are there already stay where they are."""
         count = len(sessions)
         taken = {session.slot for session in sessions}
         holes = [slot for slot in range(count) if slot not in taken]
@@ -285,7 +295,7 @@ class TransformersEngine:
         filled = max(len(session.cached) for session in self._sessions.values())
         self._cache.swap(holes, [session.slot for session in outside], filled)
         owners = {session.slot: session for session in self._sessions.values()}
-        for hole, session in zip(holes, outside, strict=True):
+        for hole, session in zip(holes, outside, strict=True):  # the other side of each exchange
             if hole in owners:
                 owners[hole].slot = session.slot
             else:
@@ -295,8 +305,9 @@ class TransformersEngine:
     def _feed(
         self, rows: list[_Running], chunks: list[Sequence[int]], *, anywhere: bool = False
     ) -> None:
-        """One forward over rows in the first slots, or anywhere; each that still runs samples a
-        token."""
+        """One forward over rows in the first slots, or in any (`anywhere`); each row that still
+        runs samples a token."""
+        # In the order of slots: without slots_B the cache takes row i for slot i.
         order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
         rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
         device = self._student.device
@@ -323,9 +334,9 @@ class TransformersEngine:
             )
             last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
             sampled = _sample(self._student.logits(last_BD).float(), rows)
-        self.prefilled_tokens += sum(lengths) if width > 1 else 0
+        self.prefilled_tokens += sum(lengths) if width > 1 else 0  # width 1 is decoding
         for row, chunk, token, logprob, sampling in zip(rows, chunks, *sampled, strict=True):
-            if row.done:
+            if row.done:  # finished or released
                 continue
             row.session.cached.extend(chunk)
             row.ids.append(token)
@@ -355,12 +366,13 @@ class TransformersEngine:
 
 
 def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
-    """Which chunks of these lengths go through one forward, padded to the longest: a part is split
-    where that saves more than a forward costs, or it would have more than `most` tokens."""
+    """Split chunks of these lengths into parts, each for one forward, padded to its longest. A part
+    is split where that saves more than a forward costs, or where it has more than `most` tokens."""
     waiting = [sorted(range(len(lengths)), key=lambda i: -lengths[i])]
     while waiting:
         part = waiting.pop()
         sizes = np.asarray([lengths[i] for i in part])
+        # Longest first: a cut before i pads the rest to sizes[i] instead of to sizes[0].
         saved = (sizes[0] - sizes) * np.arange(len(part), 0, -1)
         at = int(saved.argmax())
         if saved[at] <= FORWARD:
@@ -374,8 +386,9 @@ def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
 def _sample(
     logits_BV: torch.Tensor, rows: Sequence[_Running]
 ) -> tuple[list[int], list[float], list[float]]:
-    """Draw a token a row by its own law and next uniform number: none depends on another's. Tokens,
-    their log-probabilities, and those under the law."""
+    """Draw a token for each row, by its own sampling parameters and its next uniform number, so
+    that no row depends on another. Returns tokens, their log-probabilities at temperature 1 over
+    the whole vocabulary, and those under the sampling parameters."""
     if not torch.isfinite(logits_BV).all():
         raise FloatingPointError(
             "the student's logits hold NaN or infinity during a rollout: its weights are broken"
@@ -383,20 +396,21 @@ def _sample(
         )
     logprobs_BV = logits_BV.log_softmax(-1)
     device = logits_BV.device
-    laws = [row.request.sampling for row in rows]
-    if all(sampling.temperature == 0 for sampling in laws):
+    params = [row.request.sampling for row in rows]
+    if all(sampling.temperature == 0 for sampling in params):  # `_draw` would sort in vain
         tokens_B = logits_BV.argmax(-1)
         sampling_B = torch.zeros_like(logits_BV[:, 0])
     else:
+        # min: a finished row that stays in the batch has used its draws up
         draw = [row.draws[min(len(row.ids), len(row.draws) - 1)] for row in rows]
         tokens_B, sampling_B = _draw(
             logits_BV,
-            temperature_B=torch.tensor([sampling.temperature for sampling in laws], device=device),
-            top_p_B=torch.tensor([sampling.top_p for sampling in laws], device=device),
+            temperature_B=torch.tensor([each.temperature for each in params], device=device),
+            top_p_B=torch.tensor([each.top_p for each in params], device=device),
             uniform_B=torch.tensor(np.asarray(draw), device=device),
         )
-    chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-    return tokens_B.tolist(), chosen_B.tolist(), sampling_B.tolist()
+    behavior_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    return tokens_B.tolist(), behavior_B.tolist(), sampling_B.tolist()
 
 
 def _draw(
@@ -407,19 +421,22 @@ def _draw(
     uniform_B: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF sampling from the nucleus, the fewest most probable tokens with mass >= top_p:
-    the tokens, and their log-probabilities under that law (greedy: 0). Where the law is the policy
-    itself, these are the policy's, to the bit."""
-    greedy_B = temperature_B == 0
+    the tokens, and their log-probabilities under the sampling parameters (greedy: 0). At
+    temperature 1 and top-p 1 these are bit-identical to the policy's own."""
+    greedy_B = temperature_B == 0  # divided by 1, so that nothing is infinite; decided by rank 0
     scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    # stable: equal probabilities keep the order of ids, on every device
     probs_BV, order_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
     cumulative_BV = probs_BV.cumsum(-1)
     outside_BV = cumulative_BV - probs_BV >= top_p_B[:, None]
-    outside_BV[:, 0] = False
+    outside_BV[:, 0] = False  # at top_p 0 the nucleus is the most probable token
     mass_B = probs_BV.masked_fill(outside_BV, 0.0).sum(-1)
     rank_B = (cumulative_BV <= (uniform_B * mass_B)[:, None]).sum(-1)
     kept_B = (~outside_BV).sum(-1) - 1
+    # minimum: where the sums round below 1, a draw near 1 would land beyond the nucleus
     rank_B = torch.minimum(rank_B, kept_B).masked_fill(greedy_B, 0)
     tokens_B = order_BV.gather(1, rank_B[:, None])[:, 0]
     sampling_B = scaled_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
     sampling_B = sampling_B - torch.where(top_p_B < 1, mass_B.log(), 0.0)
+    # clamp: a nucleus of one token, whose mass rounds, would have a probability above 1
     return tokens_B, sampling_B.clamp(max=0).masked_fill(greedy_B, 0.0)

@@ -1,6 +1,6 @@
-"""Rows packed into padded batches, and the hidden states that predict their chosen tokens.
+"""Rows packed into padded batches, and the hidden states that predict their action tokens.
 
-Letters: B rows, T tokens a row (padded), N chosen tokens of the batch, D hidden size, V vocabulary.
+Letters: B rows, T tokens a row (padded), N action tokens of the batch, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,50 +17,50 @@ from tutelage.scheduler.episodes import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Some rows as tensors; tokens N run row by row. `members`: which rows, in order."""
+    """Some rows as tensors; action tokens N run row by row. members: which rows, in order."""
 
     members: tuple[int, ...]
     ids_BT: torch.Tensor
     positions_BT: torch.Tensor | None  # None: 0, 1, 2, ...
     mask_B1TT: torch.Tensor | None  # None: causal
     rows_N: torch.Tensor
-    sources_N: torch.Tensor  # index of the hidden state that predicts each chosen token
+    sources_N: torch.Tensor  # index of the hidden state that predicts each action token
     targets_N: torch.Tensor
     behavior_logprobs_N: torch.Tensor
-    sampling_logprobs_N: (
-        torch.Tensor
-    )  # log-probability under the law that drew the token; NaN: unknown
+    sampling_logprobs_N: torch.Tensor  # under the sampling parameters; NaN: unknown
     advantage_N: torch.Tensor | None  # None: no row has any
     segments_N: torch.Tensor  # tokens of one number are one turn's reply
-    positions_N: torch.Tensor  # how far into its reply a token stands, from 0
+    positions_N: torch.Tensor  # response positions, from 0
 
     def hidden(self, model: Any) -> torch.Tensor:
-        """The hidden states [N, D] that predict the chosen tokens."""
-        given = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
+        """The hidden states [N, D] that predict the action tokens."""
+        # Left out where rows have no branches: then models number the positions themselves, and
+        # sdpa may take its causal kernel instead of one with a mask.
+        positions = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
         hidden_BTD = model.base_model(
-            input_ids=self.ids_BT, attention_mask=self.mask_B1TT, use_cache=False, **given
+            input_ids=self.ids_BT, attention_mask=self.mask_B1TT, use_cache=False, **positions
         ).last_hidden_state
-        chosen: torch.Tensor = hidden_BTD[self.rows_N, self.sources_N]
-        return chosen
+        hidden_ND: torch.Tensor = hidden_BTD[self.rows_N, self.sources_N]
+        return hidden_ND
 
     def by_row(self, values_N: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Each row's part of what was found of the batch's tokens."""
+        """Each row's part of values of the batch's tokens."""
         counts = torch.bincount(self.rows_N, minlength=len(self.members)).tolist()
         return dict(zip(self.members, values_N.split(counts), strict=True))
 
     def locate(self, n: int) -> tuple[int, int]:
-        """(which of the rows, how many of its chosen tokens stand before) of the token n."""
+        """(the row of token n, how many of the row's action tokens come before it)."""
         row = self.rows_N[n]
         return self.members[int(row)], int((self.rows_N[:n] == row).sum())
 
 
 def pack(rows: Sequence[Row], *, max_tokens: int, device: torch.device) -> list[Batch]:
-    """Batches of rows of like length, of at most `max_tokens`, padding included.
-
-    A longer row goes alone.
+    """Batches of rows of similar length, of at most `max_tokens`, padding included. A longer row
+    goes alone.
 
     Rows are padded on the right: under the causal mask no real token sees the padding.
     """
+    # The index breaks ties, so that equal lengths have one order, whoever sorts.
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids_T), i))
     groups: list[list[int]] = []
     for i in order:
@@ -72,37 +72,30 @@ def pack(rows: Sequence[Row], *, max_tokens: int, device: torch.device) -> list[
 
 
 def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) -> Batch:
-    chosen = [rows[i] for i in members]
-    width = max(len(row.ids_T) for row in chosen)
-    ids_BT = np.zeros((len(chosen), width), dtype=np.int64)
-    for b, row in enumerate(chosen):
+    own = [rows[i] for i in members]
+    width = max(len(row.ids_T) for row in own)
+    ids_BT = np.zeros((len(own), width), dtype=np.int64)
+    for b, row in enumerate(own):
         ids_BT[b, : len(row.ids_T)] = row.ids_T
-    branched = any(row.branches_T.any() for row in chosen)
-    where = [np.flatnonzero(row.action_mask_T) for row in chosen]
+    branched = any(row.branches_T.any() for row in own)
+    where = [np.flatnonzero(row.action_mask_T) for row in own]
     rows_N = np.concatenate([np.full(len(at), b) for b, at in enumerate(where)])
-    turns_N = np.concatenate([row.turns_T[at] for row, at in zip(chosen, where, strict=True)])
+    turns_N = np.concatenate([row.turns_T[at] for row, at in zip(own, where, strict=True)])
+    # A reply begins where the row or the turn changes: two rows may both end and begin with turn 0.
     begins_N = np.ones(len(rows_N), dtype=bool)
     begins_N[1:] = (np.diff(rows_N) != 0) | (np.diff(turns_N) != 0)
     segments_N = np.cumsum(begins_N) - 1
     return Batch(
         members=members,
         ids_BT=torch.from_numpy(ids_BT).to(device),
-        positions_BT=_positions(chosen, width).to(device) if branched else None,
-        mask_B1TT=_branch_mask(chosen, width).to(device) if branched else None,
+        positions_BT=_positions(own, width).to(device) if branched else None,
+        mask_B1TT=_branch_mask(own, width).to(device) if branched else None,
         rows_N=torch.from_numpy(rows_N).to(device),
-        sources_N=_joined(
-            [row.sources_T()[at] for row, at in zip(chosen, where, strict=True)], device
-        ),
-        targets_N=_joined(
-            [row.ids_T[at] for row, at in zip(chosen, where, strict=True)], device
-        ).long(),
-        behavior_logprobs_N=_joined(
-            [row.behavior_logprobs_T[at] for row, at in zip(chosen, where, strict=True)], device
-        ),
-        sampling_logprobs_N=_joined(
-            [row.sampling_T[at] for row, at in zip(chosen, where, strict=True)], device
-        ),
-        advantage_N=_advantages(chosen, device),
+        sources_N=_actions([row.sources_T() for row in own], where, device),
+        targets_N=_actions([row.ids_T for row in own], where, device).long(),
+        behavior_logprobs_N=_actions([row.behavior_logprobs_T for row in own], where, device),
+        sampling_logprobs_N=_actions([row.sampling_T for row in own], where, device),
+        advantage_N=_advantages(own, where, device),
         segments_N=torch.from_numpy(segments_N).to(device),
         positions_N=torch.from_numpy(
             np.arange(len(rows_N)) - np.flatnonzero(begins_N)[segments_N]
@@ -110,16 +103,21 @@ def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) 
     )
 
 
-def _joined(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+def _actions(
+    values: Sequence[np.ndarray], where: Sequence[np.ndarray], device: torch.device
+) -> torch.Tensor:
+    """The rows' values [T] at their action tokens, joined [N]."""
+    parts = [values_T[at] for values_T, at in zip(values, where, strict=True)]
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
-def _advantages(rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
-    """Of the chosen tokens."""
-    parts = [row.advantage_T[row.action_mask_T] for row in rows if row.advantage_T is not None]
+def _advantages(
+    rows: Sequence[Row], where: Sequence[np.ndarray], device: torch.device
+) -> torch.Tensor | None:
+    parts = [row.advantage_T for row in rows if row.advantage_T is not None]
     if parts and len(parts) < len(rows):
         raise ValueError(f"{len(parts)} of {len(rows)} rows have advantages: all must, or none")
-    return _joined(parts, device) if parts else None
+    return _actions(parts, where, device) if parts else None
 
 
 def _positions(rows: Sequence[Row], width: int) -> torch.Tensor:
@@ -130,7 +128,8 @@ def _positions(rows: Sequence[Row], width: int) -> torch.Tensor:
 
 
 def _branch_mask(rows: Sequence[Row], width: int) -> torch.Tensor:
-    """[B, 1, T, T] True where a query may look: earlier, and on the trunk or on its own branch."""
+    """[B, 1, T, T] True where a query may attend: to earlier tokens of the trunk (branch 0) and of
+    its own branch."""
     branches_BT = np.zeros((len(rows), width), dtype=np.int64)
     for b, row in enumerate(rows):
         branches_BT[b, : len(row.ids_T)] = row.branches_T

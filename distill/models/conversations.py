@@ -1,4 +1,4 @@
-"""How a run talks with its student: what ends a reply, and the day that a template may show.
+"""How a run talks with its student: what ends a reply, and the date that a template may show.
 
 Both are looked up once, before weights load, and given to every process that makes prompts.
 """
@@ -22,26 +22,26 @@ from tutelage.scheduler.templates import reads_clock
 
 
 def stop_ids(reference: str | None) -> frozenset[int]:
-    """What a model's own settings say ends a reply: eos_token_id of generation_config.json, else of
-    config.json. reference: where the model is; None: from scratch, which has none."""
+    """The ids that end a reply by a model's own settings: eos_token_id of generation_config.json,
+    else of config.json. reference: where the model is; None: from scratch, without settings."""
     if reference is None:
         return frozenset()
     settings = load_generation(reference) or load_settings(reference)
-    told = getattr(settings, "eos_token_id", None)
-    several = told if isinstance(told, list | tuple) else [told]
+    eos = getattr(settings, "eos_token_id", None)
+    several = eos if isinstance(eos, list | tuple) else [eos]  # Llama 3 has a list
     return frozenset(int(one) for one in several if isinstance(one, int))
 
 
 def spoken(config: RunConfig) -> dict[str, Any]:
-    """What a rollout worker is told of the conversations, beside the tokenizer."""
+    """The arguments of `Chat` that a rollout worker needs beside the tokenizer."""
     return {"stop_ids": stop_ids(config.student.model), "date": config.date}
 
 
 def chat_of(config: RunConfig, tokenizer: Any, system: str | None) -> Chat:
-    """A task's conversation. system: what it begins with.
+    """A task's conversation. system: its system message.
 
     Raises:
-        ConfigError: tokenizer or template do not do.
+        ConfigError: the tokenizer or its template cannot be used.
     """
     try:
         return Chat(tokenizer, system=system, **spoken(config))
@@ -57,10 +57,11 @@ def tokenizer_key(student: StudentConfig) -> str:
 def check_conversations(
     config: RunConfig, tasks: Mapping[str, TaskSettings], tokenizer: Any
 ) -> None:
-    """Whether every task's conversation can be held, and ends as its teachers know it.
+    """Check that every task's template can be used, and that its teachers know the token that ends
+    a reply.
 
     Raises:
-        ConfigError: where not; names the key.
+        ConfigError: names the key.
     """
     chats = {
         name: chat_of(config, tokenizer, task.rollout.context.system)
@@ -86,36 +87,38 @@ def check_conversations(
 
 
 def teacher_chat(name: str, tokenizer: Any, reference: str | None) -> Chat:
-    """How a teacher's own conversations end; its template writes none here.
+    """A teacher's own chat, to see how its replies end; no prompt is made with it.
 
     Raises:
-        ConfigError: its tokenizer does not do.
+        ConfigError: its tokenizer cannot be used.
     """
-    told = stop_ids(reference)
+    stops = stop_ids(reference)
+    # A template that fails here does not matter for a teacher, which reads the student's ids: then
+    # its tokenizer's and settings' ends alone count.
     try:
-        return Chat(tokenizer, stop_ids=told)
+        return Chat(tokenizer, stop_ids=stops)
     except ValueError:
         bare = copy.copy(tokenizer)
         bare.chat_template = None
     try:
-        return Chat(bare, stop_ids=told)
+        return Chat(bare, stop_ids=stops)
     except ValueError as error:
         raise ConfigError(f"teachers.{name}: {error}") from None
 
 
 def as_begun(config: RunConfig) -> RunConfig:
-    """The config with the day on which the run in its folder began, if its prompts show it: a run
-    that goes on tomorrow, and an evaluation of what it made, see the same prompts."""
+    """The config with the date on which the run in its folder began, if its prompts show it: a run
+    resumed tomorrow, and an evaluation of its checkpoints, see the same prompts."""
     try:
         found = datetime.date.fromisoformat(str(read_config(Path(config.run))["date"]))
     except (Damaged, ValueError, LookupError):
-        return config  # none yet; what else is wrong with it is said where the run goes on
+        return config  # there is no run yet; whatever else is wrong with it, resuming says
     return config if config.date else config.model_copy(update={"date": found})
 
 
 def dated(config: RunConfig, tokenizer: Any) -> RunConfig:
-    """The config with a day for its prompts: where the template asks for one and none is given,
-    today."""
+    """The config with a date for its prompts: today's, where the template shows one and the config
+    gives none."""
     if config.date is not None or not reads_clock(tokenizer):
         return config
     return config.model_copy(update={"date": datetime.date.today()})

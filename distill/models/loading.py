@@ -43,6 +43,8 @@ def resolve(reference: str) -> str:
             known = sorted(p.parent.name for p in TINY.glob("*/tokenizer.json"))
             raise ConfigError(f"model {reference!r} is not built in: there are {', '.join(known)}")
         return str(folder)
+    # A hub id is OWNER/NAME. Anything else that is no folder is a mistyped path: say so, and do not
+    # ask the hub for it.
     looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     path = Path(reference).expanduser()
     if path.is_dir():
@@ -54,7 +56,7 @@ def resolve(reference: str) -> str:
 
 @contextmanager
 def at_key(key: str, *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """What is refused inside is the fault of `key`, and says so. but: what passes as it is."""
+    """Errors raised inside name `key`. but: errors that pass unchanged."""
     try:
         yield
     except but:
@@ -116,7 +118,7 @@ def _loading(reference: str, what: str, load: Any, **given: Any) -> Any:
         return load(resolve(reference), trust_remote_code=False, **given)
     except ConfigError:
         raise
-    except Exception as error:  # what a broken file makes transformers raise, who knows
+    except Exception as error:  # a broken file makes transformers raise errors of any type
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model {reference!r}: its {what} needs code of its own (auto_map), which is never"
@@ -146,7 +148,7 @@ def load_model(reference: str, *, dtype: str, device: str) -> Any:
         AutoModelForCausalLM.from_pretrained,
         dtype=getattr(torch, dtype),
         attn_implementation="sdpa",
-        ignore_mismatched_sizes=True,  # to name them
+        ignore_mismatched_sizes=True,  # `_check_keys` names them
         output_loading_info=True,
     )
     _check_keys(found, who)
@@ -154,8 +156,8 @@ def load_model(reference: str, *, dtype: str, device: str) -> Any:
 
 
 def _check_keys(found: Mapping[str, Any], who: str) -> None:
-    """Refuse weights that are not the model's: transformers would draw what is missing at random,
-    leave out what is too much, and say so in a warning."""
+    """Refuse weights that do not match the model: transformers would initialise missing ones at
+    random, skip unknown ones, and only warn."""
     if other := sorted(found["mismatched_keys"]):
         name, there, here = other[0]
         raise ConfigError(
@@ -175,7 +177,7 @@ def _more(names: Sequence[Any]) -> str:
 
 
 def load_student(config: StudentConfig, *, seed: int, vocabulary: int) -> Student:
-    """What learns: the student over the tokenizer's ids, as it is before its first update."""
+    """The student over the tokenizer's ids, as it is before its first update."""
     return Student(load_initial(config, seed=seed), vocabulary=vocabulary)
 
 
@@ -187,7 +189,7 @@ def load_initial(config: StudentConfig, *, seed: int) -> Any:
 
     settings = student_settings(config)
     check_architecture(settings, "student.init")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the caller's random state stays as it was
         torch.manual_seed(seed)
         try:
             model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
@@ -196,6 +198,7 @@ def load_initial(config: StudentConfig, *, seed: int) -> Any:
                 f"student.init: a {settings.model_type!r} of this kind cannot be made:"
                 f" {one_line(error):.300}"
             ) from None
+    # Drawn in float32, then narrowed: every dtype begins from the same numbers.
     model = model.to(getattr(torch, config.dtype))
     return _checked(model.to(device_of(config.device)).eval(), "student.init")
 
@@ -221,8 +224,8 @@ def student_tokenizer(config: StudentConfig) -> str:
 
 
 def check_vocabularies(config: RunConfig) -> int:
-    """The number of ids that student and teachers share. Reads no weights. A server without files
-    here is asked elsewhere (assembly.check_teachers).
+    """The number of ids that student and teachers share. Reads no weights. A server whose files are
+    not here is checked elsewhere (teachers/build.py).
 
     Raises:
         ConfigError: a teacher whose tokenizer gives any token another id.
@@ -243,7 +246,7 @@ def check_vocabularies(config: RunConfig) -> int:
             other = load_tokenizer(files)
         theirs = other.get_vocab()
         if theirs != vocabulary:
-            token = min(
+            token = min(  # the first by name: the same token every time
                 (t for t in {*vocabulary, *theirs} if vocabulary.get(t) != theirs.get(t)), key=str
             )
             raise ConfigError(
@@ -263,6 +266,7 @@ def check_vocabularies(config: RunConfig) -> int:
 
 
 def _check_room(reference: str, size: int, key: str) -> None:
+    # More rows than ids are common (padding to a multiple of 64), and take no probability.
     rows = load_settings(reference).get_text_config().vocab_size
     if rows < size:
         raise ConfigError(
@@ -286,11 +290,11 @@ def prepare_process(threads: int | None) -> None:
 
 
 def check_loadable(folder: Path, *, weights: bool) -> None:
-    """Of a run's checkpoint that somebody else is going to load as a model: configuration and
-    tokenizer, and the weights if they are asked for, as they were saved. Any other folder passes.
+    """Check the checksums of a run's checkpoint that is about to be loaded as a model: of its
+    configuration and tokenizer, and if `weights`, of its weights. Any other folder passes.
 
     Raises:
-        ConfigError: which file is damaged, and the cure.
+        ConfigError: names the damaged file and the cure.
     """
     if not (folder / SUMS).is_file() or not (folder / STATE).is_file():
         return

@@ -1,8 +1,8 @@
 """What `student.init` may say: the architecture of a student of random weights.
 
-transformers takes any key of a model's configuration, and does nothing with most that it does not
-know; what is not given is that of a model of 7B. Here unknown keys are refused, and the sizes that
-a model's memory hangs on must be given.
+transformers accepts any key in a model's configuration and ignores most that it does not know, and
+its defaults are those of a 7B model. Here unknown keys are refused, and the sizes that a model's
+memory depends on are required.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tutelage.envs.errors import one_line
 from tutelage.envs.names import nearest
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""Must be given, as far as the kind of model has them."""
+"""Required, as far as the kind of model has them."""
 
 COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
 
 READ = ("rope_theta", "rope_scaling", "head_dim", "partial_rotary_factor")
-"""Keys that models read, though their configuration does not declare them."""
+"""Keys that models read although their configuration does not declare them."""
 
 ELSEWHERE = {
     "eos_token_id": "the tokenizer's is taken",
@@ -35,15 +35,15 @@ ELSEWHERE = {
 
 
 def scratch_settings(init: Mapping[str, Any], tokenizer: Any) -> Any:
-    """The configuration of a model as `init` says, over the tokenizer's ids.
+    """The configuration of a model as `init` describes it, over the tokenizer's ids.
 
     Raises:
-        ConfigError: an unknown key or kind of model, sizes that are missing or do not fit.
+        ConfigError: an unknown key or kind of model; sizes that are missing or do not fit together.
     """
     given = dict(init)
     kind = given.pop("model_type", "qwen2")
     cls = _class(kind)
-    names = {ours: cls.attribute_map.get(ours, ours) for ours in COUNTS}  # gpt2: n_embd
+    names = {ours: cls.attribute_map.get(ours, ours) for ours in COUNTS}  # GPT-2 says n_embd
     known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map} - {"self", *ELSEWHERE}
     for key in given:
         if key in ELSEWHERE:
@@ -54,14 +54,14 @@ def scratch_settings(init: Mapping[str, Any], tokenizer: Any) -> Any:
             raise _fault(key, f"a {kind} has no such key{hint}")
     for name in SIZES:
         if names[name] in known and name not in given and names[name] not in given:
-            raise _fault(names[name], "required: what is not given is that of a model of billions")
+            raise _fault(names[name], "required: transformers' default is that of a model of 7B")
     _check_counts(given, {*names, *names.values()})
     if given.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
         raise _fault("vocab_size", f"{given['vocab_size']}, and the tokenizer has {len(tokenizer)}")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         settings = cls(**given, **ids)
-    except Exception as error:  # of its own kinds, for values of another type
+    except Exception as error:  # transformers checks types with errors of its own
         raise ConfigError(f"student.init: {' '.join(str(error).split())}") from None
     _check_heads(settings, given)
     _check_builds(settings)
@@ -81,7 +81,7 @@ def _class(kind: Any) -> Any:
 
 def _check_counts(given: Mapping[str, Any], names: set[str]) -> None:
     for key, value in given.items():
-        if key in names and (type(value) is not int or value < 1):
+        if key in names and (type(value) is not int or value < 1):  # isinstance would take True
             raise _fault(key, f"it must be a whole number of 1 or more (got {value!r})")
 
 
@@ -102,14 +102,14 @@ def _check_heads(settings: Any, given: Mapping[str, Any]) -> None:
 
 
 def _check_builds(settings: Any) -> None:
-    """On torch's meta device, which takes no memory."""
+    """Build the model once on torch's meta device, which takes no memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(settings)
-    except Exception as error:  # whatever a model's own code does with values it does not expect
+    except Exception as error:  # a model's code raises errors of any type on unexpected values
         raise ConfigError(
             f"student.init: no {settings.model_type} of these values can be made:"
             f" {one_line(error):.300}"

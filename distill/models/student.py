@@ -1,7 +1,8 @@
-"""The student: the model that learns, and all that others ask of its weights.
+"""The student: the model that learns, and everything that other code needs of its weights.
 
-Whoever trains, plays, saves or measures it asks here, and does not reach into the model. A student
-that trains something else (adapters over frozen weights, say) is another class with these methods.
+Code that trains, runs, saves or measures it uses this class and does not reach into the model. A
+student that trains something else (adapters over frozen weights, say) is another class with these
+methods.
 
 Letters: B rows, T tokens of a row, N tokens of a batch, D hidden size, V vocabulary.
 """
@@ -21,7 +22,7 @@ from tutelage.distill.objectives import DenseStudent, SparseStudent, StudentView
 from tutelage.evaluation.run_folder import WEIGHTS
 
 DENSE_VOCABULARY = 8192
-"""Up to this many ids whole logits are faster than gathered ones, and small."""
+"""Up to this many ids, whole logits are small and faster than gathered ones."""
 
 
 class Student:
@@ -57,7 +58,7 @@ class Student:
 
     @property
     def rows(self) -> int:
-        """Of its embedding, padding included."""
+        """Rows of its embedding, padding included."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def hidden(self, **inputs: Any) -> torch.Tensor:
@@ -79,8 +80,8 @@ class Student:
         return SparseStudent(hidden_ND, head, vocabulary=self.vocabulary)
 
     def plain_logprobs(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """What the model's own forward says of the token after each of one text's [T, V]: a
-        reference that shares no line with `hidden` and `view`."""
+        """Log-probabilities of the token after each of one text's [T, V], by the model's own
+        forward: a reference that shares no code with `hidden` and `view`."""
         logits_TV = self.model(input_ids=ids_T.long()[None].to(self.device)).logits[0]
         found: torch.Tensor = logits_TV[:, : self.vocabulary].float().log_softmax(-1)
         return found
@@ -90,15 +91,15 @@ class Student:
         return list(self.model.parameters())
 
     def hidden_matrices(self) -> list[torch.nn.Parameter]:
-        """Every matrix but the embedding and the head."""
+        """Every matrix except the embedding and the head."""
         ends = self._ends()
         return [p for p in self.model.parameters() if p.ndim == 2 and id(p) not in ends]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What an engine plays with: parameters by name, as they lie in memory; a tied embedding
+        """What an engine needs to generate: parameters by name, without a copy; a tied embedding
         once, and no rows of padding."""
         ends = self._ends()
-        return {
+        return {  # named_parameters, unlike state_dict, has a tied weight once
             name: weight.detach()[: self.vocabulary] if id(weight) in ends else weight.detach()
             for name, weight in self.model.named_parameters()
         }
@@ -107,7 +108,7 @@ class Student:
         """Copy the `weights` of another process's student into this one.
 
         Raises:
-            ValueError: some are missing.
+            ValueError: some are missing; nothing is copied then.
         """
         own = self.weights()
         if missing := sorted(set(own) - set(weights)):
@@ -119,6 +120,7 @@ class Student:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint's model files: Hugging Face format, the weights in one file."""
+        # in one file, which `load` and the checksums know by name
         self.model.save_pretrained(folder, max_shard_size="10000GB")
 
     def load(self, folder: Path) -> None:
@@ -134,7 +136,7 @@ class Student:
         for name in sorted({*weights, *own}):
             there, here = weights.get(name), own.get(name)
             if there is None and here is not None and here.data_ptr() in stored:
-                continue  # tied weights are stored once
+                continue  # safetensors stores tied weights once
             if there is None or here is None or there.shape != here.shape:
                 raise ConfigError(
                     f"{folder}: {name} has shape {_shape(there)} there and {_shape(here)} in this"
@@ -145,9 +147,9 @@ class Student:
         self.model.tie_weights()
 
     def recomputing(self) -> list[Any]:
-        """Let the layers compute what is inside them again in the backward, instead of keeping it.
-        Returns them: each does so while its own `training` is set. The modules inside it stay in
-        evaluation mode, without dropout.
+        """Have the layers recompute their activations in the backward instead of keeping them.
+        Returns the layers: each recomputes while its own `training` flag is set. The modules inside
+        it stay in evaluation mode, without dropout.
 
         Raises:
             ConfigError: the model has no layers that can.
@@ -161,12 +163,13 @@ class Student:
                 " to false"
             )
         self.model.gradient_checkpointing_enable(
+            # the reentrant kind needs inputs with gradients, and takes no keyword arguments
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
         return layers
 
     def replica(self) -> Student:
-        """A copy of its own memory, which nothing trains."""
+        """A copy in memory of its own, which nothing trains."""
         found = copy.deepcopy(self)
         found.model.requires_grad_(False)
         return found

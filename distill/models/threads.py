@@ -1,5 +1,5 @@
-"""How many threads torch works with: that hangs on the configuration and on shapes, never on the
-load, so that a run repeats to the bit."""
+"""How many threads torch uses. It depends on the configuration and on shapes, never on the
+machine's load, so that a repeated run is bit-identical."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ import torch
 from tutelage.distill.models.student import Student
 
 WORK = 1 << 23
-"""Multiplications in a layer's matrix, on average over a model's, from which on a second thread
-pays: 0.2 ms of one core. Below, threads mostly wait for each other, once an operator: on two quiet
-cores a forward of eight tokens of the demo's student takes half as long with one thread, one of 128
-a quarter longer, and beside a busy process both take half as long."""
+"""Multiplications in a matrix, on average over a model's, from which on a second thread pays: 0.2
+ms of one core. Below, threads mostly wait for each other, once an operator. On two idle cores, one
+thread instead of two halves the time of a forward of eight tokens of the demo's student and adds a
+quarter to one of 128; beside a busy process it halves both."""
 
 READ = 16
-"""A matrix takes at least as long as to multiply it by so many tokens: it must be read."""
+"""Fewer tokens than this take as long as this many: the matrix must be read from memory anyway."""
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """How many cores this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given):
         return int(given)
-    if hasattr(os, "sched_getaffinity"):
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def matrix_size(student: Student) -> float:
-    """Of a layer's matrices, on average, in numbers. On a GPU no thread does their work."""
+    """The mean number of weights in the student's hidden matrices; infinite on a GPU."""
     if student.device.type != "cpu":
-        return math.inf
+        return math.inf  # `fitting` then leaves the threads alone: they do none of the work
     found = student.hidden_matrices()
     return sum(p.numel() for p in found) / max(1, len(found))
 
 
 @contextmanager
 def fitting(size: float, tokens: int) -> Iterator[None]:
-    """One thread, if a forward of so many tokens is small. size: see `matrix_size`."""
+    """Use one thread if a forward of so many tokens is small. size: see `matrix_size`."""
     threads = torch.get_num_threads()
     if threads == 1 or size * max(tokens, READ) >= WORK:
         yield

@@ -16,7 +16,7 @@ from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.student.examples import Example, TaskObjective
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.masks import loss_mask
-from tutelage.distill.student.sampling_bias import told
+from tutelage.distill.student.sampling_bias import with_sampling_logprobs
 from tutelage.distill.teachers.answers import unpack_answer
 from tutelage.distill.teachers.service import Answer, Ask
 from tutelage.distill.teachers.transport import CompactScores
@@ -77,7 +77,7 @@ class Routing:
         objective needs them and the engine did not give them."""
         needy = {task for task in outcomes if self._task_objectives[task].objective.needs.sampling}
         return {
-            task: told(own, self._learner) if task in needy else own
+            task: with_sampling_logprobs(own, self._learner) if task in needy else own
             for task, own in outcomes.items()
         }
 

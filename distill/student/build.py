@@ -1,4 +1,4 @@
-"""The learner that a config names, built: in this process, or over several."""
+"""Builds the learner that a config names, in this process or over several."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tutelage.distill.student.learner import Learner
 
 
 def make_learner(config: RunConfig, vocabulary: int) -> Learner:
-    """In this process, or over several.
+    """The config's learner.
 
     Raises:
-        ConfigError: more of them than GPUs.
+        ConfigError: more processes than GPUs.
     """
     given: dict[str, Any] = {"config": config.optimizer, "steps": config.steps}
     if config.learner.processes == 1:
@@ -32,6 +32,7 @@ def make_learner(config: RunConfig, vocabulary: int) -> Learner:
             f"learner.processes: {config.learner.processes} of them take a GPU each, and there are"
             f" {here}: lower it, or set student.device=cpu"
         )
+    # imported late: a single process needs nothing of torch.distributed
     from tutelage.distill.student.sharded import Setup, start
 
     return start(
@@ -54,5 +55,5 @@ def rank_student(student: StudentConfig, seed: int, vocabulary: int, rank: int) 
 
 
 def learner_threads(config: RunConfig) -> int:
-    """Of torch in each of the learner's processes."""
+    """How many threads torch uses in each of the learner's processes."""
     return config.student.threads or max(1, cores() // config.learner.processes)

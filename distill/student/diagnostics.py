@@ -1,7 +1,7 @@
 """Numbers that tell how a distillation goes, per token; the learner averages them.
 
-Cheap ones come of what was recorded when the tokens were sampled and scored. Costly ones need the
-student's distribution over the whole vocabulary.
+Cheap ones come from what was recorded when the tokens were sampled and scored. Costly ones need
+the student's distribution over the whole vocabulary.
 
 Letters: N tokens, K support size.
 """
@@ -17,7 +17,7 @@ from tutelage.distill.objectives import StudentView, TeacherScores
 from tutelage.distill.objectives.tokens import IMPOSSIBLE
 
 BUCKETS = (0, 4, 16, 64, 256, 1024, 2048, 4096, 8192)
-"""First places, within a reply, of the buckets that gaps are averaged in."""
+"""First response positions of the buckets that gaps are averaged in."""
 
 
 class Meter:
@@ -37,7 +37,7 @@ class Meter:
         if where_N is not None:
             weights_N = torch.where(where_N, weights_N, 0.0)
         total = float(weights_N.sum())
-        if total <= 0:
+        if total <= 0:  # no token counts: a key for it would make `means` divide by zero
             return
         for name, value_N in values.items():
             # Where the weight is 0 the value must not count even if it is infinite.
@@ -49,7 +49,7 @@ class Meter:
         return self._sums.get(name, 0.0), self._weights.get(name, 0.0)
 
     def merge(self, other: Meter) -> None:
-        """Count all that another meter has counted."""
+        """Add all that another meter has counted."""
         for name in other._sums:
             self._sums[name] += other._sums[name]
             self._weights[name] += other._weights[name]
@@ -60,15 +60,17 @@ class Meter:
 
 
 def recorded(scores: TeacherScores, behavior_logprobs_N: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Teacher against the policy that sampled, on sampled tokens (NaN behaviour: meaningless).
+    """The teacher against the behavior policy pi_old, on sampled tokens. Elsewhere pi_old is NaN,
+    and so are these: the caller leaves off-policy tokens out.
 
-    Means over the tokens as they were drawn: estimates of a divergence of the whole policy only
-    where that is what drew them. Under top-p and other temperatures they are of the tokens that
-    the student says, which is what the schedule `gap` compares, and no divergence.
+    Their means estimate a divergence only where the tokens were sampled at temperature 1 and top-p
+    1. Otherwise they are means over the tokens that the student's sampling produces, which is what
+    the schedule `gap` compares.
 
-    gap/mean: log q(y) - log pi_old(y), over y ~ pi minus the k1 estimate of KL(pi || q) (Schulman
-    2020). kl/k3: r - 1 - log r with r = q/pi: KL(pi || q) in that mean too, and never negative.
-    A token that the teacher rules out counts with IMPOSSIBLE, as in the losses: means stay finite.
+    gap/mean: log q(y) - log pi_old(y); its mean over y ~ pi_old is minus the k1 estimate of
+    KL(pi_old || q) (Schulman 2020). kl/k3: r - 1 - log r with r = q / pi_old; the same divergence
+    in the mean, and never negative. A token that the teacher rules out counts with IMPOSSIBLE, as
+    in the losses, so that means stay finite.
     """
     gap_N = scores.sampled_N.clamp(min=IMPOSSIBLE) - behavior_logprobs_N
     return {
@@ -78,10 +80,10 @@ def recorded(scores: TeacherScores, behavior_logprobs_N: torch.Tensor) -> dict[s
     }
 
 
-def add_by_place(
+def add_by_position(
     meter: Meter, gap_N: torch.Tensor, positions_N: torch.Tensor, weights_N: torch.Tensor
 ) -> None:
-    """The gap by how far into its reply a token stands (Revisiting-OPD, Figure 4)."""
+    """Count the gap by response position, in buckets (Revisiting-OPD, Figure 4)."""
     ends = (*BUCKETS[1:], None)
     for begin, end in zip(BUCKETS, ends, strict=True):
         inside_N = positions_N >= begin
@@ -93,18 +95,18 @@ def add_by_place(
 def mismatch(
     student: StudentView, ids_N: torch.Tensor, behavior_logprobs_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """gap/engine: |log pi(y) - log pi_old(y)| of sampled tokens (NaN behaviour: meaningless). On
-    policy, how far rollout engine and learner are apart."""
+    """gap/engine: |log pi(y) - log pi_old(y)| of sampled tokens, NaN elsewhere: on policy, the
+    train-inference mismatch between rollout engine and learner."""
     return {"gap/engine": (student.logprobs_at(ids_N[:, None])[:, 0] - behavior_logprobs_N).abs()}
 
 
 def examined(
     student: StudentView, scores: TeacherScores | None, ids_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """What takes the student's whole distribution.
+    """Diagnostics that need the student's whole distribution.
 
     support/student_mass: pi on the teacher's top K; support/overlap: the share of the teacher's top
-    K that are the student's too.
+    K that is in the student's too.
     """
     logprobs_N = student.logprobs_at(ids_N[:, None])[:, 0]
     found = {"student/logprob": logprobs_N, "student/entropy": student.entropy()}

@@ -1,4 +1,4 @@
-"""What the student learns from: training examples, and each task's objective."""
+"""What the student learns from: training examples and each task's objective."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tutelage.scheduler.episodes import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A row, what its teacher says of it (None: its tokens are the lesson), where the loss falls.
+    """A row, its teacher's scores (None: its own tokens are imitated), and which tokens take loss.
 
-    mask_T: a part of the row's chosen tokens. number: of the row's episode among those that the
-    task has in this step (`Order.number`).
+    mask_T: True at tokens that take loss, all of them action tokens. number: of the row's episode
+    among the task's in this step (`Order.number`).
     """
 
     task: str
@@ -28,11 +28,13 @@ class Example:
 
     def __post_init__(self) -> None:
         if len(self.mask_T) != len(self.row.ids_T) or (self.mask_T & ~self.row.action_mask_T).any():
-            raise ValueError(f"task {self.task!r}: the loss mask covers tokens that nobody chose")
+            raise ValueError(
+                f"task {self.task!r}: the loss mask covers prompt or observation tokens"
+            )
         if self.scores is not None and len(self.scores) != int(self.row.action_mask_T.sum()):
             raise ValueError(
                 f"task {self.task!r}: {len(self.scores)} teacher scores for"
-                f" {int(self.row.action_mask_T.sum())} tokens"
+                f" {int(self.row.action_mask_T.sum())} action tokens"
             )
 
 
@@ -45,11 +47,11 @@ class TaskObjective:
 
 
 NoisyExample = tuple[Example, npt.NDArray[np.float32]]
-"""A lesson and a uniform draw for each of its row's tokens."""
+"""A training example and a uniform draw for each of its row's tokens."""
 
 
 def grouped(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    """The lessons of each task, in their order.
+    """The training examples of each task, in their order.
 
     Raises:
         ValueError: no token of a task takes loss.
@@ -67,11 +69,13 @@ def grouped(examples: Sequence[Example]) -> dict[str, list[Example]]:
 
 
 def joined_scores(examples: Sequence[Example]) -> TeacherScores:
+    """The scores of several training examples as one, in their order."""
     parts = []
     for example in examples:
         if example.scores is None:
             raise ValueError(
-                f"task {example.task!r}: a lesson without scores reached a teacher's objective"
+                f"task {example.task!r}: a training example without scores, and its objective needs"
+                " a teacher's"
             )
         parts.append(example.scores)
     return TeacherScores.join(parts)

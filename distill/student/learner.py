@@ -1,4 +1,4 @@
-"""The student's side of a step: lessons in, one optimizer update, numbers out.
+"""The student's side of a step: training examples in, one optimizer update, metrics out.
 
 Masks and averages are applied here and nowhere else.
 """
@@ -38,19 +38,19 @@ from tutelage.distill.student.ranks import Alone, Ranks, split
 from tutelage.scheduler.episodes import Row, SamplingParams
 
 Question = Callable[[StudentView, Batch], torch.Tensor]
-"""What is asked of a batch's tokens [N, ...]; it travels to other ranks."""
+"""A value of each of a batch's tokens [N, ...]. It is pickled for other ranks: no lambdas."""
 
 
 class Learner:
-    """Owns the optimizer's state, and moves the student's weights.
+    """Owns the optimizer's state and trains the student's weights.
 
-    A run speaks to rank 0's, which calls `learn`, `answer`, `state` and `resume` on every rank.
+    A run calls rank 0's, which calls `learn`, `answer`, `state` and `resume` on every rank.
 
     Args:
         student: what trains, in place.
         config: the optimizer section.
         steps: of the whole run, for the learning rate's schedule.
-        ranks: those that it shares the work with; None: it is alone.
+        ranks: the processes that share the work; None: this one alone.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Learner:
         self._ranks = ranks or Alone(student)
         self.version = 0
         self._cut_off = False  # an update failed after some of its optimizer steps
-        self._fault = ""  # the first token of an optimizer step whose loss is no number
+        self._fault = ""  # names the first token of an optimizer step whose loss is not finite
         self._micro_tokens = config.micro_tokens_on(student.device.type)
         self.optimizer = Optimizer(student, config, self._ranks.orthogonalized)
         self._layers = student.recomputing() if config.recompute else []
@@ -77,7 +77,7 @@ class Learner:
 
     @property
     def intact(self) -> bool:
-        """Whether what was learned can be saved: no update was cut off, and all ranks are there."""
+        """Whether the weights can be saved: no update was cut off, and all ranks are alive."""
         return not self._cut_off and self._ranks.alive
 
     def update(
@@ -92,8 +92,8 @@ class Learner:
         """Descend on the sum of the tasks' weighted mean losses: in one optimizer step, or in one
         for every `minibatch` rows, accumulated over micro-batches. Returns each task's metrics.
 
-        courses: by task. progress: the share of its steps that a task has had, by task, or of all.
-        diagnose: also the costly diagnostics.
+        progress: the share of its steps that a task has had; one number counts for every task.
+        diagnose: whether to compute the costly diagnostics too.
 
         Raises:
             ValueError: the mask of a task is empty.
@@ -101,13 +101,16 @@ class Learner:
             were before that optimizer step.
         """
         if not examples:
-            raise ValueError("there are no lessons to learn from: every episode was dropped")
+            raise ValueError("there are no training examples: every episode was dropped")
         tasks = grouped(examples)
+        # A draw for every token of every row, before anything is split: a token's draw then depends
+        # on neither micro-batches nor ranks.
         rng = np.random.default_rng(seed)
         drawn = [
             (example, rng.random(len(example.row.ids_T), dtype=np.float32)) for example in examples
         ]
         count = -(-len(examples) // (self._config.minibatch or len(examples)))
+        # Every count-th row: rows come task by task, and each minibatch is to hold some of all.
         parts = [[pair for pair in drawn[i::count] if pair[0].mask_T.any()] for i in range(count)]
         own = {task: task_objectives[task] for task in tasks}
         at = progress if isinstance(progress, Mapping) else dict.fromkeys(own, progress)
@@ -126,24 +129,26 @@ class Learner:
         }
 
     def own_support(self, rows: Sequence[Row], k: int) -> list[npt.NDArray[np.int32]]:
-        """The student's K most probable ids of each row's chosen tokens [N, K]: what a teacher is
-        asked for when the support is the student's."""
-        return [ids_NK.numpy() for ids_NK in self._asked(rows, partial(_top_k, k=k))]
+        """The student's K most probable ids at each row's action tokens [N, K]: the query ids of a
+        teacher when the support is the student's."""
+        return [ids_NK.numpy() for ids_NK in self._answers(rows, partial(_top_k, k=k))]
 
     def sampling_logprobs(
         self, rows: Sequence[Row], sampling: SamplingParams
     ) -> list[torch.Tensor]:
-        """Of each row's chosen tokens, the log-probability [N] that these weights give it under a
-        sampling law, on the CPU: for engines that do not say."""
-        return self._asked(rows, partial(_under_sampling, sampling=sampling))
+        """The log-probability [N] of each row's action tokens under these weights and the sampling
+        parameters, on the CPU: for engines that do not tell it."""
+        return self._answers(rows, partial(_under_sampling, sampling=sampling))
 
     def optimizer_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights."""
+        """The optimizer's state in one piece, which a checkpoint keeps beside the weights."""
         state: dict[str, Any] = self._ranks.call(self, "state", [()] * self._ranks.count)[0]
         return state
 
     def restore(self, optimizer_state: dict[str, Any], *, version: int) -> None:
-        """Go on from a checkpoint whose weights `student` has loaded."""
+        """Resume from a checkpoint whose weights `student` has loaded already."""
+        # Other ranks get shapes alone: the values reach them in a collective (`Ranks.adopted`),
+        # not pickled once more for each rank.
         shapes = tree_map_only(
             torch.Tensor, lambda x: x.to("meta") if x.ndim else x, optimizer_state
         )
@@ -161,7 +166,8 @@ class Learner:
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
-        """Let every rank learn from its share of each part; what `learn` returns, of them all."""
+        """Let every rank learn from its share of each part: every task's meter, merged, and the
+        gradient's norm, which is the same on all ranks."""
         shares: list[list[list[NoisyExample]]] = [[] for _ in range(self._ranks.count)]
         for part in parts:
             own = split([len(example.row.ids_T) for example, _ in part], self._ranks.count)
@@ -177,16 +183,16 @@ class Learner:
                 meters[task].merge(meter)
         return meters, norm
 
-    def _asked(self, rows: Sequence[Row], question: Question) -> list[torch.Tensor]:
-        """What the ranks answer of each row, in the rows' order."""
+    def _answers(self, rows: Sequence[Row], question: Question) -> list[torch.Tensor]:
+        """The question's values at each row's action tokens, shared among the ranks."""
         shares = split([len(row.ids_T) for row in rows], self._ranks.count)
         parts = self._ranks.call(
             self, "answer", [([rows[i] for i in share], question) for share in shares]
         )
         found = {
-            i: said
+            i: values_N
             for share, part in zip(shares, parts, strict=True)
-            for i, said in zip(share, part, strict=True)
+            for i, values_N in zip(share, part, strict=True)
         }
         return [found[i] for i in range(len(rows))]
 
@@ -198,10 +204,12 @@ class Learner:
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> tuple[dict[str, Meter], float]:
-        """On every rank: an optimizer step for each part; every task's meter of this rank's share,
-        and the mean of the norms."""
+        """On every rank: an optimizer step for each part. Returns every task's meter of this rank's
+        share, and the mean of the gradient's norms."""
         self.version = version
         meters = {task: Meter() for task in task_objectives}
+        # transformers recomputes a layer only where its own `training` is set; what is inside the
+        # layer stays in evaluation mode, so that no dropout comes with it.
         for layer in self._layers:
             layer.training = True
         try:
@@ -216,12 +224,12 @@ class Learner:
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row], question: Question) -> list[torch.Tensor]:
-        """On every rank: what is asked of each row's chosen tokens [N, ...], on the CPU."""
+        """On every rank: the question's values at each row's action tokens [N, ...], on the CPU."""
         found: dict[int, torch.Tensor] = {}
 
         def ask(batch: Batch) -> None:
-            said_N = self._ranks.inside(lambda: question(self._student.view(batch), batch))
-            found.update(batch.by_row(said_N.cpu()))
+            values_N = self._ranks.inside(lambda: question(self._student.view(batch), batch))
+            found.update(batch.by_row(values_N.cpu()))
 
         self._ranks.each(self._packed(rows), ask)
         return [found[i] for i in range(len(rows))]
@@ -243,10 +251,12 @@ class Learner:
         progress: Mapping[str, float],
         diagnose: bool,
     ) -> float:
-        """One optimizer step; the gradient's norm before clipping."""
+        """Take one optimizer step. Returns the gradient's norm before clipping."""
         by_task = {
             task: [pair for pair in drawn if pair[0].task == task] for task in task_objectives
         }
+        # Denominators are those of all ranks and micro-batches together: a mean per micro-batch
+        # would weigh a token by what shares its batch.
         own = [self._size([example for example, _ in pairs]) for pairs in by_task.values()]
         sizes = dict(zip(by_task, self._ranks.sums(own), strict=True))
         total = sum(sizes.values())
@@ -265,6 +275,7 @@ class Learner:
 
         def accumulate(one: tuple[str, Batch, list[NoisyExample]]) -> None:
             task, batch, members = one
+            # "task": every task's mean weighs alike, however many tokens it has
             share = 1.0 if self._config.normalize == "task" else sizes[task] / total
             self._accumulate(
                 batch,
@@ -282,6 +293,7 @@ class Learner:
         self._fault = ""
         self._ranks.each(passes, accumulate)
         norm = self._ranks.clip(self.optimizer.parameters, self._config.clip)
+        # Every rank sees the same sums and the same norm, so all of them raise, or none does.
         for task in (task for task in meters if sizes[task]):
             value, weight = self._ranks.sums(meters[task].sums("loss/mean"))
             if not math.isfinite(value) or not math.isfinite(norm):
@@ -290,14 +302,15 @@ class Learner:
                     f" {self.version}{self._fault}: the weights are as they were; lower"
                     " optimizer.lr, or look at the step's episodes"
                 )
-        self._cut_off = True  # until all of the update's steps are done
+        # From here on the weights move: until `update` ends, they are those of no whole update.
+        self._cut_off = True
         self.optimizer.step(self.learning_rate(self.version))
         return norm
 
     def _entropy_floor(self, objective: Objective, examples: Sequence[Example]) -> float:
-        """What the objective makes of the student's entropies at all of the task's tokens that take
-        loss in this optimizer step, on every rank. It takes a forward pass of its own: a floor of
-        each micro-batch would be another objective with every other `micro_tokens`."""
+        """`Objective.entropy_floor` of all of the task's tokens that take loss in this optimizer
+        step, on every rank. It needs a forward pass of its own: a floor of each micro-batch would
+        make the objective depend on `micro_tokens`."""
         entropies = self.answer([example.row for example in examples], _entropy)
         own: list[float] = []
         for example, entropy_N in zip(examples, entropies, strict=True):
@@ -309,7 +322,7 @@ class Learner:
         return pack(rows, max_tokens=self._micro_tokens, device=self._student.device)
 
     def _size(self, examples: Sequence[Example]) -> float:
-        """What a task's mean is over: its tokens that take loss, or its rows that have any."""
+        """What a task's mean divides by: its tokens that take loss, or its rows that have any."""
         if self._config.aggregate == "token":
             return float(sum(example.mask_T.sum() for example in examples))
         return float(sum(bool(example.mask_T.any()) for example in examples))
@@ -327,7 +340,7 @@ class Learner:
         entropy_floor: float | None,
         diagnose: bool,
     ) -> None:
-        """Add a batch's part of the gradient of `scale` times one task's mean loss, and its
+        """Add a batch's part of the gradient of `scale` times one task's mean loss, and of its
         metrics."""
         device = self._student.device
         masks = [torch.from_numpy(x.mask_T[x.row.action_mask_T]) for x, _ in members]
@@ -351,11 +364,13 @@ class Learner:
             loss_N, metrics = objective(
                 student, scores, batch.targets_N, batch.behavior_logprobs_N, tokens=tokens
             )
-            # Where the weight is 0 the loss must not count even if it is infinite: 0 * inf is NaN.
+            # 0 * inf is NaN: an infinite loss of a token without weight must not reach the sum.
             loss = (torch.where(weights_N > 0, loss_N, 0.0) * weights_N).sum()
             return scale * loss, student, loss_N.detach(), metrics
 
         loss, student, loss_N, metrics = self._ranks.inside(forward)
+        # Looked at before the backward, while it is still known which token it was; the error is
+        # raised later, in step with the other ranks.
         if not self._fault and not loss.isfinite():
             self._fault = _named(batch, student, scores, torch.where(weights_N > 0, loss_N, 0.0))
         loss.backward()
@@ -367,7 +382,7 @@ class Learner:
         """Each token's share of the mean: over the task's tokens, or over rows and their tokens."""
         if self._config.aggregate == "token":
             return mask_N.float() / size
-        return mask_N.float() / mask_N.sum().clamp(min=1) / size
+        return mask_N.float() / mask_N.sum().clamp(min=1) / size  # a row without loss: 0 / 1
 
     @staticmethod
     def _diagnose(
@@ -384,7 +399,7 @@ class Learner:
             found = diagnostics.recorded(scores, batch.behavior_logprobs_N)
             meter.add(found, weights_N, sampled_N)
             where_N = torch.where(sampled_N, weights_N, 0.0)
-            diagnostics.add_by_place(meter, found["gap/mean"], batch.positions_N, where_N)
+            diagnostics.add_by_position(meter, found["gap/mean"], batch.positions_N, where_N)
         if costly:
             meter.add(diagnostics.examined(student, scores, batch.targets_N), weights_N)
             mismatch = diagnostics.mismatch(student, batch.targets_N, batch.behavior_logprobs_N)
@@ -406,7 +421,7 @@ class Learner:
 def _named(
     batch: Batch, student: StudentView, scores: TeacherScores | None, loss_N: torch.Tensor
 ) -> str:
-    """The first token whose loss is no number, and whose numbers are none either."""
+    """The first token whose loss is not finite, with the log-probabilities that it came from."""
     bad_N = ~loss_N.isfinite()
     if not bad_N.any():
         return ""
@@ -415,7 +430,7 @@ def _named(
     own_N = student.logprobs_at(batch.targets_N[:, None])[:, 0]
     teachers = "" if scores is None else f", the teacher's {float(scores.sampled_N[n]):.4g}"
     return (
-        f" (first at the chosen token {before} of a row, id {int(batch.targets_N[n])}: the"
+        f" (first at action token {before} of a row, id {int(batch.targets_N[n])}: the"
         f" student's log-probability is {float(own_N[n]):.4g}{teachers})"
     )
 

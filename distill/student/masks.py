@@ -1,4 +1,4 @@
-"""Which of the student's tokens take loss: all that it chose, minus the special-token mask."""
+"""Which tokens take loss: all action tokens, minus the special-token mask."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def special_ids(tokenizer: Any, texts: Iterable[str]) -> tuple[int, ...]:
 
 
 def loss_mask(row: Row, special: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """[T] True where the loss falls: each special id is left out where a turn first has it.
+    """[T] True where a token takes loss: all action tokens but the first of each special id in each
+    turn (the paper's code: one mask entry per id and per response).
 
-    A teacher that ends or opens its reply with other tokens is wrong there, and only there (the
-    paper's code: one mask entry per id and per response).
+    A teacher that opens or ends its replies with other tokens is wrong at those, and only there.
     """
     mask_T = row.action_mask_T.copy()
     if special:

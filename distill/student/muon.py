@@ -1,10 +1,10 @@
 """Muon (Jordan et al. 2024): a matrix moves by its momentum, made nearly orthogonal.
 
 As torch.optim.Muon does it (Nesterov's momentum, five Newton-Schulz iterations, the update scaled
-to AdamW's size by arXiv:2502.16982, equation 4), but for two things. It multiplies in float32
-unless bfloat16 has a fast unit: without one that is eighty times slower, and with one on some
-processors alone a run's numbers would hang on their kind. And it takes matrices of one shape
-together: fewer and larger products.
+to AdamW's size by arXiv:2502.16982, equation 4), with two differences. It multiplies in float32,
+and in bfloat16 only on GPUs with units for it: a CPU without such units is eighty times slower in
+bfloat16, and if those with them used it, a run's numbers would depend on the kind of CPU. And it
+stacks matrices of one shape: fewer and larger products.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from typing import Any
 import torch
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the iteration X <- aX + bXX'X + cXX'XX'X, that is steepest at zero."""
+"""(a, b, c) of the iteration X <- aX + bXX'X + cXX'XX'X, chosen for the steepest slope at zero."""
 ITERATIONS = 5
 SMALL = 1e-7
 """A matrix whose norm is below this stays small instead of becoming orthogonal."""
-TOGETHER = 1 << 22
-"""So many numbers are in one product at most, but one matrix at least: a large one has enough."""
+STACKED = 1 << 22
+"""Numbers in one stack of matrices, at most; a larger matrix goes alone."""
 
 Orthogonalize = Callable[[Sequence[Any]], list[Any]]
-"""Matrices in, each one's nearly orthogonal matrix out, in their order."""
+"""Maps matrices to their nearly orthogonal matrices, in the same order."""
 
 
 def orthogonalized(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """UV' of each matrix's USV', but that instead of ones the singular values are around one."""
+    """About UV' of each matrix USV': five iterations bring the singular values near one, no
+    further."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         alike.setdefault(tuple(sorted(matrix.shape)), []).append(i)
     found: dict[int, torch.Tensor] = {}
     for (rows, columns), members in alike.items():
-        many = max(1, TOGETHER // max(1, rows * columns))
+        many = max(1, STACKED // max(1, rows * columns))
         for start in range(0, len(members), many):
             batch = members[start : start + many]
             done = _iterated(torch.stack([_wide(matrices[i]) for i in batch]))
@@ -44,14 +45,14 @@ def orthogonalized(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """What the products are made in: bfloat16 on GPUs that have units for it, which sum in float32;
-    on every CPU float32."""
+    """The dtype of the products: bfloat16 on GPUs that have units for it, which sum in float32; on
+    every CPU float32."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if fast else torch.float32
 
 
 def _wide(matrix: torch.Tensor) -> torch.Tensor:
-    """The same, or its transpose: the smaller of the two products XX' and X'X is enough."""
+    """The matrix or its transpose, the wide one: XX' is then the smaller of XX' and X'X."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     return wide.to(precision(matrix.device))
 
@@ -59,6 +60,7 @@ def _wide(matrix: torch.Tensor) -> torch.Tensor:
 def _iterated(x: torch.Tensor) -> torch.Tensor:
     """Newton-Schulz on a batch of wide matrices."""
     a, b, c = COEFFICIENTS
+    # The Frobenius norm bounds the largest singular value: the iteration diverges far above one.
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALL)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
@@ -67,10 +69,10 @@ def _iterated(x: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For hidden matrices alone.
+    """Takes hidden matrices only.
 
     Args:
-        orthogonalize: of the parameters' kind; ranks share this work (sharded.py).
+        orthogonalize: works on the parameters' kind of tensor; ranks share it (sharded.py).
     """
 
     def __init__(
@@ -93,11 +95,12 @@ class Muon(torch.optim.Optimizer):
             updates = self._orthogonalize([self._update(p, group["momentum"]) for p in moved])
             for parameter, update in zip(moved, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                # 0.2: about the RMS of AdamW's updates (arXiv:2502.16982, equation 4)
                 size = 0.2 * math.sqrt(max(parameter.shape))
                 parameter.add_(update, alpha=-group["lr"] * size)
 
     def _update(self, parameter: Any, momentum: float) -> Any:
-        """Nesterov's: the gradient, and the average of gradients that it has just joined."""
+        """Nesterov's momentum: the gradient, mixed with the average that already includes it."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)

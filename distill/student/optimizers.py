@@ -54,14 +54,12 @@ class Optimizer:
             )
 
     def step(self, lr: float) -> None:
-        """Update the parameters from their gradients."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
         for part in self._parts:
             part.zero_grad(set_to_none=True)
 
@@ -70,7 +68,7 @@ class Optimizer:
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether a saved state is of the same optimizers, over as many parameters."""
+        """Whether a saved state is of the same optimizers over equally many parameters."""
         saved = [
             [len(group["params"]) for group in part["param_groups"]] for part in state["parts"]
         ]
@@ -78,8 +76,9 @@ class Optimizer:
         return saved == own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state, with this one's own rates, betas and decays: torch would
-        take the saved ones."""
+        """Take a saved state, but keep this config's rates, betas and decays."""
+        # torch's load_state_dict overwrites them with the saved ones: a run that resumes with
+        # another lr would train at the old one.
         for part, saved in zip(self._parts, state["parts"], strict=True):
             settings = [
                 {key: value for key, value in group.items() if key != "params"}

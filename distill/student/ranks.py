@@ -1,4 +1,4 @@
-"""What the ranks of a learner do together; where there is one rank alone, that is little."""
+"""What the ranks of a learner do together, and the trivial case of a single rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """One rank's view of them all. `call` is for rank 0; the rest all ranks call at once."""
+    """One rank's view of all ranks. Rank 0 alone uses `call`, `whole` and `close`; most others are
+    collectives, which every rank must call at the same point."""
 
     count: int
 
@@ -24,25 +25,26 @@ class Ranks(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether the other ranks are."""
+        """Whether the other ranks are alive."""
 
     def call(self, learner: Any, method: str, shares: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What the learner's method returns on every rank, each with its share of arguments."""
+        """Call the learner's method on every rank, each with its share of the arguments; what each
+        returns."""
 
     def sums(self, values: Sequence[float]) -> Sequence[float]:
-        """Of all ranks' values, place by place."""
+        """The elementwise sum of all ranks' values."""
 
     def gathered(self, values: Sequence[float]) -> Sequence[float]:
-        """All ranks' values, one rank's after the other's."""
+        """All ranks' values, concatenated in the order of ranks."""
 
     def each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
-        """Do `work`, which is one pass through the model, on each of this rank's items."""
+        """Do `work`, which passes through the model once, on each of this rank's items."""
 
     def inside(self, function: Callable[[], T]) -> T:
-        """Call what uses the model's weights."""
+        """Call a function that uses the model's weights, with the weights at hand."""
 
     def clip(self, parameters: Sequence[torch.nn.Parameter], most: float) -> float:
-        """Clip the gradient of all ranks to a norm; what it was before."""
+        """Clip the gradient of all ranks to a norm; returns the norm before."""
 
     def orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
         """See `muon.Orthogonalize`."""
@@ -51,18 +53,18 @@ class Ranks(Protocol):
         """Bring the trained weights into `whole`."""
 
     def joined(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state in one piece, on rank 0."""
+        """On rank 0, an optimizer's state in one piece; elsewhere nothing."""
 
     def adopted(self, state: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of a state in one piece (other ranks than 0 are given its shapes alone);
-        and take the weights that train from `whole`."""
+        """Cut a state that rank 0 has in one piece: this rank's part of it. Other ranks pass its
+        shapes. Also takes the weights that train from rank 0's `whole`."""
 
     def close(self) -> None:
         """End the other ranks."""
 
 
 class Alone:
-    """The only rank."""
+    """The only rank: it shares nothing and waits for nobody."""
 
     count, alive = 1, True
 
@@ -102,14 +104,15 @@ class Alone:
         return state
 
     def close(self) -> None:
-        """There is none."""
+        """There are no others."""
 
 
 def split(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which of these each rank gets: the largest first, to the rank that has least; in order."""
+    """The indices of the items that each rank gets, in order. Greedy: the largest item first, to
+    the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):  # ties too have one order
         rank = loads.index(min(loads))
         shares[rank].append(i)
         loads[rank] += sizes[i]

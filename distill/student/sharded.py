@@ -1,11 +1,11 @@
 """One learner over several processes of one machine: each has a part of every weight, of its
-gradient and of the optimizer's state (FSDP2), and learns from a share of the lessons.
+gradient and of the optimizer's state (FSDP2), and learns from a share of the training examples.
 
-Rank 0 is the run's own process. It cuts each part of an update into shares of like size, and keeps
-a whole copy of the weights for rollouts and checkpoints. Every rank runs the same `Learner`:
-denominators, random draws, norms and the parts themselves are those of one process, so that the
-loss is too, up to rounding. Collectives must meet: a rank with fewer micro-batches than another
-does empty ones.
+Rank 0 is the run's own process. It cuts each part of an update into shares of about the same size,
+and keeps a whole copy of the weights for rollouts and checkpoints. Every rank runs the same
+`Learner`. Denominators, random draws, norms and the parts themselves are those of one process, so
+that the loss is the same up to rounding. Every rank must take part in every collective: one with
+fewer micro-batches than another does empty ones.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from tutelage.scheduler.placement import LOAD_SECONDS
 T = TypeVar("T")
 
 PATIENCE = 5.0
-"""Seconds in which a rank that failed has ended, or has said why."""
+"""Seconds that a failed rank has to end or to send its error."""
 
+# Two tokens, the second an action: a pass over it uses every weight, as a real one does.
 EMPTY = Row(
     ids_T=np.zeros(2, dtype=np.int32),
     turns_T=np.array([NO_ACTION, 0], dtype=np.int32),
@@ -56,8 +57,9 @@ EMPTY = Row(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What every rank is made of. make_student: by rank, the same weights on the rank's device.
-    timeout: seconds for one collective, and for a rank's start and answers. threads: of a rank."""
+    """What every rank is built from. make_student: from a rank's number, the same weights on that
+    rank's device. timeout: seconds for one collective, and for a rank's start and answers. threads:
+    of torch in a rank."""
 
     make_student: Callable[[int], Student]
     processes: int
@@ -68,24 +70,25 @@ class Setup:
 
 
 def start(setup: Setup) -> Learner:
-    """Rank 0's learner, and the processes of the others. Where one of them died, failed or did not
-    answer in time, a RuntimeError names it, and from then on the learner is not `intact`.
+    """Start the other ranks' processes; return rank 0's learner. When another rank dies, fails or
+    does not answer in time, a RuntimeError names it, and the learner is no longer `intact`.
 
     Raises:
-        ConfigError: this torch cannot.
+        ConfigError: this torch cannot sum gradients.
     """
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(
             f"learner.processes: {setup.processes} need a torch whose FSDP2 can sum gradients,"
             f" and {torch.__version__} only averages them: use a newer one (2.13 is tested)"
         )
+    # Port 0: the system picks a free one, which the ranks are told.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     others = Others(setup)
     with others.watched("as they started"):
         others.send([(number, store.port, setup) for number in range(1, setup.processes)])
-        student = setup.make_student(0)
-        whole = student.replica()
-        others.answers(LOAD_SECONDS)  # they have loaded theirs
+        student = setup.make_student(0)  # while the others load theirs
+        whole = student.replica()  # before FSDP2 cuts the model in place
+        others.answers(LOAD_SECONDS)
     with others.watched("as they started"):
         _join(0, store, student, setup)
         learner = _learner(student, setup, whole=whole, others=others)
@@ -94,7 +97,8 @@ def start(setup: Setup) -> Learner:
 
 
 class Others:
-    """The processes of the ranks from 1 on: started, called, explained and ended by rank 0."""
+    """The processes of the ranks from 1 on. Rank 0 starts them, calls them, ends them, and says
+    which of them an error came from."""
 
     def __init__(self, setup: Setup) -> None:
         self._timeout, self._begun = setup.timeout, time.monotonic()
@@ -107,23 +111,23 @@ class Others:
         return bool(self._ranks)
 
     def send(self, messages: Sequence[Any]) -> None:
-        """A message to each."""
+        """Send each its message."""
         for rank, message in zip(self._ranks, messages, strict=True):
             rank.connection.send(message, timeout=self._timeout)
 
     def answers(self, timeout: float | None = None) -> list[Any]:
-        """One of each."""
+        """Receive an answer from each."""
         return [_opened(rank, timeout or self._timeout) for rank in self._ranks]
 
     @contextlib.contextmanager
     def watched(self, where: str) -> Iterator[None]:
-        """Whatever goes wrong inside ends them all; if that began with one of them, the error names
-        it."""
+        """End them all on any error inside. If one of them caused it, the error names that one."""
         self._begun = time.monotonic()
         try:
             yield
         except BaseException as error:
             try:
+                # Only these can be another rank's fault: a collective's, a closed connection's.
                 if isinstance(error, (RuntimeError, OSError)):
                     self._explain(where, error)
             finally:
@@ -138,7 +142,7 @@ class Others:
             dist.destroy_process_group()
 
     def _explain(self, where: str, error: Exception) -> None:
-        """Raise what is at the bottom of an error that may be another rank's."""
+        """Raise an error that names the rank that caused this one, if it was another rank."""
         found = [(*_reason(rank, error), rank) for rank in self._ranks]
         _, reason, rank = min(found, key=lambda one: one[0])
         number = 1 + self._ranks.index(rank)
@@ -152,11 +156,11 @@ class Others:
 
 
 class Sharded:
-    """A rank among several (see `Ranks`).
+    """One rank of several (see `Ranks`).
 
     Args:
-        student: whole; its model is cut here.
-        count: of the ranks.
+        student: in one piece; its model is cut here.
+        count: how many ranks there are.
         whole: on rank 0, a copy of the student that stays in one piece. others: the other ranks.
     """
 
@@ -187,20 +191,24 @@ class Sharded:
             raise RuntimeError("the learner's processes have ended: run the same command again")
         with self._others.watched(f"in {method}"):
             self._others.send([(method, share) for share in shares[1:]])
-            alike: FloatingPointError | None = None
+            shared: FloatingPointError | None = None
             try:
                 mine = getattr(learner, method)(*shares[0])
-            except FloatingPointError as error:  # all ranks raise it, and stand ready again
-                alike = error
+            except FloatingPointError as error:
+                # All ranks raise it at the same point and are ready for the next call. So it leaves
+                # `watched`, which would end them, only after their answers are read.
+                shared = error
             answers = self._others.answers()
-        if alike is not None:
-            raise alike
+        if shared is not None:
+            raise shared
         return [mine, *answers]
 
     def sums(self, values: Sequence[float]) -> Sequence[float]:
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def gathered(self, values: Sequence[float]) -> Sequence[float]:
+        # A sum of vectors in which each rank fills its own stretch: gloo's all_gather takes only
+        # tensors of one size.
         counts = [0.0] * self.count
         counts[dist.get_rank()] = float(len(values))
         counts = self._reduced(counts, dist.ReduceOp.SUM)
@@ -213,6 +221,7 @@ class Sharded:
         (most,) = self._reduced([len(items)], dist.ReduceOp.MAX)
         for item in items:
             work(item)
+        # FSDP2 gathers weights and reduces gradients in every pass: all ranks need as many.
         for _ in range(int(most) - len(items)):
             nothing = self.inside(self._nothing)
             if torch.is_grad_enabled():
@@ -228,13 +237,14 @@ class Sharded:
         return float(norm.full_tensor())
 
     def orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
-        """Each on one rank, whole: they share the work, and make of a matrix what one process makes
-        of it."""
+        """Each matrix is gathered whole on one rank, which computes it as a single process would;
+        the ranks share the matrices among them."""
+        # by the multiplications of XX', which take most of the time
         shares = split([x.numel() * min(x.shape) for x in matrices], self.count)
         owners = {i: rank for rank, share in enumerate(shares) for i in share}
         own: dict[int, torch.Tensor] = {}
         for i, matrix in enumerate(matrices):
-            whole = matrix.full_tensor()
+            whole = matrix.full_tensor()  # a collective: every rank, whoever owns the matrix
             if owners[i] == dist.get_rank():
                 own[i] = whole
         done = dict(zip(own, orthogonalized(list(own.values())), strict=True))
@@ -245,7 +255,7 @@ class Sharded:
 
     def publish(self) -> None:
         for own, whole in self._weights():
-            full = own.detach().full_tensor()
+            full = own.detach().full_tensor()  # a collective, also where `whole` is None
             if whole is not None:
                 whole.detach().copy_(full)
 
@@ -254,7 +264,7 @@ class Sharded:
 
         def gathered(part: DTensor) -> torch.Tensor | None:
             full = part.full_tensor()
-            return full.cpu() if rank == 0 else None
+            return full.cpu() if rank == 0 else None  # a GPU may have no room for the whole state
 
         found: dict[str, Any] = tree_map_only(DTensor, gathered, state)
         return found if rank == 0 else {}
@@ -274,13 +284,13 @@ class Sharded:
             self._others.close()
 
     def _weights(self) -> Iterator[tuple[Any, torch.Tensor | None]]:
-        """What trains: this rank's part of it, and where it is whole on rank 0."""
+        """This rank's part of each weight that trains and, on rank 0, the whole weight."""
         own = self._student.trainable()
         whole = [None] * len(own) if self._whole is None else self._whole.trainable()
         yield from zip(own, whole, strict=True)
 
     def _part(self, whole: torch.Tensor, owner: int = 0) -> DTensor:
-        """This rank's part of the owner's tensor (elsewhere: of the meta device)."""
+        """This rank's part of the owner's tensor. Other ranks pass one of the meta device."""
         device = self._student.device
         if whole.is_meta:
             whole = torch.empty(whole.shape, dtype=whole.dtype, device=device)
@@ -289,24 +299,25 @@ class Sharded:
         )
 
     def _nothing(self) -> torch.Tensor:
-        """A pass that adds zero to every gradient."""
+        """The loss of an empty pass: it adds zero to every gradient."""
         (batch,) = pack([EMPTY], max_tokens=2, device=self._student.device)
         student = self._student.view(batch)
         return 0.0 * student.logprobs_at(batch.targets_N[:, None]).sum()
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        # float64: counts of tokens stay exact
         totals = torch.tensor(values, dtype=torch.float64, device=self._student.device)
         dist.all_reduce(totals, how)
         return list(totals.tolist())
 
 
 def _shape_of(matrix: DTensor) -> torch.Tensor:
-    """Of what comes of a matrix elsewhere."""
+    """A tensor without memory, with the shape and dtype of another rank's result for a matrix."""
     return torch.empty(matrix.shape, dtype=precision(matrix.device), device="meta")
 
 
 class _Failed(RuntimeError):
-    """A rank told of an error that ended it: (the rank, the error in words)."""
+    """A rank sent the error that ended it. Arguments: the rank, the error's text."""
 
 
 def _opened(rank: Child, timeout: float) -> Any:
@@ -317,11 +328,11 @@ def _opened(rank: Child, timeout: float) -> Any:
 
 
 def _reason(rank: Child, error: Exception) -> tuple[int, str]:
-    """(its order among the suspects, what happened to a rank) behind an error here.
+    """(how likely this rank caused the error, 0 most; what happened to it, empty if it lives).
 
-    First comes a rank that died in silence: the others' collectives fail because it is gone. Then
-    one that told an error of its own, and after it RuntimeErrors, which may be such collectives'.
-    Last, and with nothing to say: a rank that lives.
+    0: it died without a message, and the others' collectives fail because it is gone. 1: it sent an
+    error of its own. 2: it sent a RuntimeError, which may be a collective that failed for another
+    rank's sake. 3: it lives.
     """
     death = rank.ending(PATIENCE)
     fault = error.args[1] if isinstance(error, _Failed) and error.args[0] is rank else None
@@ -333,8 +344,10 @@ def _reason(rank: Child, error: Exception) -> tuple[int, str]:
 
 
 class _Root(nn.Module):
-    """All that an update does with a model is one forward to FSDP, which then has the weights
-    ready: the layers' one after the other, embedding, last norm and head throughout."""
+    """Runs any function as this module's forward. FSDP2 gathers weights in hooks of `forward`, and
+    a learner calls parts of the model (hidden states, head) that have no forward of their own.
+    Layers are gathered one after the other; embedding, last norm and head stay gathered
+    throughout."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -350,7 +363,9 @@ def _sharded(model: Any, mesh: DeviceMesh) -> Any:
         fully_shard(module, mesh=mesh)
     root: Any = fully_shard(_Root(model), mesh=mesh)
     for module in root.modules():
-        if isinstance(module, FSDPModule):  # a sum, by name: some torch's gloo takes AVG for one
+        # Learners divide by denominators of all ranks themselves, so gradients are to be summed.
+        # By name, because some releases' gloo takes an average for a sum.
+        if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     root.set_reshard_after_backward(False, recurse=False)  # diagnostics ask the head afterwards
@@ -375,7 +390,8 @@ def _learner(student: Student, setup: Setup, **on_rank_0: Any) -> Learner:
 
 
 def serve(connection: Connection) -> None:
-    """The life of a rank other than 0."""
+    """The main function of a rank other than 0: loads, joins, then answers calls until rank 0 ends
+    or closes the connection."""
     number, port, setup = connection.receive()
     try:
         prepare_process(setup.threads)
@@ -392,7 +408,8 @@ def serve(connection: Connection) -> None:
                 connection.send((None, None))
     except Disconnected:
         raise
-    except Exception as error:  # the others wait in a collective: they learn of it by our end
+    # The others may wait for this rank in a collective: when it ends, theirs fails.
+    except Exception as error:
         if os.environ.get("TUTELAGE_TRACEBACK"):
             traceback.print_exc()
         connection.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))

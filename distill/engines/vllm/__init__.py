@@ -1,2 +1,2 @@
-"""vLLM as the student's rollout engine: `start` an engine in this process, `sync` the learner's
-weights into it, and the `engine` that rollouts speak to. Only these modules import vLLM."""
+"""vLLM as the student's rollout engine: `start` starts one in this process, `sync` brings the
+learner's weights into it, `engine` is what rollouts use. Only these modules import vLLM."""

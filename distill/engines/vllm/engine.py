@@ -1,8 +1,8 @@
-"""The vLLM rollout engine: continuous batching over many sessions, each of which waits for nobody
-but its own environment.
+"""The vLLM rollout engine: continuous batching over many sessions, each of which waits for its own
+environment only.
 
-A session has no state here. Its next turn repeats its ids, and vLLM finds their keys and values
-among the cached blocks.
+A session has no state here. Its next turn sends all its ids again, and vLLM finds their keys and
+values among the cached blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tutelage.scheduler.episodes import SamplingParams
 WANTED = "rollout.engine=vllm"
 
 PROBE_STEPS = 100
-"""A text of this size takes one; more only where many chunks of it do."""
+"""Steps that scoring the probe may take. It needs one; more if vLLM prefills it in chunks."""
 
 Source = Callable[[], tuple[dict[str, torch.Tensor], sync.Probe]]
 """`sync.source` of the learner's student."""
@@ -40,16 +40,16 @@ Source = Callable[[], tuple[dict[str, torch.Tensor], sync.Probe]]
 class VllmEngine:
     """Generates with vLLM; `load` before the first request.
 
-    Two runs are equal as far as vLLM is: a request's seed fixes its draws, but what shares its
-    batch, which depends on how fast environments answer, moves its log-probabilities in the last
-    bits, and a draw that falls between them goes the other way.
+    Two runs are not bit-identical: a request's seed fixes its draws, but its log-probabilities
+    depend in the last bits on which requests share its batch, and so on how fast environments
+    answer; a draw that falls between two such values gives another token.
 
     Args:
-        engine: a started LLMEngine, without weights that matter.
-        source: the learner in this process, asked by `load(None, ...)`; None: weights come with the
-            call.
-        alone: in a process that exists for this engine. Where it breaks, the process ends, and who
-            started it starts another.
+        engine: a started LLMEngine; its weights are replaced before use.
+        source: gives the weights of the learner in this process, for `load(None, ...)`; None: they
+            come with the call.
+        alone: whether this process exists for the engine alone. Then it ends when the engine
+            breaks, and the code that started it starts another.
     """
 
     lockstep = False
@@ -76,7 +76,7 @@ class VllmEngine:
         return len(self._requests)
 
     def load(self, weights: Weights | None, version: int) -> None:
-        """Take weights (None: the learner's, from this process) and prove that they arrived.
+        """Take weights (None: from the learner in this process) and check that they arrived.
 
         Raises:
             SyncError: they did not.
@@ -94,8 +94,11 @@ class VllmEngine:
         probe = probe.first(self.max_context - 1)  # vLLM must generate at least one token
         with self._guarded("taking weights"):
             sync.push(self._engine, tensors)
+            # vLLM keeps keys and values by token ids alone, of whatever weights
             if not self._engine.reset_prefix_cache():
-                raise sync.SyncError(f"version {version}: the prefix cache of older weights stays")
+                raise sync.SyncError(
+                    f"version {version}: vllm did not drop the prefix cache of the older weights"
+                )
             found_T = self.score(probe.ids_T.tolist())
         self.gap = sync.check_arrival(
             found_T, probe, self._before, version=version, dtype=self._dtype
@@ -110,7 +113,7 @@ class VllmEngine:
         self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params)
         for _ in range(PROBE_STEPS):
             if outputs := self._engine.step():
-                flat = outputs[0].prompt_logprobs  # of the first token there is none
+                flat = outputs[0].prompt_logprobs  # the first token has none
                 return np.asarray(flat.logprobs, dtype=np.float32)
         raise EngineFailure(f"vllm scored no text of {len(ids)} ids in {PROBE_STEPS} steps")
 
@@ -132,15 +135,15 @@ class VllmEngine:
         params = self._params(
             temperature=request.sampling.temperature,
             top_p=request.sampling.top_p,
-            seed=request.seed % (1 << 63),  # vLLM's are signed
+            seed=request.seed % (1 << 63),  # vLLM takes a signed integer
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(request.stop_ids),
-            ignore_eos=True,  # stop_ids say it all
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
+            ignore_eos=True,  # stop_ids are complete
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,  # arrays, not an object per token
             detokenize=False,
             output_kind=self._final,
-            skip_clone=True,
+            skip_clone=True,  # vLLM would deep-copy the parameters of every request
         )
         self._engine.add_request(name, {"prompt_token_ids": list(request.ids)}, params)
         self._requests[name], self._of_session[request.session] = request, name
@@ -181,7 +184,6 @@ class VllmEngine:
         )
 
     def close(self) -> None:
-        """Let go of what the engine holds."""
         if self._engine is not None:
             stop(self._engine)
         self._engine = None
@@ -191,15 +193,15 @@ class VllmEngine:
 
 
 def _under_sampling(sampling: SamplingParams, logprobs: Sequence[float]) -> list[float] | None:
-    """The tokens' log-probabilities under the law that drew them. vLLM tells one kind of them, the
-    whole policy's (`logprobs_mode`): under another temperature or top-p the learner has to say."""
+    """The tokens' log-probabilities under the sampling parameters. vLLM tells only the whole
+    policy's (`logprobs_mode`); None: the learner has to compute them."""
     if sampling.whole:
         return list(logprobs)
     return [0.0] * len(logprobs) if sampling.temperature == 0 else None
 
 
 class _Guard:
-    """Names an engine's failure, and ends the process where it lives alone."""
+    """Names an engine's failure; ends the process if the engine is alone in it."""
 
     def __init__(self, engine: VllmEngine, doing: str) -> None:
         self._engine, self._doing = engine, doing
@@ -237,10 +239,10 @@ def make_engine(
         vocabulary: the tokenizer's ids; rows of the embedding beyond it are left out.
         dtype: of the learner's weights.
         max_live: requests in flight at once.
-        student: the learner's, in this process; None: weights come from another one.
+        student: the learner's, in this process; None: weights come from another process.
 
     Raises:
-        ConfigError: vLLM is not there, or the options do not fit.
+        ConfigError: vLLM is not installed, or the options do not fit.
         RuntimeError: it does not start.
     """
     require_vllm(WANTED)
@@ -251,7 +253,7 @@ def make_engine(
             options,
             dtype=dtype,
             syncs=True,
-            load_format="dummy",  # the learner's come before the first request
+            load_format="dummy",  # random weights: the learner's come before the first request
             max_num_seqs=max_live,
         )
     if student is None:
@@ -260,9 +262,10 @@ def make_engine(
 
 
 def _write_settings(settings: Any, vocabulary: int, folder: Path) -> None:
-    """config.json as vLLM wants it: with its architecture, and no rows of padding."""
+    """Write config.json as vLLM needs it: with its architecture, and without rows of padding."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    # use_diff would leave out what is transformers' default
     data = json.loads(settings.to_json_string(use_diff=False))
     data["vocab_size"] = vocabulary
     data["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[settings.model_type]]

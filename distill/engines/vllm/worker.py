@@ -1,9 +1,9 @@
-"""What stands in vLLM's worker processes, where tensor_parallel_size is above 1.
+"""Prepares vLLM's worker processes, where tensor_parallel_size is above 1.
 
 vLLM imports this module in each of them before it builds the model (EXTENSION is the engine's
-worker_extension_cls), and that prepares the worker: its linear layers stay as the checkpoint has
-them, it knows how to read the learner's weights, and it ends with the process that started it.
-Elsewhere the import does nothing.
+worker_extension_cls). The import prepares the worker: its linear layers keep the weights as loaded,
+it can read the learner's weights, and it ends with the process that started it. In any other
+process the import does nothing.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ PARTING = 10.0
 
 
 class Extension:
-    """What vLLM adds to its worker: nothing but this import."""
+    """vLLM wants a class to mix into its worker. This one is empty: the import is what counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Nothing:
-    """What a receiver is told before the first weights."""
+    """vLLM's init_info of a transfer engine: ours needs none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where weights stand, as `sync.in_memory` tells it."""
+    """Where weights are: the arguments of `sync.mapped`."""
 
     path: str
     size: int
-    places: list[tuple[str, str, list[int], int]]
+    layout: list[tuple[str, str, list[int], int]]
 
 
 def receiver() -> type:
-    """A vLLM weight-transfer engine that maps what the learner wrote, and copies this worker's part
-    of it into place."""
+    """A vLLM weight-transfer engine that maps the learner's weights and copies this worker's part
+    of them into place."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
@@ -65,13 +65,13 @@ def receiver() -> type:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
-            # vLLM's own would wait for an accelerator, which the CPU has not: copies from the file
-            # are done when they return
+            # vLLM's own method also waits for an accelerator, which the CPU is not; copies from the
+            # file are done when they return
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: Written) -> None:
             where = update_info
-            self.model.load_weights(mapped(where.path, where.size, where.places))
+            self.model.load_weights(mapped(where.path, where.size, where.layout))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
@@ -83,37 +83,37 @@ def receiver() -> type:
 
 
 RECEIVER = "tutelage"
-"""Under which vLLM knows it."""
+"""The receiver's name in vLLM's registry."""
 
 
 def _prepare() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
-    _say_why_not()
+    _report_failed_starts()
     _end_with_the_parent()
-    _find_memory_gone()
+    _accept_removed_memory()
     if current_platform.is_cpu():
         keep_unpacked()
     WeightTransferEngineFactory.register_engine(RECEIVER, receiver())
 
 
 def _end_with_the_parent() -> None:
-    """vLLM has a worker leave its queue when the parent is gone; one that waits for another worker
-    inside a collective never looks there."""
+    """End this worker when its parent has ended. vLLM's own worker notices that only at its queue,
+    where one that waits for another worker inside a collective never looks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
         parent.join()
-        time.sleep(PARTING)
+        time.sleep(PARTING)  # vLLM's own orderly end goes first
         os._exit(1)
 
     Thread(target=watch, daemon=True, name="ParentWatch").start()
 
 
-def _find_memory_gone() -> None:
-    """Let the worker end where `processes.watch` has removed what it would remove itself."""
+def _accept_removed_memory() -> None:
+    """Let the worker end without an error where `processes.watch` has removed its shared memory."""
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
 
     plain = ShmRingBuffer.__del__
@@ -126,22 +126,23 @@ def _find_memory_gone() -> None:
 
 
 class _Words(logging.Handler):
-    """The parent learns that a start failed and not why: one line of it goes to stderr."""
+    """Writes an error's cause to stderr in one line: vLLM tells the parent that a start failed, but
+    not why."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and (error := record.exc_info[1]):
             place = traceback.extract_tb(error.__traceback__)[-1]
             said = " ".join(str(error).split()) or place.line
-            sys.stderr.write(  # in one piece: the others say the same
+            sys.stderr.write(  # in one piece: the other workers write theirs at the same time
                 f"{multiprocessing.current_process().name}: {type(error).__name__} in {place.name}"
                 f" ({place.filename}:{place.lineno}): {said}\n"
             )
             sys.stderr.flush()
 
 
-def _say_why_not() -> None:
+def _report_failed_starts() -> None:
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
-    if not logger.isEnabledFor(logging.ERROR):
+    if not logger.isEnabledFor(logging.ERROR):  # else the user has vLLM's log, which says it
         logger.setLevel(logging.ERROR)
         logger.propagate = False
         logger.addHandler(_Words(logging.ERROR))
