@@ -34,6 +34,7 @@ def surrogate(
     pi_old the behavior policy; where A < 0, at most -A dual_clip (Ye et al. 2020, arXiv:1912.09729,
     equation 5). weight_N: `Case.importance`, outside the clips.
     """
+    # 1 in value on policy, but with a gradient: without the ratio there would be nothing to descend
     ratio_N = (case.student_logprobs() - case.behavior_logprobs_N).exp()
     clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
     loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * clipped_N)

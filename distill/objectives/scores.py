@@ -143,6 +143,7 @@ class TeacherScores:
         vocabulary = logits_NV.shape[-1]
         if not 1 <= k <= vocabulary:
             raise ValueError(f"k={k}: it must be between 1 and the vocabulary's {vocabulary} ids")
+        # float32: in bfloat16 a log-probability has two digits, and a KL is a difference of them
         full_NV = logits_NV.detach().float().log_softmax(-1)
         top = full_NV.topk(k, dim=-1)
         return cls(

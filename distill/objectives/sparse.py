@@ -189,6 +189,7 @@ class _GatheredLogits(Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = gradient_NK.dtype
         hidden_gradient_ND = torch.empty_like(hidden_ND) if need_hidden else None
+        # A frozen head (adapters) needs no gradient of its weight, the largest tensor here.
         rows = _RowSums(weight_VD, ids_NK, wide) if need_weight else None
         for part in _parts(ids_NK, weight_VD.shape[1]):
             gradient_CK = gradient_NK[part]
@@ -280,6 +281,7 @@ def _normalise(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log sum exp of the logits, their mean under the softmax) [N], in one pass over blocks."""
+    # -inf: the first block's maximum always replaces it, and its scale exp(-inf) is 0
     top_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf, dtype=_wide(weight_VD))
     sum_N, weighted_N = torch.zeros_like(top_N), torch.zeros_like(top_N)
     wide_ND = hidden_ND.to(top_N.dtype)

@@ -52,6 +52,7 @@ def sampling_logprobs(
     edge rounding could say otherwise."""
     if temperature == 0:
         return torch.zeros_like(logits_NV[:, 0])  # greedy: probability 1
+    # Temperature first, then top-p, as both engines do: the nucleus is one of the tempered policy.
     logprobs_NV = (logits_NV / temperature).log_softmax(-1)
     own_N1 = logprobs_NV.gather(1, ids_N[:, None])
     if top_p == 1:

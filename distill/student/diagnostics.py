@@ -75,7 +75,7 @@ def recorded(scores: TeacherScores, behavior_logprobs_N: torch.Tensor) -> dict[s
     gap_N = scores.sampled_N.clamp(min=IMPOSSIBLE) - behavior_logprobs_N
     return {
         "gap/mean": gap_N,
-        "kl/k3": gap_N.exp() - 1 - gap_N,
+        "kl/k3": gap_N.exp() - 1 - gap_N,  # log r is the gap
         "reward/negative_share": (gap_N < 0).float(),
     }
 

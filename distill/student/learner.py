@@ -115,6 +115,7 @@ class Learner:
         own = {task: task_objectives[task] for task in tasks}
         at = progress if isinstance(progress, Mapping) else dict.fromkeys(own, progress)
         meters, norm = self._shared([part for part in parts if part], own, at, diagnose)
+        # of the whole update: the same in every task's metrics
         shared = {
             "optimizer/grad_norm": norm,
             "optimizer/lr": self.learning_rate(self.version),
@@ -373,6 +374,7 @@ class Learner:
         # raised later, in step with the other ranks.
         if not self._fault and not loss.isfinite():
             self._fault = _named(batch, student, scores, torch.where(weights_N > 0, loss_N, 0.0))
+        # In every micro-batch: gradients accumulate, and only one batch's activations are kept.
         loss.backward()
         with torch.no_grad():
             meter.add({"loss/mean": loss_N, **metrics}, weights_N)
@@ -413,6 +415,7 @@ class Learner:
         if config.decay == "constant":
             return config.lr
         progress = (step - config.warmup) / max(1, self._steps - config.warmup)
+        # min: a run that is extended beyond its steps stays at the floor
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return config.lr * (config.floor + (1 - config.floor) * cosine)
 

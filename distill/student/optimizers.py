@@ -30,6 +30,7 @@ class Optimizer:
         orthogonalize: Orthogonalize = orthogonalized,
     ) -> None:
         self.parameters = student.trainable()
+        # by id: tensors compare elementwise, so `in` on a list of them would not work
         hidden = {id(p) for p in student.hidden_matrices()} if config.name == "muon" else set()
         by_muon = [p for p in self.parameters if id(p) in hidden]
         matrices = [p for p in self.parameters if p.ndim >= 2]

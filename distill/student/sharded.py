@@ -136,7 +136,7 @@ class Others:
 
     def close(self) -> None:
         for rank in self._ranks:
-            rank.kill()
+            rank.kill()  # at once: one that waits in a collective would not hear a message
         self._ranks = []
         if dist.is_initialized():
             dist.destroy_process_group()
