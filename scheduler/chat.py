@@ -53,6 +53,7 @@ class Chat:
         self._special = [token.content for token in added.values() if token.special]
         self._close_ids = self._encode(self.pieces.close)
         vocabulary = tokenizer.get_vocab()
+        # some tokenizers name another EOS than the token with which their chats end
         known = {int(vocabulary[marker]) for marker in MARKERS if marker in vocabulary}
         # Some models' settings keep a default id there, which in this vocabulary is part of an
         # ordinary word: only added tokens count.

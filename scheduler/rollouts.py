@@ -222,7 +222,8 @@ class _Play:
                 self._step_seconds = time.monotonic() - begun
                 self._act(completions)
         finally:
-            for live in list(self._live.values()):  # only after an error
+            # only after an error are there any; a copy, since `_leave` deletes from it
+            for live in list(self._live.values()):
                 self._leave(live)
         return [self._done[order.number] for order in orders]
 
@@ -274,6 +275,7 @@ class _Play:
             if isinstance(result, Failed):
                 self._lose(live, result)
                 continue
+            # the sum, not each reward: finite ones may overflow, or an infinity be made a NaN
             live.reward += result.reward
             if not math.isfinite(live.reward):
                 detail = f"its rewards add up to {live.reward}: no number that can be compared"
@@ -289,7 +291,7 @@ class _Play:
             elif self._room(live) >= 1:
                 if act := self._open_turn(live):
                     acts.append(act)
-            elif live.turns or self._scores:
+            elif live.turns or self._scores:  # what it has played so far can be learned from
                 self._finish(live, "context")
             else:
                 self._lose(live, self._too_long(live))

@@ -108,7 +108,7 @@ class Lock:
     def _take(self, me: Owner) -> None:
         descriptor, locked = self._open()
         owner = Owner.read(self._path)
-        for _ in range(20):
+        for _ in range(20):  # a second in all
             if owner is not None or locked is not False:
                 break
             time.sleep(0.05)  # the owner has the lock, and is about to write who it is

@@ -83,7 +83,7 @@ def _local(config: RunConfig) -> bool:
 
 def check_devices(config: RunConfig) -> None:
     """Raises ConfigError for a device that is not here."""
-    asked = {"student.device": config.student.device}  # the learner is always here
+    asked = {"student.device": config.student.device}  # the learner is here, also with Ray
     if _local(config):
         asked |= {f"teachers.{name}.device": one.device for name, one in config.teachers.items()}
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -147,6 +147,7 @@ def open_once(rollouts: Mapping[str, TaskRollout]) -> list[str]:
     """
     absent = []
     for name, how in rollouts.items():
+        # one process, also where the run has none: its deadline guards against a hang
         pools = EnvironmentPools({name: replace(how, processes=1)})
         try:
             with _offline(), at_key(f"tasks.{name.rpartition(':')[2]}", but=Absent):

@@ -70,6 +70,7 @@ class Routing:
     def sound(self, task: str, outcomes: Sequence[Episode | Dropped]) -> bool:
         """Whether enough of the task's episodes were played to learn from."""
         lost = sum(isinstance(outcome, Dropped) for outcome in outcomes)
+        # the first half counts where lost is 1.0: without any episode there is nothing to learn
         return lost < len(outcomes) and lost <= self._tasks[task].lost * len(outcomes)
 
     def complete(self, outcomes: Outcomes) -> Outcomes:
