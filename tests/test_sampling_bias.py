@@ -14,7 +14,7 @@ import torch
 
 from tutelage.distill.cli import main as cli
 from tutelage.distill.config.loading import parse_config
-from tutelage.distill.doctor.numbers import check_law
+from tutelage.distill.doctor.numbers import check_sampling
 from tutelage.distill.engines.vllm.engine import _under_sampling
 from tutelage.distill.objectives import build, weighted_sum
 from tutelage.distill.plan.plan import make_plan, notes
@@ -177,10 +177,10 @@ class TestBias:
 
     def test_the_doctor_says_so(self) -> None:
         objective = build("sampled_token")
-        assert check_law("tasks.t", objective, WHOLE).level == "ok"
-        note = check_law("tasks.t", objective, CUT)
+        assert check_sampling("tasks.t", objective, WHOLE).level == "ok"
+        note = check_sampling("tasks.t", objective, CUT)
         assert note.level == "note" and "top_p 0.9" in note.text and "top_p 1" in note.cure
-        weighed = check_law("tasks.t", build("sampled_token", behavior="sampling"), TEMPERED)
+        weighed = check_sampling("tasks.t", build("sampled_token", behavior="sampling"), TEMPERED)
         assert weighed.level == "ok" and "weighs its tokens" in weighed.text
 
 

@@ -1,6 +1,6 @@
-"""Keys and passwords: where they come from, and that nobody gets to read them.
+"""API keys and passwords: read from environment variables only, and hidden in everything printed.
 
-They come from the environment alone. A URL holds none, and whatever is printed passes `hidden`.
+A URL that holds one is refused. `hidden` replaces them in messages.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ _KNOWN = (
     (
         re.compile(
             r"(?i)(\bbearer |[?&][\w-]*(?:key|token|secret|password)=)"
-            r"(?!\[hidden\])[^\s&'\"]+"  # a text may come by twice
+            r"(?!\[hidden\])[^\s&'\"]+"  # a text may be hidden already
         ),
         rf"\1{HIDDEN}",
     ),
 )
 """Patterns of credentials, and what is shown in their place."""
 
-_given: set[str] = set()  # keys that this process was given
+_given: set[str] = set()  # the keys that `api_key` read: no pattern knows what they look like
 
 
 def api_key(subject: str, variable: str) -> str:
     """The key in the environment's `variable`, without the spaces and line ends around it.
 
     Raises:
-        ValueError: there is none, or it is none; names the variable and never its value.
+        ValueError: the variable is missing, empty, or holds what cannot be a key; the message names
+            the variable and never its value.
     """
+    # Somebody may have written the key itself where its variable's name belongs: not shown, then.
     named = variable if variable.isupper() else "variable of the name that is given there"
     if variable not in os.environ:
         raise ValueError(
@@ -50,7 +52,7 @@ def api_key(subject: str, variable: str) -> str:
             f"{subject}.api_key_env: {variable} is empty in the environment: set it to the key, or"
             " leave api_key_env out"
         )
-    _given.add(key)
+    _given.add(key)  # before anything can raise with it in its text
     if not _KEY.fullmatch(key):
         raise ValueError(
             f"{subject}.api_key_env: {variable} holds spaces, control characters or others beyond"
@@ -60,7 +62,7 @@ def api_key(subject: str, variable: str) -> str:
 
 
 def check_variable(variable: str) -> None:
-    """Raises ValueError for what names no variable: somebody's key, perhaps, so it is not shown."""
+    """Raises ValueError for what is no variable's name. It may be a key: the message hides it."""
     if not _NAME.fullmatch(variable) or hidden(variable) != variable:
         raise ValueError(
             "api_key_env is not the name of an environment variable: put the key into a variable,"
@@ -69,13 +71,14 @@ def check_variable(variable: str) -> None:
 
 
 def check_url(key: str, url: str) -> None:
-    """Raises ValueError for a server's url that holds a credential, or leads nowhere.
+    """Raises ValueError for a server's url that holds a credential or is no address.
 
-    key: of the configuration.
+    key: the configuration's, for the message.
     """
     try:
         where = urlsplit(url)
-        port, host = where.port, where.hostname or ""  # a port may be none
+        port, host = where.port, where.hostname or ""  # .port raises for what is no port
+        # as the socket will: labels that are empty or too long fail here rather than in the run
         host.encode("idna" if host.isascii() and not host.startswith("[") else "ascii")
     except ValueError:
         raise ValueError(
@@ -101,8 +104,9 @@ def check_url(key: str, url: str) -> None:
 
 
 def hidden(text: str) -> str:
-    """`text` without credentials, and without what a terminal would obey or could not show."""
-    for key in sorted(_given, key=len, reverse=True):
+    """`text` without credentials, and with control characters escaped: a server's message must not
+    steer the terminal."""
+    for key in sorted(_given, key=len, reverse=True):  # a key may be the beginning of another
         text = text.replace(key, HIDDEN)
     for pattern, shown in _KNOWN:
         text = pattern.sub(shown, text)
@@ -111,7 +115,7 @@ def hidden(text: str) -> str:
 
 
 def hide_in_tracebacks() -> None:
-    """From here on an error that nobody caught is printed by `hidden`, too."""
+    """Print uncaught errors through `hidden`, too, from now on."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = traceback.format_exception(kind, error, trace)

@@ -1,8 +1,8 @@
-"""What is wrong with a configuration, in one line that names the key and the cure.
+"""Tells what is wrong with a configuration, in one line that names the key and the cure.
 
-`settled` walks plain data along the sections' annotations: unknown keys are refused with the one
-that was meant, here or elsewhere, and an unquoted scalar becomes what its key takes. `said` words
-what pydantic finds after that.
+`settled` comes before pydantic. It walks the data along the sections' annotations, refuses unknown
+keys with the nearest known one of any section, and turns each unquoted scalar into what its key
+takes. `said` then puts pydantic's faults into words.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from pydantic.fields import FieldInfo
 from tutelage.distill.config.reading import Scalar, scalar
 from tutelage.envs.names import nearest, synonym, unknown
 
-DEEPEST = 40
+DEEPEST = 40  # levels of nesting; Python's own recursion would end at some hundreds
 
 NOT_THERE = {
     "top_k": "there is no top-k sampling: rollout.top_p cuts the tail",
     "min_p": "there is no min-p sampling: rollout.top_p cuts the tail",
-    "repetition_penalty": "there is none: the student learns from what it would say itself",
+    "repetition_penalty": "there is none: the student learns from samples of its own policy",
     "fp16": "there is no float16: student.dtype is float32 or bfloat16",
     "bf16": "set student.dtype=bfloat16",
     "trust_remote_code": "code of a model's own is never run",
 }
 """Keys of other systems that have no counterpart, and what to do instead."""
 
+# of the section `objective`, whose fields do not list the options of the losses
 OBJECTIVE_OPTIONS = ("k", "support", "direction", "renormalize", "gamma", "beta", "tail")
 
 
 @dataclass(frozen=True, slots=True)
 class Like:
-    """Marks a plain dict whose keys are those of a section, some of them."""
+    """Marks a plain dict that holds some keys of a section. A model would fill in the defaults, and
+    nobody could tell which keys were given."""
 
     section: type[BaseModel]
 
 
 def settled(root: type[BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The data as `root` is to read it, without Scalars.
+    """The data as pydantic can read it into `root`, without Scalars.
 
     Raises:
         ValueError: `key.path: what is wrong`.
@@ -62,7 +64,7 @@ class _Walk:
         for key, value in data.items():
             path = _joined(where, key)
             field = section.model_fields.get(key) if isinstance(key, str) else None
-            if field is None and section.model_config.get("extra") != "allow":
+            if field is None and section.model_config.get("extra") != "allow":  # else: options
                 raise ValueError(f"{path}: {unknown_key(self._root, section, key, where)}")
             shapes = [Any] if field is None else list(_shapes_of(field))
             found[key] = self.value(shapes, value, path, depth + 1)
@@ -106,6 +108,7 @@ class _Walk:
 
 def _of_scalar(shapes: Sequence[Any], scalar: Scalar, where: str) -> Any:
     """Its text where text is taken, unless it says true, false or null; else its value."""
+    # a bool is an int in Python
     number = isinstance(scalar.value, int | float) and not isinstance(scalar.value, bool)
     if str in shapes and (scalar.doubt or number):
         return scalar.text
@@ -116,7 +119,7 @@ def _of_scalar(shapes: Sequence[Any], scalar: Scalar, where: str) -> Any:
 
 
 def _check(value: Any, where: str) -> None:
-    """Raises ValueError for what no key may hold."""
+    """Raises ValueError for infinity, NaN, and text that cannot be written as UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: it must be a finite number (got {value})")
     if isinstance(value, str):
@@ -163,7 +166,7 @@ def _items(shape: Any) -> Iterator[Any]:
 
 
 def unknown_key(root: type[BaseModel], section: type[BaseModel], key: object, where: str) -> str:
-    """What to say of a key that the section at `where` does not have."""
+    """The message about a key that the section at `where` does not have."""
     if str(key) in NOT_THERE:
         return f"unknown key {key!r}: {NOT_THERE[str(key)]}"
     known, said = section.model_fields, unknown("key", key, section.model_fields)
@@ -178,8 +181,8 @@ def unknown_key(root: type[BaseModel], section: type[BaseModel], key: object, wh
 
 
 def _places(root: type[BaseModel], key: object, where: str) -> list[str]:
-    """The paths of keys of other sections for which `key` is a word: at most two, the nearest to
-    `where` first."""
+    """The paths of keys in other sections that `key` may mean: at most two, those of the same
+    section's kind first."""
     paths = [*_paths(root, ""), *(f"objective.{option}" for option in OBJECTIVE_OPTIONS)]
     meant = synonym(key, [path.rpartition(".")[2] for path in paths])
     kind, *name = where.split(".")[:2]
@@ -190,14 +193,14 @@ def _places(root: type[BaseModel], key: object, where: str) -> list[str]:
             if name and path.startswith(f"{kind}.NAME."):
                 path = path.replace("NAME", name[0], 1)
             elif kind == "tasks" and path.startswith(("rollout.", "objective.")):
-                path = f"{own}.{path}"
+                path = f"{own}.{path}"  # a task may have it for itself
             found.append(path)
     return sorted(found, key=lambda path: not path.startswith(own))[:2]
 
 
 def _paths(section: type[BaseModel], where: str) -> Iterator[str]:
-    """Every key with its path; NAME stands for a task's or teacher's. What a task repeats of the
-    run's sections is left out."""
+    """The path of every key; NAME stands for a task's or teacher's name. The keys of a task's own
+    objective and rollout are left out: they are the run's."""
     for key, field in section.model_fields.items():
         path = _joined(where, key)
         yield path
@@ -225,18 +228,20 @@ _WORDED = {
 
 
 def said(error: ValidationError, data: Any) -> str:
-    """The first fault in one line, `key.path: what is wrong`; `: what is wrong` of the whole. data:
-    what was read."""
+    """The first fault in one line, `.key.path: what is wrong`, or `: what is wrong` where it is the
+    whole data's. data: what was read."""
     first, place = _meant(error, data)
     kind, value = first["type"], first.get("input")
     key = "".join(f".{part}" for part in place)
     message = _WORDED.get(kind, first["msg"].removeprefix("Value error, "))
+    # pydantic's own words, turned to "it must be ..."
     message = message.replace("Tuple should", "it must").replace(" after validation", "")
     message = message.replace("Input should be", "it must be").replace("List should", "it must")
     if kind == "literal_error" and (near := nearest(value, _choices(first))):
         message += f": did you mean {near!r}?"
     if kind.endswith("_type") and isinstance(value, str) and kind in ("int_type", "float_type"):
         message += ", without quotes" if _is_number(value) else ""
+    # A section is too long to show, what is missing has no value, and some messages show it.
     hidden = (
         isinstance(value, Mapping)
         or kind == "missing"
@@ -246,8 +251,8 @@ def said(error: ValidationError, data: Any) -> str:
 
 
 def _meant(error: ValidationError, data: Any) -> tuple[Any, tuple[int | str, ...]]:
-    """The first fault and its place; of a union's branches, the one that reads furthest into what
-    stands there."""
+    """The first fault and its place. Of a union pydantic tells the faults of all branches: the one
+    furthest inside the data is that of the branch that was meant."""
     faults = [
         (fault, tuple(_written(fault["loc"], data, missing=fault["type"] == "missing")))
         for fault in error.errors()
@@ -258,8 +263,8 @@ def _meant(error: ValidationError, data: Any) -> tuple[Any, tuple[int | str, ...
 
 
 def _written(loc: Sequence[int | str], data: Any, *, missing: bool = False) -> Iterator[int | str]:
-    """The parts of a place that stand in the data, and the last one of what is missing there:
-    pydantic also names the branch of a union."""
+    """The parts of pydantic's `loc` that are in the data, and the key that is missing there. `loc`
+    also names a union's branch, which nobody wrote."""
     for at, part in enumerate(loc):
         if isinstance(data, Mapping) and part in data:
             data = data[str(part)]
@@ -271,11 +276,13 @@ def _written(loc: Sequence[int | str], data: Any, *, missing: bool = False) -> I
 
 
 def _branch(part: str, data: Any) -> bool:
-    """Whether a part of a place is the name of a union's branch, and no key."""
+    """Whether a part of pydantic's `loc` names a union's branch, such as `tuple[...]`, and no
+    key."""
     return not isinstance(data, Mapping) or "[" in part
 
 
 def _choices(fault: Mapping[str, Any]) -> list[str]:
+    # pydantic has them only as one text: 'a', 'b' or 'c'
     return str(fault["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
 
 
@@ -294,7 +301,7 @@ def shown(value: Any) -> str:
 
 
 def printable(message: str) -> str:
-    """One line, whatever was quoted in it."""
+    """`message` as one line, with line ends and control characters that it quotes escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
@@ -306,7 +313,7 @@ AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 def validated(kind: type[AnySection], data: Any, where: str) -> AnySection:
-    """A section that stands inside a task; its faults name the place."""
+    """A section that is checked by itself, such as a task's; its faults begin with `where`."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

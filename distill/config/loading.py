@@ -1,4 +1,4 @@
-"""From a file and `key=value` arguments to a checked config."""
+"""Reads a file and `key=value` arguments into a checked config."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
     except ValueError as error:
         raise ConfigError(printable(f"{path}: {error}")) from None
     config = parse_config(data, str(path))
+    # here and not in the section: the config is parsed again in every process, and once is enough
     if config.optimizer.warmup > config.steps:
         warnings.warn(
             f"optimizer.warmup: {config.optimizer.warmup} steps, and the run has {config.steps}: it"
@@ -42,15 +43,15 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:
-    """Check plain data, or what reading.py makes of a text; `source` is named in messages."""
+    """Check plain data, or what reading.py made of a file; messages name `source`."""
     try:
         data = settled(RunConfig, data)
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        fault = said(error, data).lstrip(".: ")
+        fault = said(error, data).lstrip(".: ")  # at the top no key comes before it
     except ValueError as error:
         fault = str(error)
-    raise ConfigError(printable(f"{source}: {fault}"))
+    raise ConfigError(printable(f"{source}: {fault}"))  # outside: no chain of pydantic's errors
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -60,7 +61,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         key = _key(place, parts, at, override)
         child = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
         if isinstance(child, reading.Scalar) and child.value is None and not child.doubt:
-            child = place[key] = {}
+            child = place[key] = {}  # `cluster: null` in the file, cluster.workers=2 behind it
         if not isinstance(child, dict | list):
             path = ".".join(parts[: at + 1])
             raise ValueError(f"{override!r}: {path} holds no keys in the file: give {path}={{...}}")
@@ -69,7 +70,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _key(place: Any, parts: list[str], at: int, override: str) -> str | int:
-    """What part `at` of a path names there: a key, or an entry of a list by its number from 0."""
+    """Part `at` of a path, as `place` takes it: a key, or the number of a list's entry, from 0."""
     if isinstance(place, dict):
         return parts[at]
     if parts[at].isdecimal() and int(parts[at]) < len(place):

@@ -1,12 +1,12 @@
-"""Text to plain data, and back: YAML with the scalars of its version 1.2, and `key.path=value`.
+"""Reads and writes plain data: YAML with the scalars of its version 1.2, and `key.path=value`.
 
 PyYAML reads version 1.1, in which 1e-4 is text, 010 is 8, 1:30 is 90 and `off` is false. Here
-unquoted 3e2, -2e0 and 1e-4 are numbers, quoted is always text, and there are no dates. What the
-versions read differently is never guessed: where a key takes text it is that text, elsewhere it is
-refused with what to write instead. A number keeps its spelling, so that the folder 1e5 has that
-name. Keys are text, each given once.
+unquoted 3e2, -2e0 and 1e-4 are numbers, what is quoted is always text, and there are no dates.
+Scalars that the two versions read differently are never guessed: a key that takes text gets the
+text, any other key refuses them and says what to write instead. A number keeps its spelling, so
+that a folder named 1e5 keeps its name. Keys are text, and none is given twice.
 
-Raises ValueError, in one line, with the line's number.
+Every function raises ValueError, in one line, with the number of the file's line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 MOST_BYTES, MOST_VALUES = 262_144, 100_000
-"""Of a file, and of what it holds once every alias stands for its whole value."""
+"""The limits of a file's bytes, and of its values when each alias counts as all that it stands for:
+a few lines of nested aliases can stand for billions ("billion laughs")."""
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -30,6 +31,7 @@ _WORDS: dict[str, bool | None] = {
     "true": True, "True": True, "TRUE": True,
     "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
+# What version 1.1 reads otherwise than 1.2, see `_doubt`.
 _ZERO = re.compile(r"[-+]?0[0-9_]+")
 _SIXTY = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _BROKEN_UP = re.compile(
@@ -41,8 +43,8 @@ _DIGITS = 400  # of a number; Python itself refuses to read more than 4,300
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """What stands unquoted and is more than text. text: as it was written. value: a number, true,
-    false or null. doubt: why it has no value, and what to write instead."""
+    """An unquoted scalar that is not simply text. text: as it was written. value: a number, true,
+    false or null. doubt: why its value is not clear, and what to write instead."""
 
     text: str
     value: int | float | bool | None
@@ -53,10 +55,10 @@ def read_file(path: Path) -> Any:
     """A YAML file's content."""
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MOST_BYTES + 1)  # not all: it may be /dev/zero or a checkpoint
         if len(content) > MOST_BYTES:
             raise ValueError(f"is too large: a configuration has {MOST_BYTES:,} bytes at most")
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")  # Windows' editors put a byte order mark before it
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -67,6 +69,7 @@ def read_file(path: Path) -> Any:
 def parse(text: str) -> Any:
     """YAML as dicts, lists, text and Scalars."""
     try:
+        # Nodes, not values: they tell what is quoted, and BaseLoader resolves nothing by itself.
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"is not YAML: {_described(error)}") from None
@@ -90,10 +93,10 @@ def parse_pair(text: str, example: str) -> tuple[list[str], Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line: YAML where it begins with a bracket, a brace or a quote; else a
-    number, true, false, null, or text as it stands, whatever is in it.
+    """A value of the command line: YAML if it begins with a bracket, a brace or a quote; else a
+    number, true, false, null, or text as it is.
 
-    What goes on behind the bracket, the brace or the quote that was closed first is text too:
+    It is also text if more follows after the bracket, brace or quote is closed, as in
     `{problem} Think step by step.`
     """
     text = text.strip()
@@ -102,13 +105,13 @@ def parse_value(text: str) -> Any:
     try:
         return parse(text)
     except ValueError:
-        if _goes_on(text):
+        if _continues(text):
             return text
         raise
 
 
-def _goes_on(text: str) -> bool:
-    """Whether more follows where the text's first YAML value ends."""
+def _continues(text: str) -> bool:
+    """Whether more follows after the text's first YAML value."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.BaseLoader):
@@ -116,17 +119,19 @@ def _goes_on(text: str) -> bool:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             ended = isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent)
             if ended and depth == 0 and event.end_mark is not None:
-                return bool(text[event.end_mark.index :].strip())
+                return bool(
+                    text[event.end_mark.index :].strip()
+                )  # before PyYAML reads on and fails
     except (yaml.YAMLError, RecursionError):
         return False
     return False
 
 
 def scalar(text: str) -> str | Scalar:
-    """What an unquoted scalar is."""
+    """An unquoted scalar's text, or a Scalar where it is not simply text."""
     if text in _WORDS:
         return Scalar(text, _WORDS[text])
-    if doubt := _doubt(text):
+    if doubt := _doubt(text):  # first: _FLOAT would take 010 for ten
         return Scalar(text, None, doubt)
     if _INT.fullmatch(text):
         return Scalar(text, int(text, 0 if text[:2] in ("0o", "0x") else 10))
@@ -138,7 +143,7 @@ def scalar(text: str) -> str | Scalar:
 
 
 def _doubt(text: str) -> str:
-    """Why a scalar is not clear, with the cure; nothing where it is."""
+    """Why a scalar's value is not clear, with the cure; empty where it is."""
     if len(text) > _DIGITS and (_INT.fullmatch(text) or _FLOAT.fullmatch(text)):
         return f"a number of {len(text)} characters"
     quoted = f"or {text!r} in quotes, if it is text"
@@ -165,12 +170,12 @@ def _doubt(text: str) -> str:
 
 
 class _Builder:
-    """Nodes to data. An alias gets a value of its own; their sum has a limit, and none holds
-    itself."""
+    """Turns YAML's nodes into data. Each alias becomes a copy of its value; the number of values is
+    limited, and an alias inside its own value is refused."""
 
     def __init__(self) -> None:
         self._values = 0
-        self._open: set[int] = set()
+        self._open: set[int] = set()  # the nodes around this one
 
     def build(self, node: yaml.Node) -> Any:
         self._values += 1
@@ -190,7 +195,7 @@ class _Builder:
                 return self._mapping(node)
             if isinstance(node, yaml.SequenceNode):
                 return [self.build(item) for item in node.value]
-            quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
+            quoted = isinstance(node, yaml.ScalarNode) and node.style is not None  # or a | block
             return node.value if quoted else scalar(node.value)
         except RecursionError:
             raise ValueError("is nested too deeply") from None
@@ -211,7 +216,7 @@ class _Builder:
             lines[key] = line
             if key == "<<" and key_node.style is None:
                 for part in self._merged(value_node):
-                    merged = part | merged
+                    merged = part | merged  # the first mapping wins, and own keys over all
             else:
                 own[key] = self.build(value_node)
         return merged | own
@@ -219,7 +224,7 @@ class _Builder:
     def _key(self, node: yaml.Node) -> str:
         key = self.build(node)
         if isinstance(key, Scalar) and key.doubt:
-            return key.text
+            return key.text  # `on:`, `off:`, `no:` are names like others
         if not isinstance(key, str):
             shown = key.text or "null" if isinstance(key, Scalar) else type(key).__name__
             raise ValueError(
@@ -229,7 +234,7 @@ class _Builder:
         return key
 
     def _merged(self, node: yaml.Node) -> Iterator[dict[str, Any]]:
-        """The mappings that `<<` names; the first that has a key wins."""
+        """The mappings that `<<` merges in, the one that wins first."""
         found = self.build(node)
         for part in found if isinstance(found, list) else [found]:
             if not isinstance(part, dict):
@@ -254,7 +259,7 @@ def _described(error: yaml.YAMLError) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Data without Scalars: each is its value; what is in doubt raises ValueError."""
+    """The data with each Scalar's value in its place; raises ValueError where it is not clear."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -267,10 +272,10 @@ def plain(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version would take for more than text; writes no aliases."""
+    """Quotes text that either version of YAML would not read as text; writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True
+        return True  # else one list in two places would be `&id001` and `*id001`
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = "'" if isinstance(scalar(data), Scalar) else None
@@ -281,5 +286,5 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def dump(data: Any) -> str:
-    """YAML that `parse` reads as it was, and so do readers of version 1.1."""
+    """YAML that `parse` and readers of version 1.1 read as the same data."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False))

@@ -1,6 +1,6 @@
-"""What a config comes to, task by task, once a task's own keys stand in the place of the run's.
+"""The settings of each task: its own keys, and the run's for those that it does not have.
 
-`RunConfig.resolve()` makes it once; every part is given the piece that it goes by.
+`RunConfig.resolve()` makes them once; every part of a run is given the piece that it needs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from tutelage.scheduler.rollouts import TaskRollout
 from tutelage.scheduler.timetable import TaskPlan
 
 OUTSIDE_PLAY = {"engine", "lost", "temperature", "top_p", "context"}
-"""A rollout's keys that are no TaskRollout's, or stand there in a record of their own."""
+"""The keys of RolloutConfig that TaskRollout does not have, or has in a record of their own. All
+others have the same name in both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSettings:
-    """One task.
+    """One task's settings.
 
-    rollout, evaluation: how it is played to learn from, and for its score. lost: the greatest share
-    of a step's episodes that may be lost. losses: the objective, as given. schedule: when it is
-    played, and what each of its steps plays. guide: the teacher that plays its prefixes.
+    rollout, evaluation: how it is played in training, and when it is evaluated. lost: the greatest
+    share of a step's episodes that may be lost. losses: the sections that `objective` was built
+    from. schedule: in which steps it is played, and what each plays. guide: the teacher that plays
+    its prefixes.
     """
 
     rollout: TaskRollout
@@ -69,6 +71,7 @@ def resolved(
             f"tasks.{name}.rollout.engine: all tasks are played by one engine: set the run's"
             " rollout.engine"
         )
+    # The expert has no part in an evaluation: no need to compute its actions.
     seen = {key: value for key, value in task.env_args.items() if key != "expert"}
     return TaskSettings(
         rollout=played(how, task.env, task.env_args),
@@ -79,6 +82,7 @@ def resolved(
         mask_tokens=masked(objective),
         weight=task.weight,
         schedule=scheduled(task, labels=built.needs.generated_by == "expert"),
+        # the only one: RunConfig refuses several with guidance
         guide=next(iter(task.teachers), None)
         if task.guidance is not None and task.guidance.by == "teacher"
         else None,
@@ -138,7 +142,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def rollouts_of(tasks: Mapping[str, TaskSettings]) -> dict[str, TaskRollout]:
-    """How each task is played, and how for evaluation, under the name that orders give it."""
+    """How each task is played in training and in evaluation, under the names that orders use."""
     found: dict[str, TaskRollout] = {}
     for name, task in tasks.items():
         found |= {name: task.rollout, EVALUATION + name: task.evaluation}
@@ -146,7 +150,7 @@ def rollouts_of(tasks: Mapping[str, TaskSettings]) -> dict[str, TaskRollout]:
 
 
 def support_of(teacher: str, tasks: Mapping[str, TaskSettings]) -> int:
-    """How many of its own ids a token a teacher's tasks want at most; at least 1."""
+    """The largest number of its own ids that a teacher's tasks need for a token; at least 1."""
     own = (task for task in tasks.values() if teacher in task.schedule.teachers)
     return max([1, *(task.objective.needs.k for task in own)])
 

@@ -1,4 +1,4 @@
-"""The kinds of values that a key of a config may hold."""
+"""The types of values that keys of a config hold."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        strict=True,
+        strict=True,  # else pydantic takes "3" for 3 and 1 for true
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        use_attribute_docstrings=True,  # the text under a key becomes Field(description=...)
     )
 
 
 def whole_number(value: Any) -> Any:
-    """1e3 is a whole number too."""
+    """Takes 1e3, which YAML reads as a float, for a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -39,18 +39,18 @@ def _name(text: str) -> str:
 
 
 def _place(text: str) -> str:
-    """A path, or what may be one: ~ and $NAME stand for what they do in a shell."""
+    """A path, or a text that may be one, with ~ and $NAME replaced as in a shell."""
     if not text.strip() or "\0" in text:
         raise ValueError(f"it must not be empty (got {text!r})")
     text = os.path.expanduser(os.path.expandvars(text))
-    left = re.search(r"^~[^/]*|\$\{?\w+\}?", text)
+    left = re.search(r"^~[^/]*|\$\{?\w+\}?", text)  # os.path leaves what it does not know
     if left is not None:
         raise ValueError(f"{left[0]} stands for nothing here: there is no such user or variable")
     return text
 
 
 def day(value: Any) -> Any:
-    """A number would be taken for seconds."""
+    """Refuses numbers, which pydantic would take for seconds since 1970."""
     if not isinstance(value, str | datetime.date) or str(value).isdigit():
         raise ValueError("it must be a day, such as 2026-01-31")
     return value
@@ -65,7 +65,7 @@ def _device(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    """Of Ray."""
+    """The address of a Ray cluster."""
     host, _, port = text.removeprefix("ray://").rpartition(":")
     known = re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) and re.fullmatch(r"[0-9]{1,5}", port)
     if text not in ("local", "auto") and not (known and 0 < int(port) < 65_536):
@@ -77,7 +77,7 @@ def _address(text: str) -> str:
 
 
 MOST, MOST_STEPS, MOST_SEED = 10**9, 10**7, 2**32 - 1
-"""Whole numbers beyond these are a slip; seeds are NumPy's."""
+"""A whole number beyond these is a mistake; the seed's limit is NumPy's."""
 
 Whole = Annotated[int, BeforeValidator(whole_number), Field(le=MOST)]
 
@@ -104,4 +104,4 @@ Device = Annotated[str, AfterValidator(_device)]
 
 Name = Annotated[str, AfterValidator(_name)]
 
-LISTED = Field(strict=False)  # a list is a tuple
+LISTED = Field(strict=False)  # lets a list pass for a tuple; what it holds stays strict

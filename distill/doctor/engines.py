@@ -1,7 +1,7 @@
-"""Teachers in other engines than our own: are they there, and do they say what their weights say.
+"""Checks teachers in vLLM and behind servers: do they answer, and score as their weights do?
 
-The weights here are scored first and leave their device; then the engine starts, or the server is
-asked.
+The weights on this machine score first and leave their device; then the engine starts, or the
+server is asked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tutelage.scheduler.episodes import Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What the weights here say. reference: where they are."""
+    """What the weights on this machine score. reference: their folder or hub id."""
 
     reference: str
     rows: tuple[Row, ...]
@@ -41,8 +41,8 @@ def examine_engine(
     known: Known | None,
     played: Mapping[str, Sequence[Row]],
 ) -> Iterator[Finding]:
-    """Findings on teacher `name` in its engine. known: None where its weights are not here.
-    played: the student's rows of the tasks that it teaches."""
+    """Findings on teacher `name` in its engine. known: None where its weights are not on this
+    machine. played: the student's rows of the tasks that it teaches."""
     subject, settings = f"teachers.{name}", config.teachers[name]
     check = Check(subject, f"engine: {settings.engine}")
     within = ROWS_TOLERANCE[settings.dtype]
@@ -55,7 +55,7 @@ def examine_engine(
             yield check_parity(subject, teacher.score, known, within=within)
         elif settings.engine == "server":
             yield check.note(
-                "its weights are not here: nothing tells whether it scores what they say",
+                "its weights are not on this machine: nothing tells whether it scores as they do",
                 f"set {subject}.weights to a folder or hub id of the same model, to compare once",
             )
         if rows := [row for own_rows in played.values() for row in own_rows]:
@@ -81,15 +81,16 @@ def check_parity(subject: str, score: Score, known: Known, *, within: float) -> 
     same_N = torch.cat(
         [(a.ids_NK.sort(-1)[0] == b.ids_NK.sort(-1)[0]).all(-1) for a, b in pairs]
     ).float()
+    # means: single tokens of another engine's kernels may be far off, wrong weights are everywhere
     off = max(float(gap_N.mean()), float(top_NK.mean()))
     text = (
         f"apart by {off:.0e} nats in the mean and {float(gap_N.max()):.0e} at most on"
         f" {len(gap_N)} tokens; the same top {k} on {float(same_N.mean()):.0%} of them"
     )
-    if not off <= within:
+    if not off <= within:  # NaN too
         return check.fault(
-            f"mismatch: {text}, where {within:g} may be: it is not {known.reference!r} that it"
-            " scores with, or not as it is",
+            f"mismatch: {text}, where {within:g} is allowed: it does not score with"
+            f" {known.reference!r}, or not with these weights unchanged",
             "give the engine these weights, without quantisation, in this dtype, with"
             " logprobs-mode raw_logprobs, and an embedding without padding rows",
         )
@@ -97,7 +98,8 @@ def check_parity(subject: str, score: Score, known: Known, *, within: float) -> 
 
 
 def check_steadiness(subject: str, score: Score, rows: Sequence[Row], *, within: float) -> Finding:
-    """Whether the same rows get the same scores twice, but for the rounding of other batches."""
+    """Whether the same rows get the same scores twice, up to rounding, which depends on how the
+    engine batches them."""
     check = Check(subject, "the same twice")
     pairs = zip(score(rows, Needs(k=1)), score(rows, Needs(k=1)), strict=True)
     off = float(torch.cat([_gap(a.sampled_N, b.sampled_N) for a, b in pairs]).mean())
@@ -110,4 +112,5 @@ def check_steadiness(subject: str, score: Score, rows: Sequence[Row], *, within:
 
 
 def _gap(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    # clamped: -inf against -inf is NaN, and -inf against -1e4 no difference that matters
     return (one.clamp(min=IMPOSSIBLE) - other.clamp(min=IMPOSSIBLE)).abs()

@@ -1,4 +1,4 @@
-"""Environments, and the grader behind mathematics."""
+"""Checks environments, and the grader of mathematical answers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def check_environment(
     check: str = "environment",
     timeout: float = START_SECONDS,
 ) -> list[Finding]:
-    """Gymnasium's own checker, and what a task needs beyond it. `expert`, `admissible`: info must
-    hold the expert's action, the admissible ones. timeout: seconds for all of it."""
+    """Run Gymnasium's own checker, and check what a task needs beyond it. expert, admissible: info
+    must hold the expert's action, the admissible actions. timeout: seconds for all of it."""
     opens = Check(subject, check)
     found: list[Finding] = []
     if deadly := _deadly(opens, env_id, env_args, timeout):
@@ -76,14 +76,14 @@ WAITS = "find what it waits for; rollouts would kill it at rollout.timeout, agai
 def _deadly(
     check: Check, env_id: str, env_args: Mapping[str, Any], timeout: float
 ) -> Finding | None:
-    """A fault that an examination in this process would not survive: found in another one."""
+    """A crash or hang, looked for in a child process: this one would not survive it."""
     try:
         with EnvironmentPool(
             env_id, env_args, processes=1, timeout=timeout, max_observation=MAX_OBSERVATION
         ) as pool:
             pool.send([Reset(episode=0, seed=3)])
             (answer,) = pool.receive()
-            if isinstance(answer, Observed):
+            if isinstance(answer, Observed):  # an action that makes no sense anywhere
                 pool.send([Act(episode=0, action="zzz")])
                 (answer,) = pool.receive()
     except ValueError:
@@ -102,8 +102,9 @@ def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Fi
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
+            # unwrapped: gymnasium.make's wrappers would hide faults from the checker
             check_env(env.unwrapped, skip_render_check=True)
-        except Undecided:
+        except Undecided:  # the grader was too busy: no fault of the environment's
             raise
         except BaseException as error:
             return [
@@ -173,7 +174,7 @@ def _given(subject: str, info: Mapping[str, Any], key: str, kind: type) -> Findi
 
 
 def _golds(subject: str, env: gymnasium.Env[Any, Any]) -> list[Finding]:
-    """Where info tells the gold answer: does it pass as an answer?"""
+    """Whether gold answers, where info tells them, are graded as correct."""
     if "answer" not in env.reset(seed=0, options={"index": 0})[1]:
         return []
     check = Check(subject, "gold answers")
@@ -192,6 +193,7 @@ def _golds(subject: str, env: gymnasium.Env[Any, Any]) -> list[Finding]:
         f" {index}: {gold[:40]!r} ({reason})"
     )
     cure = "correct or drop those problems; answer_column and gold_format say where a file has them"
+    # data sets have a few golds that the grader cannot read; if most fail, the column is wrong
     if 2 * len(wrong) > count:
         return [check.fault(text, cure)]
     return [check.note(text, cure)]
@@ -206,20 +208,21 @@ GRADES = (
 )
 SYMBOLIC = (("\\boxed{x(x+1)}", "x^2+x", True), ("\\boxed{x^2}", "x^2+x", False))
 ENDLESS = "9^{9^{9}}"
-"""What no algebra ever finishes, and no thread can interrupt."""
+"""An answer whose algebra never ends, in C code that no thread can interrupt."""
 
 
 WAIT = 60.0
-"""Seconds on the clock that one answer of the grader may take here, however busy the machine is."""
+"""Seconds on the clock that the doctor waits for one grade, however busy the machine is."""
 SLOW = 5.0
-"""Seconds from which a start is worth a word."""
+"""Seconds from which the grader's start is worth a note."""
 LATER = "run it again when the machine is less busy: training waits for the grader, and plays again"
 INSTALL = "pip install --upgrade 'tutelage[math]'"
 PARTS = ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy")
 
 
 def check_grader(*, timeout: float = 5.0) -> list[Finding]:
-    """Answers whose grade is known, and one that never ends. timeout: processor seconds of one."""
+    """Grade answers whose grade is known, and one that never ends. timeout: processor seconds for
+    one answer."""
     found = [_graded("known answers", GRADES, timeout)]
     if not grading_pool.available():
         text = "math-verify is not installed: answers that only algebra can compare count as wrong"
@@ -231,8 +234,8 @@ def check_grader(*, timeout: float = 5.0) -> list[Finding]:
 
 
 def _started() -> Finding:
-    """Whether math-verify works as it is installed, and how long its process takes to be ready: the
-    one is a matter of versions, the other of the machine."""
+    """Whether math-verify works as it is installed (versions may not fit), and how long its process
+    takes to be ready (the machine may be slow)."""
     check = Check("grader", "math-verify")
     try:
         seconds, used = grading_pool.start(WAIT)
@@ -249,7 +252,7 @@ def _started() -> Finding:
 
 
 def _slow(seconds: float, used: float) -> str:
-    why = "busy" if seconds > 2 * used else "slow"
+    why = "busy" if seconds > 2 * used else "slow"  # busy: it waited for the processor
     return (
         f"this machine is {why}: the grader needed {seconds:.1f} s to start, of its processor"
         f" {used:.1f} s; no answer counts as wrong for that, but steps wait for it"
@@ -277,14 +280,14 @@ def _graded(name: str, cases: Sequence[tuple[str, str, bool]], timeout: float) -
         if verdict.correct is not right:
             return check.fault(
                 f"{said!r} against {gold!r} is graded {verdict.correct} ({verdict.reason}), with"
-                f" {_versions() or 'no math-verify'}: every reward of mathematics hangs on this",
+                f" {_versions() or 'no math-verify'}: every reward of mathematics depends on this",
                 INSTALL,
             )
     return check.ok(f"{len(cases)} of {len(cases)} as they should be")
 
 
 def _bounded(*, timeout: float) -> Finding:
-    """The process that does algebra must end when its processor time is used up."""
+    """Whether the process that does algebra ends when its processor time is used up."""
     check = Check("grader", "deadline")
     begun = time.monotonic()
     correct, reason = grading_pool.symbolic(ENDLESS, "x+1", Allowance.within(timeout, WAIT))

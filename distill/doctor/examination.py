@@ -1,4 +1,4 @@
-"""The whole examination: loads the models one after the other, and each task's environment."""
+"""Runs all checks on a config: loads its models one by one, and each task's environment."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from tutelage.scheduler.episodes import Dropped, Episode, Order, Row
 from tutelage.scheduler.rollouts import RolloutWorker, TaskRollout
 
 EPISODES, TURNS, TOKENS = 2, 4, 64
-"""Of each task, what is played to have something to score."""
+"""How much of each task the student plays, so that there are rows to score."""
 
 AS_TOLD = "do as it says, or choose another model"
-"""The cure of a fault that names its own."""
+"""The cure where the message itself says what to do."""
 
 Say = Callable[[str], None]
 Settings = Mapping[str, TaskSettings]
@@ -57,14 +57,14 @@ Settings = Mapping[str, TaskSettings]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """What the student did in a task. `opening`: the ids of its first prompt."""
+    """The student's rows in a task. opening: the ids of the first prompt."""
 
     rows: tuple[Row, ...]
     opening: tuple[int, ...]
 
 
 def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding]:
-    """Every finding on a checked config, as it is made. say: told what is looked at."""
+    """Every finding on a checked config, as soon as it is made. say: is told what comes next."""
     check_devices(config)
     prepare_process(config.student.threads)
     settings = config.resolve()
@@ -73,12 +73,12 @@ def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding
     say("tokenizers")
     tokenizer, findings = _tokenizer("student", student_tokenizer(config.student))
     yield from findings
-    if tokenizer is None:  # what else is missing?
+    if tokenizer is None:  # nothing can be compared; tell at once which others are missing too
         for name, teacher in config.teachers.items():
             if teacher.files is not None:
                 yield from _tokenizer(f"teachers.{name}", teacher.files)[1]
         return
-    config = dated(as_begun(config), tokenizer)
+    config = dated(as_begun(config), tokenizer)  # templates show the run's date, not today's
     yield from _texts(config, settings, tokenizer)
     say("student")
     played: dict[str, Played] = {}
@@ -107,7 +107,7 @@ def _environments(config: RunConfig, settings: Settings) -> Iterator[Finding]:
                 evaluation.env_args,
                 admissible=evaluation.context.lists_actions,
                 check="environment, eval_args",
-            )[:1]
+            )[:1]  # whether it can be made; all else was said of the same environment above
     if any(task.env.endswith("tutelage/Math-v0") for task in config.tasks.values()):
         yield from check_grader()
 
@@ -120,7 +120,7 @@ def _tokenizer(subject: str, reference: str) -> tuple[Any, list[Finding]]:
 
 
 def _absent(subject: str, what: str, reference: str | None, error: Exception) -> Finding:
-    """What does not load. reference: None: it is made here."""
+    """A finding on what did not load. reference: its folder or id; None: made from student.init."""
     there = reference is None or reference.startswith(BUILTIN) or Path(reference).is_dir()
     cure = AS_TOLD if there else "name a folder that is there, or a hub id that can be reached"
     return Check(subject, what).fault(one_line(error), cure)
@@ -133,7 +133,7 @@ def _texts(config: RunConfig, settings: Settings, tokenizer: Any) -> Iterator[Fi
     for name, task in settings.items():
         yield texts.check_mask(f"tasks.{name}", tokenizer, task.mask_tokens)
         if task.objective.needs.draws:
-            yield numbers.check_law(f"tasks.{name}", task.objective, task.rollout.sampling)
+            yield numbers.check_sampling(f"tasks.{name}", task.objective, task.rollout.sampling)
 
 
 def _student(
@@ -151,7 +151,7 @@ def _student(
     ends = texts.check_end_of_turn("student", tokenizer, told, config.date)
     yield ends
     if student.rows < size or ends.level == "fault":
-        return
+        return  # it cannot play: a prompt may hold ids without a row, or no reply would end
     for name, task in settings.items():
         subject = f"tasks.{name}"
         engine = TransformersEngine(student)
@@ -165,13 +165,14 @@ def _student(
     if config.rollout.engine == "vllm":
         yield from _vllm(config, settings, student, tokenizer)
     del student
-    _free()
+    _free()  # the teachers are next: no two models are loaded at once
 
 
 def _vllm(
     config: RunConfig, settings: Settings, student: Student, tokenizer: Any
 ) -> Iterator[Finding]:
-    """Whether vLLM takes the student's weights and says of its own tokens what the student does."""
+    """Whether vLLM takes the student's weights, and gives the tokens that it samples the
+    log-probabilities that the student gives them (train-inference mismatch)."""
     check = Check("student", "vllm and learner")
     try:
         engine = make_engine(config, rollouts_of(settings), student)
@@ -223,7 +224,7 @@ def _play(
     finally:
         worker.close()
     if lost := [outcome for outcome in outcomes if isinstance(outcome, Dropped)]:
-        cure = "correct the environment; rollout.timeout is what it may take"
+        cure = "correct the environment; rollout.timeout says how many seconds it may take"
         if lost[0].reason == "too long":
             cure = "see the message"
         return check.fault(f"episode {lost[0].order.name}: {lost[0].why}", cure)
@@ -232,8 +233,8 @@ def _play(
     )
     if not rows:
         return check.fault(
-            "the student had no room to say a word: the first prompt fills its context",
-            "a student with more max_position_embeddings, or a shorter prompt",
+            "the student had no room for a single token: the first prompt fills its context",
+            "take a student with more max_position_embeddings, or shorten the prompt",
         )
     first = int(rows[0].action_mask_T.argmax())
     return Played(rows=rows, opening=tuple(rows[0].ids_T[:first].tolist()))
@@ -307,8 +308,8 @@ def examine_teacher(
     *,
     size: int,
 ) -> Iterator[Finding]:
-    """What a teacher's scores tell. teacher: has `score`; model: its weights; prompt: what it goes
-    on from; size: the tokenizer's."""
+    """Findings on a teacher's scores. teacher: has `score`; model: its weights; prompt: ids that it
+    continues greedily, to score its own text; size: the tokenizer's."""
     within = numbers.tolerance(model)
     try:
         probes = numbers.greedy_probes(Student(model, vocabulary=size), prompt)
@@ -333,6 +334,6 @@ def examine_teacher(
 
 
 def _free() -> None:
-    gc.collect()
+    gc.collect()  # models hold reference cycles: without this the next one might not fit
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a check says: fine, worth knowing, or at fault; and what to do about it."""
+"""A check's result: ok, a note or a fault, and its cure."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a model's numbers tell: are a teacher's scores of the token that they stand at, are its
-weights there, does the student agree with itself.
+"""Checks a model's numbers: does each score belong to its token, did all weights load, and do
+engine and learner give the student's tokens the same log-probabilities?
 
-The reference is a plain forward of the model, which shares no line with the batches, masks and
+The reference is a plain forward of the model. It shares no code with the batches, masks and
 positions that training uses.
 
-Letters: T tokens of a row, N chosen tokens, V vocabulary.
+Letters: T tokens of a row, N action tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,32 +31,35 @@ from tutelage.scheduler.episodes import GREEDY, NO_ACTION, Row, SamplingParams
 
 GREEDY_TOKENS, PROMPT_TOKENS = 24, 256  # the reference keeps whole logits: 0.2 GB at V = 150,000
 LOST = 0.9
-"""Entropy over ln V from which a model says nothing: language models stay below a third."""
+"""A model whose entropy is more than this share of ln V has lost its weights; language models stay
+below a third."""
 STRANGE = -5.0
-"""Nats a token: a teacher that finds the student's replies e^5 times less likely than it does."""
+"""Nats a token: below it the teacher finds the student's tokens e^5 times less likely than the
+student does."""
 
 Score = Callable[..., Sequence[TeacherScores]]
-"""`TransformersTeacher.score`, or what stands for it."""
+"""`TransformersTeacher.score`, or that of another teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A row, and the log-probabilities [T, V] of a plain forward: row t is of token t."""
+    """A row, and a plain forward's log-probabilities: line t of [T, V] predicts token t."""
 
     row: Row
     logprobs_TV: torch.Tensor
 
 
 def tolerance(model: Any, other: str | None = None) -> float:
-    """Nats by which two computations of one log-probability may differ in the mean. other: the
-    dtype of the second, where it is not the model's."""
+    """Nats by which two computations of a log-probability may differ in the mean. other: the dtype
+    of the second one, if it is not the model's."""
     own = str(model.dtype).removeprefix("torch.")
     return max(ROWS_TOLERANCE[own], ROWS_TOLERANCE[other or own])
 
 
 def greedy_probes(student: Student, prompt: Sequence[int]) -> list[Probe]:
-    """What a model, given as a student, goes on with after `prompt`, greedily: two rows of unequal
-    length, the longer one with a second reply inside its prompt: padding and gaps are met too."""
+    """Two rows of `prompt` and the model's own greedy continuation. They differ in length, and the
+    longer one has a second reply inside its prompt, so that padding and gaps between action tokens
+    are checked too."""
     engine = TransformersEngine(student)
     ids = list(prompt)[: min(PROMPT_TOKENS, engine.max_context - GREEDY_TOKENS)]
     engine.submit(
@@ -109,9 +112,8 @@ def _probe(
 def check_alignment(
     subject: str, score: Score, probes: Sequence[Probe], *, within: float
 ) -> Finding:
-    """Whether the scores of a token are those that a plain forward gives at that token, and that
-    generation gave. Scores that belong to the token before or after are recognised by what the
-    plain forward says there.
+    """Whether a token's scores are those of a plain forward, and those recorded in generation.
+    Scores that are shifted by one token are recognised: they fit the plain forward there.
 
     within: nats, in the mean; a single token may be five times as far off.
     """
@@ -148,8 +150,8 @@ def check_alignment(
 def _errors(
     scores: TeacherScores, probe: Probe, *, offset: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far in nats (what is said to be the most probable id, the token's own log-probability)
-    are [N] from the plain forward's `offset` tokens on."""
+    """How far the scores are from the plain forward `offset` tokens further on, in nats: (of the
+    id said to be the most probable [N], of the token's own log-probability [N])."""
     at_N = torch.from_numpy(np.flatnonzero(probe.row.action_mask_T)) + offset
     keep_N = (at_N >= 1) & (at_N < len(probe.row.ids_T))
     logprobs_NV = probe.logprobs_TV[at_N[keep_N]].clamp(min=IMPOSSIBLE)
@@ -191,7 +193,7 @@ def check_support(subject: str, scores: Sequence[TeacherScores], size: int) -> F
 
 
 def check_weights(subject: str, scores: Sequence[TeacherScores]) -> Finding:
-    """Whether the model says anything: a uniform distribution is that of lost weights."""
+    """Whether the model has its weights: a nearly uniform distribution says that they are lost."""
     check = Check(subject, "uniform")
     known = [found.entropy_N for found in scores if found.entropy_N is not None]
     if not known:
@@ -209,7 +211,7 @@ def check_weights(subject: str, scores: Sequence[TeacherScores]) -> Finding:
 
 
 def check_determinism(subject: str, score: Score, rows: Sequence[Row], *, within: float) -> Finding:
-    """Whether the same rows get the same scores, and a row alone those that it gets in a batch."""
+    """Whether the same rows get the same scores twice, and a row alone the same as in a batch."""
     check = Check(subject, "determinism")
     first, again = (score(rows, Needs(k=1)) for _ in range(2))
     if (off := _furthest(first, again)) > 0:
@@ -220,7 +222,7 @@ def check_determinism(subject: str, score: Score, rows: Sequence[Row], *, within
         )
     alone = [found for row in rows for found in score([row], Needs(k=1))]
     off = _furthest(first, alone)
-    if off > 10 * within:
+    if off > 10 * within:  # of the furthest single token; other shapes round otherwise
         return check.fault(
             f"a row alone and in a batch differ by up to {off:.2g} nats",
             "padding is seen by real tokens: check attention mask and positions",
@@ -237,7 +239,7 @@ def _furthest(left: Sequence[TeacherScores], right: Sequence[TeacherScores]) -> 
 def check_teacher_on_student(
     subject: str, task: str, scores: Sequence[TeacherScores], rows: Sequence[Row]
 ) -> Finding:
-    """What the teacher thinks of the student's replies: log q - log pi, in the mean."""
+    """How likely the teacher finds the student's replies: the mean of log q - log pi."""
     check = Check(subject, f"on {task}'s replies")
     sampled_N = torch.cat([found.sampled_N for found in scores]).clamp(min=IMPOSSIBLE)
     own_N = torch.cat(
@@ -245,7 +247,7 @@ def check_teacher_on_student(
     )
     known_N = own_N.isfinite()
     if not known_N.any():
-        return check.ok("none of them are the student's own")
+        return check.ok("none of them are the student's own")  # an expert played
     gap = float((sampled_N - own_N)[known_N].mean())
     text = f"log q - log pi = {gap:.2f} nats a token on {int(known_N.sum())} tokens of the student"
     if gap < STRANGE:
@@ -257,15 +259,15 @@ def check_teacher_on_student(
     return check.ok(text)
 
 
-def check_law(subject: str, objective: Objective, sampling: SamplingParams) -> Finding:
-    """Whether the objective's gradient is, in the mean, what it says, under the law that plays."""
-    check = Check(subject, "sampling law")
+def check_sampling(subject: str, objective: Objective, sampling: SamplingParams) -> Finding:
+    """Whether the objective's mean gradient is unbiased under the sampling parameters."""
+    check = Check(subject, "sampling parameters")
     found = bias(objective, sampling)
     if found is not None:
         return check.note(found.text, found.cure)
     if sampling.whole:
         return check.ok(f"{objective.name}'s tokens are drawn from the whole policy")
-    return check.ok(f"{objective.name} weighs its tokens by the law that draws them")
+    return check.ok(f"{objective.name} weighs its tokens by the probabilities they are drawn with")
 
 
 def check_engine(
@@ -276,8 +278,9 @@ def check_engine(
     within: float | None = None,
     check: str = "engine and learner",
 ) -> Finding:
-    """Whether the learner gives sampled tokens the log-probabilities that the engine recorded: what
-    importance ratios and rewards are made of. within: nats, in the mean; None: `tolerance`."""
+    """Whether the learner gives sampled tokens the log-probabilities that the engine recorded
+    (train-inference mismatch): importance ratios and rewards are computed from both. within: nats,
+    in the mean; None: `tolerance`."""
     checked = Check(subject, check)
     gaps = []
     with torch.no_grad():
@@ -293,7 +296,7 @@ def check_engine(
         return checked.note("no token was sampled by the student")
     mean, most = float(gap_N.mean()), float(gap_N.max())
     text = f"apart by {mean:.0e} nats in the mean, {most:.0e} at most, on {len(gap_N)} tokens"
-    if not mean <= (tolerance(student) if within is None else within):
+    if not mean <= (tolerance(student) if within is None else within):  # NaN too
         return checked.fault(
             text,
             "every importance ratio is off by that: compare the engine's positions, cache and"
@@ -305,21 +308,21 @@ def check_engine(
 def check_self_distillation(
     subject: str, student: Student, rows: Sequence[Row], objective: Objective
 ) -> Finding:
-    """The student as its own teacher, through scoring and objective as in training: nothing is
-    left to learn, so the divergence, or the reward of a policy gradient, must be 0."""
+    """Take the student as its own teacher, through scoring and objective as in training. Nothing is
+    left to learn, so the divergence, or a policy gradient's reward, must be 0."""
     teacher = TransformersTeacher(student.model, vocabulary=student.vocabulary)
     return self_distilled(subject, student, teacher.score, rows, objective)
 
 
 DIVERGENCES = ("local_support", "full_vocabulary")
-"""Objectives whose loss is a distance between teacher and student."""
+"""Objectives whose loss is a distance between teacher and student, and so 0 where they agree."""
 
 
 @torch.no_grad()
 def self_distilled(
     subject: str, student: Student, score: Score, rows: Sequence[Row], objective: Objective
 ) -> Finding:
-    """See `check_self_distillation`; `score` is the student's own, however computed."""
+    """See `check_self_distillation`. score: the student's own scores, however computed."""
     check = Check(subject, "self-distillation")
     if not objective.needs.teacher:
         return check.ok(f"{objective.name} has no teacher")

@@ -1,4 +1,4 @@
-"""Tokenizers and what they bring: vocabularies, ends of turns, chat templates, masked tokens."""
+"""Checks tokenizers: their vocabularies, ends of turns, chat templates and masked tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tutelage.scheduler.templates import conversation, reads_clock, render, spok
 
 
 def check_vocabulary(subject: str, student: Any, teacher: Any) -> Finding:
-    """Whether every token has the same id for both: a score is of an id, not of a text."""
+    """Whether every token has the same id for both: scores belong to ids, not to texts."""
     check = Check(subject, "vocabulary")
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
@@ -35,8 +35,8 @@ def _id(number: int | None) -> str:
 
 
 def check_ends(subject: str, student: Chat, teacher: Chat) -> Finding:
-    """Whether the teacher ends a reply as the student does: else it always wants to go on where the
-    student stops, and replies grow without end."""
+    """Whether the teacher ends a reply as the student does. Else it finds the student's end token
+    unlikely everywhere, and the student unlearns to stop."""
     check = Check(subject, "EOS")
     ours, theirs = student.tokenizer, teacher.tokenizer
     if theirs.eos_token_id != ours.eos_token_id:
@@ -70,9 +70,9 @@ def _tokens(tokenizer: Any, ids: Collection[int]) -> str:
 def check_end_of_turn(
     subject: str, tokenizer: Any, told: Collection[int] = (), date: datetime.date | None = None
 ) -> Finding:
-    """Whether a reply can end: an EOS token there is, and the template closes with it.
+    """Whether a reply can end: there is an EOS token, and the template closes a reply with it.
 
-    told: what the model's own generation settings say ends a reply.
+    told: the ids that end a reply by the model's own generation settings.
     """
     check = Check(subject, "end of turn")
     try:
@@ -104,14 +104,14 @@ def check_end_of_turn(
 
 
 def check_padding(subject: str, rows: int, size: int) -> Finding:
-    """Embedding rows against the tokenizer's ids."""
+    """Whether every id of the tokenizer has a row in the embedding."""
     check = Check(subject, "embedding rows")
     if rows == size:
         return check.ok(f"{rows:,}, one an id")
     if rows > size:
         return check.note(
             f"{rows:,} rows for {size:,} ids: {rows - size:,} are padding, cut off before the"
-            " softmax: they take no probability"
+            " softmax: they get no probability"
         )
     return check.fault(
         f"{rows:,} rows for {size:,} ids: the last {size - rows:,} tokens have no row",
@@ -122,10 +122,11 @@ def check_padding(subject: str, rows: int, size: int) -> Finding:
 def check_template(
     subject: str, tokenizer: Any, system: str | None = None, date: datetime.date | None = None
 ) -> Finding:
-    """Whether the chat template shows every turn, and leaves earlier ones as they were.
+    """Whether the chat template shows every turn, and leaves earlier ones unchanged.
 
-    Rollouts append ids and never render again, so a template that rewrites what was said does no
-    harm; one that drops it would have the model meet conversations that it never saw.
+    Rollouts append ids and never render a conversation again. So a template that rewrites earlier
+    turns does no harm; under one that drops them the model was never trained on conversations with
+    earlier turns.
     """
     check = Check(subject, "chat template" + ("" if system is None else ", system"))
     if not tokenizer.chat_template:
@@ -138,6 +139,7 @@ def check_template(
         thinking = _renderings(tokenizer, system, "<think>thought of {}</think>{}", date)
     except Exception as error:  # a template is a program: it may raise anything
         plain, thinking, said = [], [], one_line(error)
+    # before Chat, which would refuse such a template with a less telling message
     if plain and (gone := [text for text in (*USERS, *REPLIES) if text not in plain[-1]]):
         return check.fault(
             f"it drops earlier turns: of three, {', '.join(map(repr, gone))} no longer show",
@@ -183,7 +185,7 @@ REPLIES = ("first said", "second said")
 def _renderings(
     tokenizer: Any, system: str | None, reply: str, date: datetime.date | None
 ) -> list[str]:
-    """A conversation of three user turns, after each of them."""
+    """A conversation of three user turns, rendered after each of them."""
     spoken = spoken_of(tokenizer, date)
     replies = [reply.format(said, said) for said in REPLIES]
     texts = [USERS[0], replies[0], USERS[1], replies[1], USERS[2]]
@@ -194,12 +196,13 @@ def _renderings(
 
 
 def _extends(texts: Sequence[str]) -> bool:
-    """Whether each begins with the one before, up to the opening of the reply."""
+    """Whether each text begins with the one before."""
     return all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
 def _first_difference(tokenizer: Any, chat: Chat, rendered: str) -> int | None:
-    """Where ids appended turn by turn leave those of the whole text; None: nowhere."""
+    """The place of the first id that differs between the conversation's ids appended turn by turn
+    and those of its whole text; None: all are the same."""
     appended = chat.opening(USERS[0])
     for said, user in zip(REPLIES, USERS[1:], strict=True):
         appended += [*chat.reply(said), *chat.following(user, closed=True)]
@@ -211,7 +214,7 @@ def _first_difference(tokenizer: Any, chat: Chat, rendered: str) -> int | None:
 
 
 def check_same_template(subject: str, student: Any, teacher: Any) -> Finding:
-    """Whether the teacher knows the student's template, in which it will read everything."""
+    """Whether the teacher has the student's template, in which it will read every episode."""
     check = Check(subject, "its own template")
     if (student.chat_template or "") == (teacher.chat_template or ""):
         return check.ok("the student's")
@@ -222,7 +225,7 @@ def check_same_template(subject: str, student: Any, teacher: Any) -> Finding:
 
 
 def check_mask(subject: str, tokenizer: Any, texts: Sequence[str]) -> Finding:
-    """Which ids `objective.mask_tokens` leaves out of the loss."""
+    """Tells which ids `objective.mask_tokens` leaves out of the loss."""
     check = Check(subject, "masked tokens")
     if not texts:
         return check.ok("none: every token of a reply takes loss")
@@ -237,7 +240,8 @@ def check_mask(subject: str, tokenizer: Any, texts: Sequence[str]) -> Finding:
     if tokenizer.eos_token_id in {i for ids in found.values() for i in ids}:
         return check.note(
             f"{shown}: EOS is among them",
-            "the teacher then never says when to stop: mask it only where it ends otherwise",
+            "the student then never learns from the teacher when to stop: mask EOS only if replies"
+            " end otherwise",
         )
     if several := [text for text, ids in found.items() if len(ids) > 1]:
         return check.note(

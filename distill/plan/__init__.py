@@ -1,1 +1,1 @@
-"""What a config would take."""
+"""`tutelage plan`: the steps, tokens and memory that a config would take."""

@@ -1,7 +1,7 @@
-"""What a model will need, from its config.json or, where that is not here, from its published one
-(published.py), or from its name.
+"""A model's size: from its config.json if that is on this machine, else from the published one
+(published.py), else from the model's name.
 
-No weights are read: the model is built on torch's meta device, whose tensors have shapes alone.
+No weights are read: the model is built on torch's meta device, whose tensors have only shapes.
 
 Letters: D hidden size, I the feed-forward layer's inner size.
 """
@@ -32,8 +32,8 @@ _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z0-9])")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What memory depends on, beside the weights. trainable: parameters that an optimizer moves;
-    hidden_matrices: those of them that Muon takes."""
+    """The sizes that memory depends on, beside that of the weights. trainable: parameters that an
+    optimizer moves; hidden_matrices: those of them that Muon moves."""
 
     layers: int
     hidden: int
@@ -45,19 +45,19 @@ class Shape:
     hidden_matrices: int
 
     def activations(self, *, recompute: bool) -> int:
-        """Numbers that one token's forward keeps for the backward, without the head: what sdpa
-        attention and a gated feed-forward save, 10 D + 4 I a layer (5 % off at most for Qwen2 and
-        Llama; a quarter more where keys and queries are normed). With recomputing, one layer's,
-        every layer's input, and the last norm's two."""
+        """How many numbers the forward of one token keeps for the backward, without the head. sdpa
+        attention and a gated feed-forward save 10 D + 4 I a layer (at most 5 % off for Qwen2 and
+        Llama; a quarter more where keys and queries are normed). With recomputing it is one
+        layer's, the input of every layer, and the last norm's two."""
         layer = 10 * self.hidden + 4 * self.inner
         return layer + (self.layers + 2) * self.hidden if recompute else self.layers * layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """A model's size. parameters: None where nothing tells. shape: None without a config.json, and
-    then `parameters` is what the name says. published: the config.json is not on this machine, and
-    known from published.py."""
+    """A model's size. parameters: None: unknown. shape: None without a config.json; `parameters` is
+    then read from the name. published: the config.json is not on this machine but in
+    published.py."""
 
     reference: str
     parameters: int | None
@@ -73,24 +73,24 @@ class Footprint:
         return None if self.parameters is None else self.parameters * BYTES[dtype]
 
     def gradients(self, dtype: str) -> int | None:
-        """Bytes; as many as each of the optimizer's moments."""
+        """Bytes; each of the optimizer's moments has as many."""
         return self.weights(dtype) if self.shape is None else self.shape.trainable * BYTES[dtype]
 
     def optimizer_state(self, name: str, dtype: str) -> tuple[int | None, int | None]:
-        """Bytes, at least and at most, that the optimizer keeps: AdamW two moments of a parameter;
-        Muon one, of the hidden matrices."""
+        """(at least, at most) bytes that the optimizer keeps: AdamW two moments for each parameter;
+        Muon one for each of the hidden matrices, and AdamW's two for the rest."""
         moment = self.gradients(dtype)
         if moment is None or name == "adamw":
             twice = None if moment is None else 2 * moment
             return twice, twice
-        if self.shape is None:
+        if self.shape is None:  # nobody knows how many parameters Muon moves
             return moment, 2 * moment
         kept = 2 * moment - self.shape.hidden_matrices * BYTES[dtype]
         return kept, kept
 
 
 def footprint(reference: str) -> Footprint:
-    """Of a folder, hub id or built-in model; asks no network.
+    """The size of a folder's, hub id's or built-in model; asks no network.
 
     Raises:
         ConfigError: no such built-in model, or a config.json that does not load.
@@ -106,7 +106,7 @@ def footprint(reference: str) -> Footprint:
 
 
 def student_footprint(config: StudentConfig) -> Footprint:
-    """Of the student, trained further or from scratch."""
+    """The size of the student, whether it is trained further or from scratch."""
     if config.model is not None:
         with at_key("student.model"):
             return footprint(config.model)
@@ -127,7 +127,7 @@ def at_hand(reference: str) -> Path | None:
     if path.is_dir():
         return path
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        return None
+        return None  # no hub id, which huggingface_hub would refuse with an error
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", "tokenizer_config.json"):
@@ -153,9 +153,10 @@ def _measured(reference: str, settings: Any) -> Footprint:
         model = AutoModelForCausalLM.from_config(settings)
     text = settings.get_text_config()
     student = Student(model, vocabulary=text.vocab_size)
+    # by id: a head that is tied to the embedding is one parameter
     trainable = {id(p): p.numel() for p in student.trainable()}
     heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads  # Qwen3's is its own
     kept = (getattr(text, "num_key_value_heads", None) or heads) * size
     return Footprint(
         reference=reference,

@@ -1,17 +1,17 @@
-"""Which usual GPUs hold what a plan needs."""
+"""Suggests GPUs that have the memory that a plan needs."""
 
 from __future__ import annotations
 
 SIZES = (24, 48, 80, 141, 192, 288)
-"""GB that GPUs are sold with (RTX 4090 and L4; L40S; A100 and H100; H200; MI300X; B300). They have
-some 6 % more bytes, which the driver's context and fragments take."""
+"""GB of memory that GPUs are sold with (RTX 4090 and L4; L40S; A100 and H100; H200; MI300X; B300).
+They have some 6 % more bytes, which the driver's context and fragmentation take."""
 
 SPLIT = (80, 141)
-"""GB of those that are to be had by the eight."""
+"""GB of the GPUs that are usually rented eight to a machine."""
 
 
 def suggestion(needed: int) -> str:
-    """The smallest single GPU for so many bytes, or how many would share them."""
+    """The smallest single GPU for so many bytes, or how many GPUs would share them."""
     fitting = [size for size in SIZES if needed <= size * 10**9]
     if fitting:
         return f"one GPU of {fitting[0]} GB"

@@ -19,13 +19,13 @@ from tutelage.distill.plan.footprint import Footprint
 from tutelage.distill.plan.tasks import TaskForecast
 
 LIBRARIES = 400_000_000
-"""Bytes of a process that holds Python, torch and transformers (measured: 375 MB with the demo's
-three models)."""
+"""Bytes of a process with Python, torch and transformers (measured: 375 MB with the demo's three
+models)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Memory that something takes on a device, in bytes; None: unknown."""
+    """Bytes that something takes on a device, at least and at most; None: unknown."""
 
     device: str
     what: str
@@ -50,7 +50,8 @@ def learner_needs(
         _optimizer_need(config, student, device),
     ]
     micro = config.optimizer.micro_tokens_on(device)
-    longest = max(micro, student.shape.context) if student.shape else None  # a row goes whole
+    # a row is never split: one that is longer than a micro-batch makes one of its own
+    longest = max(micro, student.shape.context) if student.shape else None
     least = min(micro, max(task.tokens for task in tasks))
     shape, again = student.shape, config.optimizer.recompute
     kept = None if shape is None else shape.activations(recompute=again) * width
@@ -69,12 +70,14 @@ def learner_needs(
 
 
 CUT = 3
-"""The first needs of a learner: weights, gradients, optimizer."""
+"""How many of a learner's needs, the first ones, are divided among its processes: weights,
+gradients, optimizer."""
 
 
 def _over_ranks(config: RunConfig, alone: Sequence[Need], weights: int | None) -> list[Need]:
-    """A learner's needs over several processes: each has its part of the first ones, and all of the
-    others; rank 0 a whole copy too. While it starts, each loads the whole weights."""
+    """A learner's needs over several processes. Each rank has its part of the first ones (`CUT`)
+    and all of the others; rank 0 also has a whole copy of the weights. While starting, each loads
+    all weights."""
     ranks, device = config.learner.processes, alone[0].device
     found = []
     for rank in [0] if device == "cpu" else range(ranks):
@@ -107,7 +110,8 @@ def _optimizer_need(config: RunConfig, student: Footprint, device: str) -> Need:
 def _head_needs(
     device: str, vocabulary: int | None, least: int, longest: int | None, *, full: bool
 ) -> list[Need]:
-    """Logits and log-probabilities of a micro-batch's tokens, or the blocks that stand for them."""
+    """Logits and log-probabilities of a micro-batch's tokens, or, for a large vocabulary, of one
+    block of them after the other."""
     if vocabulary is None or vocabulary > DENSE_VOCABULARY:
         what, sizes = "output head, block by block", (4 * CHUNK, 3 * 4 * CHUNK)
         found = [Need(device=device, what=what, least=sizes[0], most=sizes[1], knob="-")]
@@ -139,8 +143,8 @@ def _head_needs(
 def rollout_needs(
     config: RunConfig, settings: Mapping[str, TaskSettings], student: Footprint
 ) -> list[Need]:
-    """The engine's weights, where they are not the learner's own, and its sessions' keys and
-    values: of their replies alone, or of whole contexts."""
+    """The rollout engine's weights, where they are not the learner's own, and the keys and values
+    of its sessions: at least of their replies, at most of whole contexts."""
     device, width = device_name(config.student.device), BYTES[config.student.dtype]
     workers = config.workers
     vllm = config.rollout.engine == "vllm"
@@ -192,14 +196,14 @@ def rollout_needs(
 
 
 def _sessions(config: RunConfig, task: TaskSettings, workers: int) -> tuple[int, int]:
-    """(episodes in flight in one engine, tokens of the replies that its cache holds of each)."""
+    """(episodes in flight in one engine, reply tokens of each that its cache holds)."""
     how, section = task.rollout, config.evaluation
     played = task.schedule.episodes
     if section.rounds(config.steps):
         played = (
             how.max_live * workers if section.episodes == "all" else max(played, section.episodes)
         )
-    turns = how.max_turns if how.context.kind == "full" else 1
+    turns = how.max_turns if how.context.kind == "full" else 1  # a window begins a new prompt
     return min(how.max_live, -(-played // workers)), turns * how.max_new_tokens
 
 
@@ -210,6 +214,7 @@ def teacher_needs(
     tasks: Sequence[TaskForecast],
 ) -> list[Need]:
     found = []
+    # a server's memory is its own machine's
     here = {name: one for name, one in config.teachers.items() if one.engine != "server"}
     for name, teacher in here.items():
         weights = teachers[name].weights(teacher.dtype)
@@ -226,7 +231,8 @@ def teacher_needs(
         if teacher.engine == "vllm":
             options = teacher.vllm or VllmConfig()
             found.append(_vllm_need(f"teacher {name}", options, device, weights))
-    # A block of tokens' logits, float32: as they are, as log-probabilities, as probabilities.
+    # Teachers score one after the other, in blocks of tokens. A block is float32 three times: as
+    # logits, log-probabilities and probabilities.
     tokens = max((task.tokens for task in tasks if task.teacher), default=0)
     block = CHUNK if vocabulary is None else min(CHUNK, vocabulary * tokens)
     for device in dict.fromkeys(device_name(teacher.device) for teacher in here.values()):
@@ -245,8 +251,8 @@ def teacher_needs(
 def guide_needs(
     config: RunConfig, settings: Mapping[str, TaskSettings], teachers: dict[str, Footprint]
 ) -> list[Need]:
-    """A teacher that plays prefixes keeps keys and values as an engine does: of its share of what
-    is in flight, or, if others end before, of all guided episodes at once."""
+    """The keys and values of a teacher that plays prefixes: at least of the guided share of the
+    episodes in flight; at most of all guided episodes, if the others have ended before."""
     workers = config.workers
     found = []
     for name, task in settings.items():
@@ -273,8 +279,9 @@ def guide_needs(
 def _vllm_need(
     name: str, options: VllmConfig, device: str, weights: int | None, engines: int = 1
 ) -> Need:
-    """What vLLM's engines set aside for keys and values: a size, or the rest of their share. Each
-    of tensor_parallel_size workers does: on a GPU of its own, or all in the CPU's memory."""
+    """The memory that vLLM's engines reserve for keys and values: kv_cache_gib, or what is left of
+    gpu_memory_utilization. Each of tensor_parallel_size workers reserves it: on a GPU of its own,
+    or all in the CPU's memory."""
     size, room = options.cache_bytes(on_cpu=device == "cpu"), memory_here(device)
     kept = size
     if kept is None and room is not None and weights is not None:
@@ -291,7 +298,8 @@ def _vllm_need(
 
 
 def process_needs(config: RunConfig) -> Need:
-    """Environments' own processes, which load no torch, come on top."""
+    """The libraries of all processes with torch. Those of environments load none, and are not
+    counted."""
     count = config.learner.processes
     if config.cluster is not None:
         count += config.cluster.workers + len(config.teachers)
@@ -310,12 +318,12 @@ def process_needs(config: RunConfig) -> Need:
 
 
 def device_name(name: str) -> str:
-    """`auto` as what it is on this machine."""
+    """A device's name, with `auto` as what it is on this machine."""
     return str(device_of(name))
 
 
 def memory_here(device: str) -> int | None:
-    """The bytes of a device of this machine; None: there is no such device."""
+    """The memory of a device of this machine, in bytes; None: there is no such device."""
     if device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     index = torch.device(device).index or 0

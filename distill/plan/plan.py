@@ -1,8 +1,8 @@
-"""`tutelage plan`: what a config would run, and what that takes. Loads no weights, asks no network.
+"""Makes the plan of a config: its steps, tokens and memory. Loads no weights, asks no network.
 
-Lengths of replies are upper bounds, since a student may stop earlier; prompts and observations are
-the environment's, so nothing here counts them. Models that are not on this machine are taken by
-their published architecture, or by the size in their name; what that does not tell stays unknown.
+Lengths of replies are upper bounds, since a student may stop earlier. Prompts and observations are
+not counted: they are the environment's. A model that is not on this machine is sized by its
+published architecture or by the size in its name; what that does not tell stays unknown.
 
 Bytes are decimal: 1 GB = 10^9.
 """
@@ -33,7 +33,7 @@ from tutelage.distill.student.sampling_bias import biases
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a config would run. settings: of its tasks. vocabulary: the ids that take probability;
+    """What a config would run. settings: of its tasks. vocabulary: the ids that get probability;
     None: unknown."""
 
     config: RunConfig
@@ -87,7 +87,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _vocabulary(config: RunConfig, student: Footprint) -> int | None:
-    """How many ids student and teachers share, as far as their tokenizers are here."""
+    """How many ids student and teachers share. Only tokenizers on this machine are compared."""
     own = _tokenizer_here(config)
     if own is None:
         return None if student.shape is None else student.shape.rows
@@ -96,6 +96,7 @@ def _vocabulary(config: RunConfig, student: Footprint) -> int | None:
         for name, teacher in config.teachers.items()
         if teacher.files is not None
     }
+    # `check_vocabularies` loads what a config names: it gets folders, so that it asks no network.
     here = {
         name: config.teachers[name].model_copy(
             update={"model": str(folder), "weights": str(folder)}
@@ -115,7 +116,7 @@ def _tokenizer_here(config: RunConfig) -> Path | None:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Sentences that the reader of a plan needs beside its numbers."""
     config, found = plan.config, []
     asked = (name for name, teacher in config.teachers.items() if teacher.files is not None)
     models = (plan.student, *(plan.teachers[name] for name in asked))
@@ -132,8 +133,8 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"tasks.{name}: {own.text}: {own.cure}")
     if len(config.tasks) > 1 and config.schedule.policy in ("token_budget", "gap"):
         found.append(
-            f"schedule {config.schedule.policy} decides in the run: steps are those of replies as"
-            " long as may be and of gaps that stay"
+            f"schedule {config.schedule.policy} decides in the run: the steps here are those of"
+            " replies of the greatest length and of gaps that do not change"
         )
     devices = list(dict.fromkeys(need.device for need in plan.needs))
     if missing := [device for device in devices if memory_here(device) is None]:

@@ -1,7 +1,7 @@
 """The architectures of the papers' models, for `plan`, which asks no network.
 
-From each model's config.json on the hub: what sizes hang on, and nothing else. A model that is on
-this machine is measured by its own file.
+They hold those keys of each model's config.json on the hub that its size depends on. A model that
+is on this machine is measured by its own file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each task of a config would run: steps, episodes, tokens, bytes of scores."""
+"""Forecasts what each task of a config would run: steps, episodes, tokens, bytes of scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tutelage.scheduler.policies import Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskForecast:
-    """One task's share of the run. Tokens: the student's replies, at most."""
+    """One task's part of the run. Tokens are those of the student's replies, at most."""
 
     name: str
     env: str
@@ -37,7 +37,7 @@ class TaskForecast:
 
     @property
     def step_bytes(self) -> int | None:
-        """Of the teacher's scores of a step."""
+        """Bytes of the teacher's scores in a step."""
         return None if self.score_bytes is None else self.score_bytes * self.tokens
 
 
@@ -60,7 +60,7 @@ def forecast(
 
 
 def _described_teachers(weights: Mapping[str, float]) -> str:
-    """`one`, or `one 75%, two 25%`: the shares of the episodes."""
+    """`one`, or `one 75%, two 25%`: who teaches which share of the episodes."""
     if len(weights) == 1:
         return next(iter(weights))
     total = sum(weights.values())
@@ -68,7 +68,7 @@ def _described_teachers(weights: Mapping[str, float]) -> str:
 
 
 def _described(task: TaskConfig, settings: TaskSettings) -> str:
-    """The objective: its losses, and what differs from the task's defaults."""
+    """The task's losses, its weight if that is not 1, and its guidance."""
     text = [" + ".join(map(_loss, settings.losses))]
     if task.weight != 1:
         text.append(f"(weight {task.weight:g})")
@@ -78,7 +78,7 @@ def _described(task: TaskConfig, settings: TaskSettings) -> str:
 
 
 def _loss(section: ObjectiveConfig) -> str:
-    """A loss with its k, with what differs from its defaults, and before it its weight in a sum."""
+    """A loss: its weight in a sum, its name, its k, and the options that differ from defaults."""
     defaults = {key: one.default for key, one in options_of(section.name).items()}
     shown = {key: x for key, x in section.options.items() if x != defaults[key]}
     if "k" in defaults:
@@ -90,8 +90,8 @@ def _loss(section: ObjectiveConfig) -> str:
 
 
 def steps_of(config: RunConfig, settings: Mapping[str, TaskSettings]) -> dict[str, int]:
-    """Every task's steps. Where they hang on what happens in the run (token_budget, gap): as if
-    every reply were as long as it may be, and all gaps stayed."""
+    """Every task's steps. Where they depend on what happens in the run (token_budget, gap), every
+    reply is taken to have the greatest length, and all gaps to stay the same."""
     timetable = config.timetable(settings)
     tokens = {name: float(reply_tokens(task)) for name, task in settings.items()}
     gaps = dict.fromkeys(settings, 1.0)
@@ -102,13 +102,13 @@ def steps_of(config: RunConfig, settings: Mapping[str, TaskSettings]) -> dict[st
 
 
 def reply_tokens(task: TaskSettings) -> int:
-    """Of a step, at most."""
+    """The most tokens of the student's replies in one step."""
     how = task.rollout
     return task.schedule.episodes * how.max_turns * how.max_new_tokens
 
 
 def evaluated(config: RunConfig) -> int | None:
-    """Episodes that one task plays for evaluation."""
+    """Episodes that one task plays in all evaluations; None: every game, however many."""
     section = config.evaluation
     times = section.rounds(config.steps)
     if section.episodes == "all":
@@ -117,10 +117,10 @@ def evaluated(config: RunConfig) -> int | None:
 
 
 def score_bytes(needs: Needs, vocabulary: int | None) -> int | None:
-    """Bytes of a teacher's scores of one token, as teachers/transport.py sends them: its K ids as
-    int32 and float16, 6 bytes for the sampled token and the entropy, and where they are
-    needed float16 at the J ids that the student asks for (which travel too, as int32) or at all V.
-    None: it takes V, which is unknown."""
+    """Bytes of a teacher's scores of one token in compact form (teachers/transport.py): K ids as
+    int32 with float16 log-probabilities, and 6 bytes for the sampled token and the entropy. Where
+    needed, also J query ids as int32 with float16, and float16 for all V ids. None: V is unknown.
+    """
     if not needs.teacher:
         return 0
     count = 6 * needs.width + 6 + 6 * needs.student_k
