@@ -71,6 +71,12 @@ def test_one_key_comes_alone() -> None:
     assert [key.name for key in section.keys] == ["lr"]
 
 
+def test_an_option_of_objectives_shows_those_that_have_it() -> None:
+    [section] = chosen("objective.tau")
+    shown = {key.name for key in section.keys}
+    assert shown == {"trust_region", "entropy_aware", "advantage_gated"}
+
+
 def test_an_objective_tells_its_options() -> None:
     text = " ".join(as_text(chosen("objective.local_support")).split())
     assert "k=32, support=teacher, renormalize=true" in text

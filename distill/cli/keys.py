@@ -65,10 +65,14 @@ def chosen(asked: str | None) -> list[Keys]:
     section = next((one for one in every if one.path == above), None)
     if section is None:
         raise ConfigError(unknown("section", above, paths))
-    found = {key.name: key for key in section.keys}
+    found = {key.name: (key,) for key in section.keys}
+    if above == "objective":  # an option's name: the losses that have it
+        for option in {option for loss in NAMES for option in options_of(loss)} - {*found}:
+            own = (key for key in section.keys if key.name in NAMES)
+            found[option] = tuple(key for key in own if option in options_of(key.name))
     if name not in found:
         raise ConfigError(f"{above}: " * bool(above) + unknown("key", name, found))
-    return [replace(section, keys=(found[name],))]
+    return [replace(section, keys=found[name])]
 
 
 def as_text(found: list[Keys]) -> str:
