@@ -406,7 +406,7 @@ class JournalConfig(Section):
 
     observers: Annotated[
         tuple[Annotated[str, AfterValidator(_observer)], ...], LISTED, AfterValidator(_each_once)
-    ] = (CONSOLE, *OBSERVERS)
+    ] = (CONSOLE, "tensorboard")
     """Who gets the metrics of each step, beside metrics.jsonl: console (progress), tensorboard
     (RUN/tensorboard), and classes of your own, as module:Class. One that fails is left out, and the
     run continues."""
