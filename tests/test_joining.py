@@ -130,12 +130,16 @@ def test_an_address_that_fails_at_first_is_tried_again_and_then_named(
 
 def test_what_a_node_lacks_is_named_with_the_node(addresses: dict[str, str]) -> None:
     """The error rises as a mistake of the user's, after one try."""
+    from tutelage.distill.config.run import RunConfig
     from tutelage.distill.config.teachers import TeacherConfig
+
+    teachers = {"t": TeacherConfig(model="/not/on/this/node")}
+    config = RunConfig.model_construct(teachers=teachers)
 
     def make() -> Any:
         from tutelage.distill.teachers.build import make_teacher
 
-        return make_teacher("t", TeacherConfig(model="/not/on/this/node"), 2048)
+        return make_teacher("t", config, 2048)
 
     with pytest.raises(
         ValueError,

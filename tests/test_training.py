@@ -750,7 +750,7 @@ class TestSeveralTeachers:
         folder = train(config)
         rows, by_teacher = 0, Counter[str]()
         services = {
-            name: teacher_building.make_teacher(name, config.teachers[name], len(tokenizer))
+            name: teacher_building.make_teacher(name, config, len(tokenizer))
             for name in ("one", "two")
         }
         for path in sorted((folder / "episodes").iterdir()):

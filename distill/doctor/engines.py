@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def examine_engine(
     config: RunConfig,
     tasks: Mapping[str, TaskSettings],
     name: str,
-    tokenizer: object,
+    tokenizer: Any,
     known: Known | None,
     played: Mapping[str, Sequence[Row]],
 ) -> Iterator[Finding]:
@@ -50,7 +51,7 @@ def examine_engine(
     teacher: Teacher | None = None
     try:
         check_teachers(own, tasks, tokenizer)
-        teacher = load_teacher(name, settings, len(tokenizer))  # type: ignore[arg-type]
+        teacher = load_teacher(name, config, len(tokenizer))
         if known is not None:
             yield check_parity(subject, teacher.score, known, within=within)
         elif settings.engine == "server":

@@ -11,6 +11,7 @@ from tutelage.distill.engines.vllm import sync
 from tutelage.distill.engines.vllm.engine import WANTED
 from tutelage.distill.engines.vllm.engine import make_engine as make_vllm_engine
 from tutelage.distill.engines.vllm.start import require_vllm
+from tutelage.distill.models.loading import load_initial, student_settings
 from tutelage.distill.models.student import Student
 from tutelage.distill.models.weights import array_of
 from tutelage.scheduler.engine import Engine, Weights
@@ -36,11 +37,22 @@ def make_engine(config: RunConfig, rollouts: Mapping[str, TaskRollout], student:
     """The engine for these tasks' rollouts, beside the learner in this process."""
     if config.rollout.engine == "vllm":
         settings, vocabulary = student.settings, student.vocabulary
-        return vllm_engine(config, rollouts, settings, vocabulary, student=student)
+        return _vllm_engine(config, rollouts, settings, vocabulary, student=student)
     return TransformersEngine(student)
 
 
-def vllm_engine(
+def worker_engine(
+    config: RunConfig, rollouts: Mapping[str, TaskRollout], vocabulary: int
+) -> Engine:
+    """The engine that plays these in a process of its own, with its own copy of the student."""
+    if config.rollout.engine == "vllm":
+        # made from the settings alone: the first sync brings the weights
+        return _vllm_engine(config, rollouts, student_settings(config.student), vocabulary)
+    model = load_initial(config.student, seed=config.seed)
+    return TransformersEngine(Student(model, vocabulary=vocabulary))
+
+
+def _vllm_engine(
     config: RunConfig,
     rollouts: Mapping[str, TaskRollout],
     settings: Any,

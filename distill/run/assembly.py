@@ -9,15 +9,10 @@ from typing import Any
 
 from tutelage.distill.config.resolved import TaskSettings, rollouts_of
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.engines.build import make_engine, vllm_engine, worker_weights
+from tutelage.distill.engines.build import make_engine, worker_engine, worker_weights
 from tutelage.distill.engines.transformers import TransformersEngine
 from tutelage.distill.models.conversations import spoken
-from tutelage.distill.models.loading import (
-    load_initial,
-    load_tokenizer,
-    student_settings,
-    student_tokenizer,
-)
+from tutelage.distill.models.loading import load_tokenizer, student_tokenizer
 from tutelage.distill.models.student import Student
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.teachers.build import make_teacher
@@ -42,10 +37,7 @@ def make_placement(
     guiding = {name: task.guide for name, task in tasks.items() if task.guide in config.teachers}
     if config.cluster is None:
         engine = make_engine(config, rollouts, learner.student)
-        teachers = {
-            name: make_teacher(name, teacher, vocabulary)
-            for name, teacher in config.teachers.items()
-        }
+        teachers = {name: make_teacher(name, config, vocabulary) for name in config.teachers}
         guides = _guides(guiding, teachers, vocabulary)
         worker = RolloutWorker(engine, tokenizer, rollouts, pools, guides, **spoken(config))
         return InProcess(worker, teachers)
@@ -55,8 +47,7 @@ def make_placement(
         stalled=(Path(config.run) / STALLED).absolute(),
         make_worker=partial(_make_worker, config, rollouts, guiding, vocabulary, beside()),
         make_teachers={
-            name: partial(make_teacher, name, teacher, vocabulary)
-            for name, teacher in config.teachers.items()
+            name: partial(make_teacher, name, config, vocabulary) for name in config.teachers
         },
         weights=partial(worker_weights, config, learner.student),
     )
@@ -77,18 +68,8 @@ def _make_worker(
     pools = EnvironmentPools(rollouts)
     pools.open(rollouts)  # what the node lacks shows before a model loads
     tokenizer = load_tokenizer(student_tokenizer(config.student))
-    engine: Engine
-    if config.rollout.engine == "vllm":
-        # made from the settings alone: the first sync brings the weights
-        settings = student_settings(config.student)
-        engine = vllm_engine(config, rollouts, settings, vocabulary)
-    else:
-        model = load_initial(config.student, seed=config.seed)
-        engine = TransformersEngine(Student(model, vocabulary=vocabulary))
-    teachers = {
-        name: make_teacher(name, config.teachers[name], vocabulary)
-        for name in set(guiding.values())
-    }
+    engine = worker_engine(config, rollouts, vocabulary)
+    teachers = {name: make_teacher(name, config, vocabulary) for name in set(guiding.values())}
     guides = _guides(guiding, teachers, vocabulary)
     return RolloutWorker(engine, tokenizer, rollouts, pools, guides, **spoken(config))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from tutelage.distill.config.resolved import TaskSettings, support_of
 from tutelage.distill.config.run import RunConfig
-from tutelage.distill.config.teachers import TeacherConfig
 from tutelage.distill.engines.vllm.start import require_vllm
 from tutelage.distill.models.loading import load_model
 from tutelage.distill.teachers.fingerprint import digest_of, digest_of_served
@@ -31,29 +30,31 @@ def check_teachers(config: RunConfig, tasks: Mapping[str, TaskSettings], tokeniz
             require_vllm(f"teachers.{name}.engine")
 
 
-def make_teacher(name: str, config: TeacherConfig, vocabulary: int) -> TeacherService:
-    if config.engine == "server":
-        digest = digest_of_served(config.model)
+def make_teacher(name: str, config: RunConfig, vocabulary: int) -> TeacherService:
+    section = config.teachers[name]
+    if section.engine == "server":
+        digest = digest_of_served(section.model)
     else:
         # The cache's keys depend on the digest. An engine's scores are the same but for entropy,
         # which vLLM does not give: with its name in the digest no engine reads another's.
-        engine = "" if config.engine == "transformers" else config.engine
-        digest = digest_of(config.model, dtype=config.dtype + engine)
+        engine = "" if section.engine == "transformers" else section.engine
+        digest = digest_of(section.model, dtype=section.dtype + engine)
     return TeacherService(
         name,
         load_teacher(name, config, vocabulary),
         digest=digest,
-        dtype=config.dtype,
-        cache=None if config.cache is None else Path(config.cache).expanduser(),
-        sleeps=config.sleeps,
+        dtype=section.dtype,
+        cache=None if section.cache is None else Path(section.cache).expanduser(),
+        sleeps=section.sleeps,
     )
 
 
-def load_teacher(name: str, config: TeacherConfig, vocabulary: int) -> Teacher:
+def load_teacher(name: str, config: RunConfig, vocabulary: int) -> Teacher:
     """Start the teacher's engine, or connect to its server."""
-    if config.engine == "server":
-        return ServerTeacher(name, config, vocabulary=vocabulary)
-    if config.engine == "vllm":
-        return load_vllm_teacher(name, config, vocabulary=vocabulary)
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    section = config.teachers[name]
+    if section.engine == "server":
+        return ServerTeacher(name, section, vocabulary=vocabulary)
+    if section.engine == "vllm":
+        return load_vllm_teacher(name, section, vocabulary=vocabulary)
+    model = load_model(section.model, dtype=section.dtype, device=section.device)
     return TransformersTeacher(model.requires_grad_(False), vocabulary=vocabulary, name=name)
