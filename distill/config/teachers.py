@@ -163,5 +163,10 @@ class TeacherConfig(Section):
 
     @property
     def files(self) -> str | None:
-        """Where its weights and tokenizer are; None: only the server has them."""
+        """Where its weights are to be had; None: the server alone has them."""
         return self.weights if self.engine == "server" else self.model
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Where its tokenizer is, which must be the student's; None: the server alone has it."""
+        return self.files

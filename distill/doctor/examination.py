@@ -75,8 +75,8 @@ def examine(config: RunConfig, *, say: Say = lambda _: None) -> Iterator[Finding
     yield from findings
     if tokenizer is None:  # nothing can be compared; tell at once which others are missing too
         for name, teacher in config.teachers.items():
-            if teacher.files is not None:
-                yield from _tokenizer(f"teachers.{name}", teacher.files)[1]
+            if teacher.tokenizer is not None:
+                yield from _tokenizer(f"teachers.{name}", teacher.tokenizer)[1]
         return
     config = dated(as_begun(config), tokenizer)  # templates show the run's date, not today's
     yield from _texts(config, settings, tokenizer)
@@ -250,8 +250,8 @@ def _teacher(
         if name in own.schedule.teachers and task in played
     }
     known: Known | None = None
-    if section.files is not None:
-        own, findings = _tokenizer(subject, section.files)
+    if section.files is not None and section.tokenizer is not None:
+        own, findings = _tokenizer(subject, section.tokenizer)
         yield from findings
         if own is None:
             return
@@ -293,7 +293,7 @@ def _ends(config: RunConfig, settings: Settings, tokenizer: Any, subject: str, o
     taught = next(task for task in settings.values() if name in task.schedule.teachers)
     try:
         student = chat_of(config, tokenizer, taught.rollout.context.system)
-        teacher = teacher_chat(name, own, config.teachers[name].files)
+        teacher = teacher_chat(name, own, config.teachers[name].tokenizer)
     except ConfigError as error:
         return Check(subject, "EOS").fault(str(error), "see the message")
     return texts.check_ends(subject, student, teacher)

@@ -68,9 +68,9 @@ def check_conversations(
         for name, task in tasks.items()
     }
     known = {
-        name: teacher_chat(name, load_tokenizer(teacher.files), teacher.files).eos_ids
+        name: teacher_chat(name, load_tokenizer(teacher.tokenizer), teacher.tokenizer).eos_ids
         for name, teacher in config.teachers.items()
-        if teacher.files is not None
+        if teacher.tokenizer is not None
     }
     for task, settings in tasks.items():
         end = chats[task].end_id

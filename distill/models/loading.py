@@ -240,7 +240,7 @@ def check_vocabularies(config: RunConfig) -> int:
     else:
         check_architecture(student_settings(config.student), "student.init")
     for name, teacher in config.teachers.items():
-        if (files := teacher.files) is None:
+        if (files := teacher.tokenizer) is None:
             continue
         with at_key(f"teachers.{name}.{'weights' if teacher.engine == 'server' else 'model'}"):
             other = load_tokenizer(files)

@@ -92,9 +92,9 @@ def _vocabulary(config: RunConfig, student: Footprint) -> int | None:
     if own is None:
         return None if student.shape is None else student.shape.rows
     folders = {
-        name: at_hand(teacher.files)
+        name: at_hand(teacher.tokenizer)
         for name, teacher in config.teachers.items()
-        if teacher.files is not None
+        if teacher.tokenizer is not None
     }
     # `check_vocabularies` loads what a config names: it gets folders, so that it asks no network.
     here = {
