@@ -326,7 +326,7 @@ class TestResuming:
         thief, config = Thief(), configure({"math": MATH})
         with (
             Run(config, watch=thief) as run,
-            pytest.raises(RuntimeError, match=r"lost or changed: .*when this run began"),
+            pytest.raises(RuntimeError, match=r"lost or changed: .*of this run's beginning"),
         ):
             thief.run = run
             run.train()
