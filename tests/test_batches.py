@@ -44,7 +44,7 @@ def _hidden(model: Any, rows: Sequence[Row], **how: Any) -> dict[int, torch.Tens
     """By row: the hidden states that predict its chosen tokens."""
     found = {}
     for batch in pack(rows, **({"max_tokens": 1000} | how), device=CPU):
-        hidden_ND = batch.hidden(model)
+        hidden_ND = batch.hidden(lambda **given: model.base_model(**given).last_hidden_state)
         for b, member in enumerate(batch.members):
             found[member] = hidden_ND[batch.rows_N == b]
     return found

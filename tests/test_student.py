@@ -38,6 +38,28 @@ def test_what_takes_anothers_weights_says_what_it_says(make: Callable[..., Stude
     assert torch.equal(other.model.get_input_embeddings().weight[VOCABULARY:], padding)
 
 
+class Flipped(Student):
+    """Another forward, as one with adapters would be."""
+
+    def hidden(self, **inputs: Any) -> torch.Tensor:
+        return -super().hidden(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dense_vocabulary", [0, VOCABULARY], ids=["sparse", "dense"])
+def test_one_forward_serves_updates_and_play(
+    make_model: Make, make_row: Callable[..., Row], dense_vocabulary: int
+) -> None:
+    model = make_model(seed=1)
+    how: dict[str, Any] = {"vocabulary": VOCABULARY, "dense_vocabulary": dense_vocabulary}
+    whose = [Student(model, **how), Flipped(model, **how)]
+    row = make_row([("prompt", [2, 3, 4]), ("said", [20, 21])])
+    (batch,) = pack([row], max_tokens=24, device=whose[0].device)
+    ids_NV = torch.arange(VOCABULARY).expand(2, -1)
+    own_NV, other_NV = (one.view(batch).logits_at(ids_NV) for one in whose)
+    torch.testing.assert_close(other_NV, -own_NV, rtol=0, atol=0)  # the head has no bias
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dense_vocabulary", [0, VOCABULARY], ids=["sparse", "dense"])
 def test_its_view_of_a_batch_is_the_plain_forward_row_by_row(

@@ -5,9 +5,8 @@ Letters: B rows, T tokens a row (padded), N action tokens of the batch, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +31,18 @@ class Batch:
     segments_N: torch.Tensor  # tokens of one number are one turn's reply
     positions_N: torch.Tensor  # response positions, from 0
 
-    def hidden(self, model: Any) -> torch.Tensor:
-        """The hidden states [N, D] that predict the action tokens."""
+    def hidden(self, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """The hidden states [N, D] that predict the action tokens.
+
+        forward: takes transformers' inputs, returns the last hidden states [B, T, D].
+        """
         # Left out where rows have no branches: then models number the positions themselves, and
         # sdpa may take its causal kernel instead of one with a mask.
         positions = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
-        hidden_BTD = model.base_model(
+        hidden_BTD = forward(
             input_ids=self.ids_BT, attention_mask=self.mask_B1TT, use_cache=False, **positions
-        ).last_hidden_state
-        hidden_ND: torch.Tensor = hidden_BTD[self.rows_N, self.sources_N]
-        return hidden_ND
+        )
+        return hidden_BTD[self.rows_N, self.sources_N]
 
     def by_row(self, values_N: torch.Tensor) -> dict[int, torch.Tensor]:
         """Each row's part of values of the batch's tokens."""

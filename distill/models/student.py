@@ -73,7 +73,7 @@ class Student:
 
     def view(self, batch: Batch) -> StudentView:
         """The student at the batch's tokens, as an objective sees it: one forward."""
-        hidden_ND = batch.hidden(self.model)
+        hidden_ND = batch.hidden(self.hidden)
         if self._dense:
             return DenseStudent(self.logits(hidden_ND))
         head = self.model.get_output_embeddings()

@@ -61,7 +61,7 @@ class TransformersTeacher:
         head = self.model.get_output_embeddings()
         size = max(1, CHUNK // self.vocabulary)
         for batch in pack(rows, max_tokens=self._max_tokens, device=self.model.device):
-            hidden_ND = batch.hidden(self.model)
+            hidden_ND = batch.hidden(self._hidden)
             query_ids_NJ = None
             if query_ids is not None:
                 ids_NJ = np.concatenate([query_ids[i] for i in batch.members])
@@ -86,6 +86,10 @@ class TransformersTeacher:
                 scores[member] = joined.take(torch.arange(start, start + count))
                 start += count
         return [scores[i] for i in range(len(rows))]
+
+    def _hidden(self, **inputs: Any) -> torch.Tensor:
+        found: torch.Tensor = self.model.base_model(**inputs).last_hidden_state
+        return found
 
     def _check(self, logits_NV: torch.Tensor, at: int, batch: Batch, rows: Sequence[Row]) -> None:
         """Refuse NaN and infinite logits. at: the first one's place among the batch's tokens."""
