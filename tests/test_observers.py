@@ -65,6 +65,7 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.runs
 class TestRun:
     def test_each_event_comes_in_its_place(self, tmp_path: Path, models: dict[str, str]) -> None:
         diary = Diary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -304,7 +305,7 @@ class TestEnvironments:
         assert ended.value.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "tutelage: " in line]
         (line,) = lines
-        assert pytest.importorskip("re").search(named, line)
+        assert re.search(named, line)
 
     def test_a_wrong_column_leads_to_the_one_that_was_meant(
         self, load: Load, tmp_path: Path

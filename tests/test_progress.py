@@ -209,6 +209,7 @@ class _Told(Observer):
         self.lines.append(f"{task} {done}/{total}")
 
 
+@pytest.mark.runs
 def test_a_run_tells_what_it_does_before_it_does_it(
     tmp_path: Path, tokenizer: Any, save_model: Callable[..., str]
 ) -> None:
