@@ -77,6 +77,12 @@ def test_an_option_of_objectives_shows_those_that_have_it() -> None:
     assert shown == {"trust_region", "entropy_aware", "advantage_gated"}
 
 
+def test_what_is_required_is_not_shown_as_a_default() -> None:
+    lines = as_text(chosen(None)).splitlines()
+    assert "  run: text, required" in lines
+    assert not [line for line in lines if line.endswith("= required")]
+
+
 def test_an_objective_tells_its_options() -> None:
     text = " ".join(as_text(chosen("objective.local_support")).split())
     assert "k=32, support=teacher, renormalize=true" in text

@@ -81,8 +81,9 @@ def as_text(found: list[Keys]) -> str:
     for section in found:
         lines += [section.path or "the whole config", *_wrapped(section.text, 2), ""]
         for key in section.keys:
-            default = f" = {key.default}" if key.default else ""
-            lines += [*_wrapped(f"{key.name}: {key.kind}{default}", 2), *_wrapped(key.text, 6)]
+            default = f", {REQUIRED}" if key.default == REQUIRED else f" = {key.default}"
+            head = f"{key.name}: {key.kind}{default * bool(key.default)}"
+            lines += [*_wrapped(head, 2, hang=2), *_wrapped(key.text, 6)]
         lines.append("")
     return "\n".join(lines)
 
@@ -190,7 +191,6 @@ def _with_names(asked: str, paths: set[str]) -> str:
     return ".".join(parts)
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)
-    )
+def _wrapped(text: str, indent: int, *, hang: int = 0) -> list[str]:
+    later = " " * (indent + hang)
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=later)
