@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.house import WINGS
 from tutelage.distill.cli import main
@@ -17,6 +18,7 @@ from tutelage.distill.config.faults import settled
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.reading import parse
 from tutelage.distill.config.run import RunConfig
+from tutelage.distill.objectives import NAMES, options_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -127,3 +129,16 @@ def test_commands_are_taken(page: Path) -> None:
 def test_code_runs(page: Path) -> None:
     for block in _blocks(page, "python"):
         exec(compile(block, page.name, "exec"), {})
+
+
+def test_the_table_of_objectives_has_their_options_and_defaults() -> None:
+    """It groups them by hand, what they may be beside them; tutelage config has what holds."""
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page, re.M)
+    found = {name: re.findall(r"`(\w+)(?:: ([^\\` ]+))?", options) for name, options in rows[:8]}
+    assert {*found} == {*NAMES}
+    for name, options in found.items():
+        known = options_of(name)
+        assert [key for key, _ in options] == [key for key in known if key != "behavior"], name
+        for key, value in options:
+            assert yaml.safe_load(value or "null") == known[key].default, (name, key)
