@@ -65,7 +65,7 @@ def chosen(asked: str | None) -> list[Keys]:
     section = next((one for one in every if one.path == above), None)
     if section is None:
         raise ConfigError(unknown("section", above, paths))
-    found = {key.name: (key,) for key in section.keys}
+    found: dict[str, tuple[Key, ...]] = {key.name: (key,) for key in section.keys}
     if above == "objective":  # an option's name: the losses that have it
         for option in {option for loss in NAMES for option in options_of(loss)} - {*found}:
             own = (key for key in section.keys if key.name in NAMES)
