@@ -114,6 +114,17 @@ def test_what_does_not_touch_it_needs_no_permission(folder: Path, keys: dict[str
     _refuse(folder, now)
 
 
+def test_of_a_list_of_losses_the_key_that_changed_is_told(folder: Path) -> None:
+    def config(weight: float) -> RunConfig:
+        terms = [{"name": "local_support", "k": 8}, {"name": "sampled_token", "weight": weight}]
+        return _config(folder, objective=terms)
+
+    write_config(folder, config(0.1), step=0)
+    _refuse(folder, config(0.1))
+    with pytest.raises(ConfigError, match=r"\(objective\.1\.weight: 0\.1, now 0\.2\)"):
+        _refuse(folder, config(0.2))
+
+
 @pytest.mark.parametrize(
     ("keys", "hangs"),
     [

@@ -201,6 +201,8 @@ def differences(old: Mapping[str, Any], config: RunConfig) -> list[tuple[str, An
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every value that is not a mapping."""
     for key, value in section.items():
+        if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+            value = {str(place): one for place, one in enumerate(value)}  # losses of a sum
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         elif value != {}:  # an empty section says no more than an absent one
