@@ -532,6 +532,11 @@ class TestSums:
         again = parse_config(config.model_dump(mode="json"), "").resolve()["math"]
         assert again.losses == task.losses and again.mask_tokens == task.mask_tokens
 
+    def test_a_weight_outside_a_list_leads_to_where_it_may_stand(self, load: Load) -> None:
+        said = r"objective\.weight: weights are for losses in a list; .*tasks\.NAME\.weight"
+        with pytest.raises(ConfigError, match=said):
+            load("objective={name: sampled_token, weight: 2}")
+
     def test_one_alone_is_the_same_as_without_a_list(self, load: Load) -> None:
         plain = load("objective={name: sampled_token}").resolve()["math"].objective
         one = load("objective=[{name: sampled_token}]").resolve()["math"].objective

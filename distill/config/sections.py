@@ -93,6 +93,8 @@ class ObjectiveConfig(Section):
         for option, value in self.options.items():
             if option not in known:
                 said = unknown(f"option of objective {self.name!r}:", option, known)
+                if option == "weight":
+                    said = "weights are for losses in a list; a task's weight is tasks.NAME.weight"
                 # a ValueError would blame the whole section: this names the option's place. The
                 # text goes in as a value, since pydantic would read braces in it as fields.
                 fault = PydanticCustomError("value_error", "{said}", {"said": said})
