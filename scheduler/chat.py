@@ -92,6 +92,7 @@ class Chat:
     def text(self, ids: Sequence[int]) -> str:
         """What a reply says, without its end-of-turn token."""
         kept = [i for i in ids if i not in self.eos_ids]
+        # clean_up: it would take out spaces before punctuation, which the student said
         return str(
             self.tokenizer.decode(
                 kept, skip_special_tokens=True, clean_up_tokenization_spaces=False

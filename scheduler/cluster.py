@@ -107,6 +107,7 @@ class RayCluster(Generic[AskT, AnswerT]):
         }
         makers |= {f"teacher-{name}": make for name, make in make_teachers.items()}
 
+        # A function: a lambda made in the loop below would see the loop's last name and maker.
         def member(name: str, make: Callable[[], object], options: dict[str, Any]) -> _Member:
             actor = ray.remote(_Actor).options(**options)
             deadline = 0.9 * settings.timeout  # its stack is written before it is killed

@@ -85,6 +85,7 @@ class _RowBuilder:
         self._add(ids, turn)
 
     def branch(self, ids: Sequence[int], turn: int) -> None:
+        # + 1: turns count from 0, and branch 0 is the trunk
         self._add(ids, turn, branch=turn + 1)
 
     def _add(

@@ -111,6 +111,7 @@ class Row:
         since_T = np.zeros(len(self.ids_T), dtype=np.int64)
         run = 0
         for t, branch in enumerate(self.branches_T):
+            # At t = 0 the index -1 would be the last token, but a row begins on the trunk.
             run = 0 if branch == 0 else (run + 1 if branch == self.branches_T[t - 1] else 0)
             since_T[t] = run
         return before_T + since_T
@@ -231,6 +232,7 @@ def revived(saved: Mapping[str, Any]) -> Episode | Dropped:
     if "reason" in plain:  # only Dropped has one
         return Dropped(**{**plain, "order": order})
     rows = tuple(
+        # None is a row without advantages: as an array it would be one of objects.
         Row(**{k: np.asarray(v) for k, v in _renamed(row, names).items() if v is not None})
         for row in plain["rows"]
     )

@@ -53,6 +53,7 @@ class Format:
     ) -> str:
         """The next prompt. history: (observation, action) of every turn so far; the last `turns` of
         them are shown. task: the sentence that sets it, with or without "Your task is to: "."""
+        # ContextSettings asks for at least 1: [-0:] would be the whole history.
         taken, shown = len(history), history[-turns:]
         past = [
             self.past.format(number=number, observation=seen, action=action)
@@ -65,6 +66,7 @@ class Format:
             history="\n".join(past),
             step=taken + 1,
             observation=observation,
+            # a newline and a space, as the authors join them
             actions="\n ".join(f"'{action}'" for action in actions if action not in self.unlisted),
         )
 

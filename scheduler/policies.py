@@ -51,6 +51,7 @@ class Alternate:
 
     def choose(self, active: Sequence[str]) -> tuple[str, ...]:
         count = len(self._place)
+        # Places after the last one come first, round the ring; tasks that are over are skipped.
         return (min(active, key=lambda task: (self._place[task] - self._last - 1) % count),)
 
     def record(self, step: Step) -> None:
@@ -138,6 +139,7 @@ class Gap:
         for task in step.trained:
             self._credits[task] -= sum(shares.values())
             gap = step.gaps[task]
+            # Averages over about the last 3 and the last 20 of the task's steps.
             self._fast[task] = 0.7 * self._fast.get(task, gap) + 0.3 * gap
             self._slow[task] = 0.95 * self._slow.get(task, gap) + 0.05 * gap
 
@@ -146,6 +148,7 @@ class Gap:
         speed = {task: self._speed(task) for task in active}
         total = sum(speed.values())
         if total <= 0:
+            # no gap falls, or none is known yet
             return dict.fromkeys(active, round(1e6 / len(active)))
         equal, rest = self._least / len(active), 1 - self._least
         return {task: round(1e6 * (equal + rest * speed[task] / total)) for task in active}

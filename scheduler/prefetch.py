@@ -42,6 +42,7 @@ class Prefetch:
     def next(self) -> dict[str, list[Episode | Dropped]]:
         """The episodes of the step that is due, by task. First those of the next `staleness` steps
         are started, with the weights that the placement has now."""
+        # `plan` returns None after the last step.
         while len(self._timetable.planned) <= self._staleness and self._timetable.plan():
             pass
         due = len(self._timetable.history)

@@ -24,6 +24,7 @@ Spoken = Callable[[str], Any]
 _CLOCK = "strftime_now"
 """The function through which transformers lets a template ask for the time."""
 
+# Jinja's own two sources of chance: the filter `random`, and `lipsum()`.
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
 
@@ -53,6 +54,7 @@ def render(
     the clock's. opens: add what opens the next reply."""
     clock = {}
     if date is not None:
+        # A fixed hour: a template may ask for the time of day, too, and a run must repeat.
         noon = datetime.datetime.combine(date, datetime.time(12))
         clock[_CLOCK] = noon.strftime
     return str(

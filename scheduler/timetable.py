@@ -211,6 +211,7 @@ class Timetable:
                     task=task,
                     number=number,
                     seed=int(entropy.generate_state(1)[0]),
+                    # neighbours are a group: one game, each with a seed of its own
                     index=indexes[number // plan.group],
                     teacher=_route(turn * plan.episodes + number, plan.teachers),
                     # spread evenly: the first n would give the expert the same places every step

@@ -18,6 +18,7 @@ class Watchdog:
     def __init__(self, path: Path, seconds: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._seconds = path, seconds
+        # Appended: an actor that replaces a lost one writes to the same file.
         self._file = path.open("a", encoding="utf-8")
 
     def watch(self) -> None:

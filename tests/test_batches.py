@@ -41,7 +41,7 @@ def branched(make_row: Callable[..., Row]) -> Row:
 
 @torch.no_grad()
 def _hidden(model: Any, rows: Sequence[Row], **how: Any) -> dict[int, torch.Tensor]:
-    """By row: the hidden states that predict its chosen tokens."""
+    """By row: the hidden states that predict its action tokens."""
     found = {}
     for batch in pack(rows, **({"max_tokens": 1000} | how), device=CPU):
         hidden_ND = batch.hidden(lambda **given: model.base_model(**given).last_hidden_state)

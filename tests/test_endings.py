@@ -184,7 +184,7 @@ def test_who_asks_to_stop_need_not_wait_for_an_evaluation(
     undisturbed: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is played in parts, and made anew when the run goes on."""
+    """It is played in parts, and made anew when the run resumes."""
     plain = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: plain(*a, **k, part=1))
     config, watch = _config(tmp_path / "run", models), Asking(**asking)

@@ -479,7 +479,7 @@ class TestSparse:
     def full(
         self, make_row: Callable[..., Row], teacher: TransformersTeacher, make_model: Make
     ) -> list[Example]:
-        """Lessons near the policy of the model of seed 1, scored with all that can be asked."""
+        """Training examples near the policy of the model of seed 1, with all possible scores."""
         rng = np.random.default_rng(5)
         rows = [
             make_row([("prompt", [1, 2]), ("said", rng.integers(1, VOCABULARY, n).tolist())])

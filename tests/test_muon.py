@@ -1,4 +1,4 @@
-"""Muon is torch's, in float32, and does not hang on the processor."""
+"""Muon is torch's, in float32, and does not depend on the processor."""
 
 from __future__ import annotations
 

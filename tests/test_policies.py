@@ -158,7 +158,7 @@ class TestGap:
 @settings(max_examples=25)
 @given(stop=st.integers(0, 59), seed=st.integers(0, 5))
 def test_the_same_history_gives_the_same_answers(name: str, stop: int, seed: int) -> None:
-    """A policy that is told the first steps of a run goes on exactly as the one that made them,
+    """A policy that is told the first steps of a run continues exactly as the one that made them,
     with tasks that start late and end."""
     tasks = ["a", "b", "c"]
 

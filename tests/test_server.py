@@ -421,7 +421,7 @@ class TestRuns:
         self, configure: Callable[..., RunConfig], served: Callable[..., StandIn]
     ) -> None:
         """It dies after the second step. The run stops, saved; when the server is there again, the
-        same command goes on, and ends as if nothing had happened."""
+        same command resumes, and ends as if nothing had happened."""
         whole = train(configure("whole", _settings(server := served("one"))))
 
         class Killer(Observer):

@@ -429,9 +429,9 @@ def _files(folder: Path) -> dict[str, bytes]:
 def test_a_run_over_two_processes_repeats_resumes_and_changes_their_number(
     configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Killed after its checkpoint it goes on to the byte; from the same checkpoint one process goes
-    on too, and all of it is what one process does from the start, as far as lr: so much AdamW moves
-    what has no gradient but rounding."""
+    """Killed after its checkpoint it resumes to the byte; from the same checkpoint one process
+    resumes too, and all of it is what one process does from the start, as far as lr: so much AdamW
+    moves what has no gradient but rounding."""
     whole = runs.train(configure("whole", 2))
     with pytest.raises(KeyboardInterrupt):
         runs.train(configure("killed", 2), _KillAt())

@@ -259,7 +259,7 @@ class TestWindows:
 class TestPlanningAhead:
     @pytest.mark.parametrize("prefetch", [1, 2, 5])
     def test_steps_planned_early_are_the_steps_planned_in_time(self, prefetch: int) -> None:
-        """Tasks, games and seeds, where the policy does not hang on what steps did."""
+        """Tasks, games and seeds, where the policy does not depend on what steps did."""
         plans = PLANS | {"third": schedule(episodes=5, start=4, end=20, most=6)}
         for policy in (Alternate([*plans]), Weighted([*plans], {"math": 2.5}), Mixed()):
             early, in_time = (

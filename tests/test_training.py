@@ -533,7 +533,7 @@ def test_killed_environments_cost_a_run_nothing(
 def test_a_step_that_fails_between_two_minibatches_is_not_saved(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights have moved by half a step then: what goes on must begin before it."""
+    """The weights have moved by half a step then: what resumes must begin before it."""
     descend, calls = Learner._descend, iter(range(9))
 
     def broken(self: Learner, *args: Any) -> float:
@@ -944,7 +944,7 @@ class TestSamplingLaw:
     def test_it_is_kept_with_the_episodes_that_were_played_ahead(
         self, configure: Configure
     ) -> None:
-        """Their weights are gone: a run that goes on finds it in the checkpoint, to the bit."""
+        """Their weights are gone: a run that resumes finds it in the checkpoint, to the bit."""
         prefetch = {"steps": 3, "schedule": {"max_staleness": 1}}
         whole = train(self._config(configure, "whole", **prefetch))
         config = self._config(configure, "parts", **prefetch)

@@ -163,6 +163,7 @@ class Objective:
                 f"{self.name}: sampled id {int(case.ids_N[where])} of token {where} lies outside"
                 f" the student's vocabulary of {vocabulary}: the rollouts' tokenizer is another"
             )
+        # Later torch's topk would say `selected index k out of range`, and name no key.
         if needs.width > vocabulary:
             raise ValueError(
                 f"{self.name}: k={needs.width} is larger than the student's"

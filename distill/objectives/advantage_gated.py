@@ -46,6 +46,7 @@ class AdvantageGated:
         self.needs = Needs(k=k, draws=True, sampling=behavior == "sampling")
 
     def __call__(self, case: Case) -> Loss:
+        # Has the sign of A, but lies in [-1, 1]: hence tau's bounds.
         gap_N = case.teacher_logprobs().exp() - case.behavior_logprobs_N.exp()
         # tau = -1 turns the gate off, although the gap itself reaches -1: where the student is
         # certain of a token that the teacher excludes.

@@ -43,6 +43,8 @@ def divergence(
         return kl(student_NK, teacher_NK)
     if direction == "forward" or beta == 0:
         return kl(teacher_NK, student_NK)
+    # In logarithms: in a masked column both sides are IMPOSSIBLE, whose exponentials are 0. The log
+    # of their sum would be -inf, and the KLs NaN.
     middle_NK = torch.logaddexp(teacher_NK + math.log(beta), student_NK + math.log1p(-beta))
     return beta * kl(teacher_NK, middle_NK) + (1 - beta) * kl(student_NK, middle_NK)
 
@@ -59,4 +61,5 @@ def forward_kl(case: Case, k: int, *, renormalize: bool = False) -> torch.Tensor
     teacher_NK = scores.logprobs_NK[:, :k].clamp(min=IMPOSSIBLE)
     if renormalize:
         teacher_NK = teacher_NK.log_softmax(-1)
+    # A sum over part of the vocabulary may be negative: where pi has more mass on it than q.
     return kl(teacher_NK, case.student.logprobs_at(scores.ids_NK[:, :k]))

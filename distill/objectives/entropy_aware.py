@@ -35,6 +35,7 @@ class EntropyAware:
 
     def __init__(
         self,
+        # k and tau: the paper's. tau is a bound in nats, not a share of the tokens as in REOPOLD.
         k: int = 16,
         tau: float = 0.8,
         clip: float = 0.2,

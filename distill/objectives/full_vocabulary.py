@@ -24,6 +24,7 @@ class FullVocabulary:
     """
 
     name = "full_vocabulary"
+    # k=1 although no support is used: scores hold at least one id
     needs = Needs(k=1, full=True)
 
     def __init__(self, direction: str = "reverse", beta: float = 0.5) -> None:

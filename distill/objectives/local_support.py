@@ -56,6 +56,7 @@ class LocalSupport:
 
     def __init__(
         self,
+        # The paper's K, compared with 16 and 48 (section 3.2): a small one is less stable.
         k: int = 32,
         support: str = "teacher",
         renormalize: bool = True,

@@ -68,6 +68,7 @@ def union(parts: Mapping[str, Needs]) -> Needs:
     # The first is the only one: reward_clipped alone has it, and a sum takes no loss twice.
     sharp = next((needs for needs in every if needs.undecided is not None), every[0])
     return Needs(
+        # The widest serves all: ids come most probable first, and each loss takes its first k.
         k=max(needs.k for needs in every),
         student_k=max(needs.student_k for needs in every),
         full=any(needs.full for needs in every),

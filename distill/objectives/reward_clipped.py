@@ -66,6 +66,7 @@ class RewardClipped:
             k=1,
             draws=True,
             sampling=behavior == "sampling",
+            # With switch 0 there is one phase only, and a resumed run may have more steps.
             progress=switch > 0,
             undecided=share,
             undecided_from=switch,

@@ -32,6 +32,7 @@ class SampledToken:
 
     def __init__(
         self,
+        # Both bounds are those of the authors' PPO code.
         clip: float = 0.2,
         dual_clip: float | None = 3.0,
         reward_clip: float | None = None,

@@ -108,6 +108,7 @@ class SparseStudent:
         normaliser_N, mean_N = _normalise(
             self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
         )
+        # H = log Z - E[logit]: it needs no log-probabilities [N, V]
         return normaliser_N - mean_N
 
     def over_vocabulary(
@@ -188,6 +189,7 @@ class _GatheredLogits(Function):
         hidden_ND, weight_VD, bias_V, ids_NK = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = gradient_NK.dtype
+        # Empty, not zero: the parts below cover every token.
         hidden_gradient_ND = torch.empty_like(hidden_ND) if need_hidden else None
         # A frozen head (adapters) needs no gradient of its weight, the largest tensor here.
         rows = _RowSums(weight_VD, ids_NK, wide) if need_weight else None

@@ -70,6 +70,7 @@ class DenseStudent:
     """A student given by its whole logits [N, V]."""
 
     def __init__(self, logits_NV: torch.Tensor) -> None:
+        # float64 stays: the tests and the estimator study compare in it
         self.logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
         self.vocabulary = logits_NV.shape[-1]
         self._logprobs_NV: torch.Tensor | None = None

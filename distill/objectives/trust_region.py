@@ -42,6 +42,7 @@ class TrustRegion:
 
     def __init__(
         self,
+        # k and beta: the paper's.
         k: int = 64,
         outlier: str = "forward_kl",
         trust: str = "ratio",
@@ -74,6 +75,7 @@ class TrustRegion:
         old_N = torch.where(given_N, logprobs_N.detach(), case.behavior_logprobs_N)
         reward_N = (case.teacher_logprobs() - old_N).detach()
         if self.trust == "ratio":
+            # exp R is q / pi_old; draws are below 1, so that equal policies trust every token.
             trusted_N = case.uniforms() < reward_N.exp().clamp(max=1)
         else:
             assert self.tau is not None
@@ -89,6 +91,7 @@ class TrustRegion:
         if self.outlier == "mask":
             return torch.zeros_like(reward_N)
         if self.outlier == "clip":
+            # The paper's text has log(pi / q) in this rule, a slip: its Table 1 has log(q / pi).
             return -reward_N.clamp(min=self.tau) * ratio_N
         forward_N = forward_kl(case, self.k)
         if self.outlier == "forward_kl":

@@ -64,6 +64,7 @@ def save(
         torch.save(_with_tensors(dict(state)), partial / STATE)
         write_text(partial / SUMS, _sums(partial))
         _flush(partial)
+    # Also Ctrl-C, which may come in the middle of a large file.
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # torch reports a full disk as a RuntimeError of many wordings, safetensors as an error

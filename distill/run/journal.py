@@ -55,6 +55,7 @@ class Journal:
         """One line of metrics. task: several are joined by `+`, and their metrics' names begin
         with theirs."""
         record = {"step": step, "task": task, **dict(sorted(metrics.items()))}
+        # Python would write NaN as a bare word, which is no JSON: other readers stop there.
         line = json.dumps(record, allow_nan=False, default=plain) + "\n"
         self._lines.write(line.encode())
 
@@ -142,6 +143,7 @@ def _row(example: Example) -> dict[str, Any]:
         "mask": [int(m) for m in example.mask_T],  # action tokens less the special ones
         "branch": row.branches_T.tolist() if row.branches_T.any() else None,
         "sampled_logprob": [number(value) for value in row.behavior_logprobs_T.tolist()],
+        # under the sampling parameters; files of old runs have this name
         "law_logprob": [number(value) for value in row.sampling_T.tolist()],
         "teacher_logprob": teacher,
     }

@@ -102,6 +102,7 @@ def outcome_metrics(outcomes: Sequence[Episode | Dropped], version: int) -> dict
         "episodes/unfinished": sum(episode.ended != "terminated" for episode in episodes) / count,
         "episodes/cut_off": sum(not turn.complete for turn in replies) / max(1, len(replies)),
         "episodes/malformed": sum(not turn.valid for turn in replies) / max(1, len(replies)),
+        # action tokens; files of old runs have this name
         "tokens/chosen": sum(episode.num_action_tokens for episode in episodes),
         "tokens/seen": sum(len(row.ids_T) for episode in episodes for row in episode.rows),
     }

@@ -120,6 +120,7 @@ def _check_weights(key: str, reference: str) -> None:
     index = folder / "model.safetensors.index.json"
     try:
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
+    # JSON that is no index of weights fails in one of the last three ways.
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         raise ConfigError(f"{key}: {index} is damaged: copy it anew") from None
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
@@ -129,6 +130,7 @@ def _check_weights(key: str, reference: str) -> None:
         raise ConfigError(f"{key}: {reference!r} holds no weights (*.safetensors): is it whole?")
     for file in sorted(folder.glob("*.safetensors")):
         try:
+            # Opening reads the header, and compares the length that it tells with the file's.
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:

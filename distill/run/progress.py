@@ -166,6 +166,7 @@ class ConsoleObserver(Observer):
     def say(self, text: str) -> None:
         """Print a line."""
         self._printed = time.monotonic()
+        # soft_wrap: in a file, rich would break lines at 80 columns
         self.console.print(text, highlight=False, soft_wrap=True)
 
 

@@ -148,6 +148,7 @@ class Record:
             state={
                 "step": done,
                 "version": self._learner.version,
+                # flushed first: no checkpoint may count lines that a power cut takes
                 "position": self.journal.position,
                 "optimizer": self._learner.optimizer_state(),
                 "teachers": {name: one.digest for name, one in self._routing.references.items()},

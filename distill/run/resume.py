@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     # Where and by how many processes it is computed. Other devices, numbers of processes and
     # micro-batches round otherwise: the run resumes, but is not bit-identical.
     "learner.*",
+    # No dot: the section may also appear or disappear as a whole.
     "cluster*",
     *(f"vllm.{key}*" for key in ("gpu", "kv", "max", "tensor", "enforce")),  # not its dtype
     "student.device",

@@ -161,6 +161,7 @@ class Routing:
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
         needs, query_ids = self._task_objectives[task].objective.needs, None
         if needs.student_k:
+            # Once, before the step's updates, as in the authors' code (kl_topk_source=actor).
             query_ids = self._learner.own_support(rows, needs.student_k)
         return Ask(teacher=teacher, rows=rows, needs=needs, query_ids=query_ids)
 

@@ -136,6 +136,7 @@ class Run:
             config, tasks, self.learner, self.tokenizer, self.vocabulary, pools
         )
         stack.callback(self.placement.close)
+        # on Ray every question is a message to a worker, which may be busy playing
         self.num_games = cache(self.placement.num_episodes)
         self.routing = Routing(
             tasks,

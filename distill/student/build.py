@@ -56,4 +56,5 @@ def rank_student(student: StudentConfig, seed: int, vocabulary: int, rank: int) 
 
 def learner_threads(config: RunConfig) -> int:
     """How many threads torch uses in each of the learner's processes."""
+    # The ranks compute at the same time: together they get the cores, not each of them.
     return config.student.threads or max(1, cores() // config.learner.processes)

@@ -51,6 +51,7 @@ class Meter:
     def merge(self, other: Meter) -> None:
         """Add all that another meter has counted."""
         for name in other._sums:
+            # Sums, not means: ranks have different numbers of tokens.
             self._sums[name] += other._sums[name]
             self._weights[name] += other._weights[name]
 

@@ -31,6 +31,7 @@ class Example:
             raise ValueError(
                 f"task {self.task!r}: the loss mask covers prompt or observation tokens"
             )
+        # Of all action tokens, also those that the special-token mask takes out.
         if self.scores is not None and len(self.scores) != int(self.row.action_mask_T.sum()):
             raise ValueError(
                 f"task {self.task!r}: {len(self.scores)} teacher scores for"

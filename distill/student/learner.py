@@ -120,6 +120,8 @@ class Learner:
             "optimizer/grad_norm": norm,
             "optimizer/lr": self.learning_rate(self.version),
         }
+        # One for an update, however many optimizer steps it has: `Record.save_rest` compares it
+        # with the number of the run's steps.
         self.version += 1
         self._cut_off = False
         return {
@@ -324,6 +326,8 @@ class Learner:
 
     def _size(self, examples: Sequence[Example]) -> float:
         """What a task's mean divides by: its tokens that take loss, or its rows that have any."""
+        # token is Revisiting-OPD's formula, 1 / sum |o_i|. Its code amounts to a mean over rows: it
+        # averages micro-batches of one row each.
         if self._config.aggregate == "token":
             return float(sum(example.mask_T.sum() for example in examples))
         return float(sum(bool(example.mask_T.any()) for example in examples))
@@ -411,6 +415,7 @@ class Learner:
         """Linear warm-up, then constant or cosine down to the floor."""
         config = self._config
         if step < config.warmup:
+            # + 1: at rate 0 the first update would change nothing
             return config.lr * (step + 1) / config.warmup
         if config.decay == "constant":
             return config.lr

@@ -15,6 +15,7 @@ def special_ids(tokenizer: Any, texts: Iterable[str]) -> tuple[int, ...]:
     """Every id that the tokenizer makes of each text (Revisiting-OPD's `opd_mask_first_tokens`)."""
     found: dict[int, None] = {}
     for text in texts:
+        # Where a tokenizer opens each text with a BOS, that would be masked, too.
         ids = tokenizer.encode(text, add_special_tokens=False)
         if not ids:
             raise ValueError(f"objective.mask_tokens: {text!r} gives no token")

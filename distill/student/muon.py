@@ -32,6 +32,7 @@ def orthogonalized(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     further."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
+        # Sorted: the iteration turns tall matrices wide, so that both kinds share a stack.
         alike.setdefault(tuple(sorted(matrix.shape)), []).append(i)
     found: dict[int, torch.Tensor] = {}
     for (rows, columns), members in alike.items():

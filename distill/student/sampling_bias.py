@@ -36,6 +36,7 @@ def bias(objective: Objective, sampling: SamplingParams) -> Bias | None:
 def _bias(rule: Rule, sampling: SamplingParams) -> Bias | None:
     if not rule.needs.draws or sampling.whole:
         return None
+    # Greedy cuts as well: all but one token have probability 0.
     cut = sampling.temperature == 0 or sampling.top_p < 1
     if rule.needs.sampling:
         if not cut:

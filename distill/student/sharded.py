@@ -88,6 +88,7 @@ def start(setup: Setup) -> Learner:
         others.send([(number, store.port, setup) for number in range(1, setup.processes)])
         student = setup.make_student(0)  # while the others load theirs
         whole = student.replica()  # before FSDP2 cuts the model in place
+        # Loading may take longer than learner.timeout, which is that of a collective.
         others.answers(LOAD_SECONDS)
     with others.watched("as they started"):
         _join(0, store, student, setup)
@@ -274,6 +275,7 @@ class Sharded:
         for own, whole in self._weights():
             source = torch.empty(own.shape, device="meta") if whole is None else whole
             own.to_local().copy_(self._part(source.to(own.dtype)).to_local())
+        # AdamW's step counts have no dimension to cut along
         found: dict[str, Any] = tree_map_only(
             torch.Tensor, lambda x: self._part(x) if x.ndim else x, state
         )
@@ -404,6 +406,7 @@ def serve(connection: Connection) -> None:
         for method, share in connection:
             try:
                 connection.send((None, getattr(learner, method)(*share)))
+            # Rank 0 raises the same, and reads this answer only to keep in step (`Sharded.call`).
             except FloatingPointError:
                 connection.send((None, None))
     except Disconnected:

@@ -32,6 +32,7 @@ from tutelage.distill.objectives import DenseStudent, Objective, TeacherScores, 
 from tutelage.distill.objectives.tokens import BEHAVIORS
 from tutelage.scheduler.episodes import SamplingParams
 
+# 6^5 = 7,776 sequences, and every expectation is a sum over all of them.
 VOCABULARY = 6
 LENGTH = 5
 WORLDS = 8
@@ -110,6 +111,7 @@ def behavior_logprobs(logits_CV: torch.Tensor, params: SamplingParams) -> torch.
         return logits_CV.log_softmax(-1)
     probs_CV = (logits_CV / (params.temperature or 1.0)).softmax(-1)
     sorted_CV, order_CV = probs_CV.sort(dim=-1, descending=True)
+    # By the mass before a token: the one that crosses top_p stays.
     cut_CV = sorted_CV.cumsum(-1) - sorted_CV >= (params.top_p if params.temperature else 0.0)
     cut_CV[:, 0] = False  # the likeliest token always stays; at temperature 0, it alone
     kept_CV = torch.zeros_like(probs_CV).scatter(1, order_CV, sorted_CV.masked_fill(cut_CV, 0.0))
@@ -164,6 +166,7 @@ def _outcomes(objective: Objective, world: World) -> list[tuple[torch.Tensor, to
     TrOPD trusts a token with probability min(q/pi, 1); no other objective chooses at random.
     """
     gap_N = (world.logprobs(world.teacher_CV) - world.logprobs(world.student_CV)).flatten()
+    # Not 1, which no draw from [0, 1) is.
     low_N, high_N = torch.zeros_like(gap_N), torch.full_like(gap_N, 1 - 1e-9)
     if objective.name != "trust_region":
         return [(torch.ones_like(gap_N), low_N)]

@@ -95,6 +95,7 @@ def _write(
         "settings": settings,
         "toy": [asdict(run) | {"reached": run.reached, "diverged": run.diverged} for run in runs],
         "enumeration": [asdict(quality) for quality in qualities],
+        # by sampling parameters; files of old studies have this name
         "laws": [asdict(error) for error in errors],
     }
     files.write_json(out / "estimators.json", _finite(found))

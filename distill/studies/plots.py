@@ -11,6 +11,7 @@ from typing import Any
 from tutelage.distill.studies.enumeration import Quality
 from tutelage.distill.studies.toy_control import ToyRun
 
+# The first five are from Okabe and Ito's palette, which color-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, GREY = (
     "#0072b2",
     "#e69f00",

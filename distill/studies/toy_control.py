@@ -39,6 +39,7 @@ HORIZON = 20
 TRAJECTORIES = 64
 MICRO_BATCHES = 8
 HIDDEN = 62
+# The score has 1 / sigma in it: without a bound its variance would have none.
 SIGMA_MIN = 0.1
 TEACHER_ITERATIONS = 300
 EVALUATED = 256
@@ -305,6 +306,7 @@ def _records(
             distances=(distances_KR[0, run].item(), distances_KR[1, run].item()),
             variance=median_RG[run, g].item(),
             first_variance=variances_IRG[0, run, g].item(),
+            # row s: runs stand gamma by gamma, so that the first gamma's come first
             reference_variance=median_RG[s, g].item(),
         )
         for g, gamma in enumerate(gammas)
