@@ -36,7 +36,7 @@ def run_demo(path: Path, overrides: list[str]) -> int:
             if not run.stopped:
                 say("after:")
                 columns["after"] = _after(run)
-            signals.stop = None
+            signals.stop = None  # nothing is left to save: another signal may end this at once
         if run.stopped:
             say(f"stopped; {run.record.standing()}")
             return signals.code
@@ -83,7 +83,9 @@ def _kept(path: Path, config: RunConfig, watcher: ConsoleObserver) -> dict[str, 
                     raise ValueError(f"{task}, {mode}: {value} is no share")
     except FileNotFoundError:
         return {}
+    # RecursionError: json's, of brackets nested by the thousand
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        # a KeyError's text is the missing key and nothing else
         why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         watcher.say(f"{path} is damaged ({why}): its scores are measured again")
         return {}
@@ -93,7 +95,7 @@ def _kept(path: Path, config: RunConfig, watcher: ConsoleObserver) -> dict[str, 
 def _after(run: Run) -> dict[str, Any]:
     try:
         return run.evaluate(run.config.evaluation.modes)
-    except Stopped:
+    except Stopped:  # train() notes its own stop; evaluate() only raises
         run.stopped = True
         return {}
 
@@ -109,6 +111,7 @@ def _teachers(config: RunConfig, watcher: ConsoleObserver) -> dict[str, Any]:
         }
         if not own or teacher.files is None:  # a server scores, and does not play
             continue
+        # model_copy checks nothing: RunConfig would refuse the teachers that now have no task
         found = evaluate_model(
             config.model_copy(update={"tasks": own}), teacher.files, watch=watcher
         )
@@ -122,6 +125,7 @@ def _shares(columns: dict[str, Any]) -> str:
     for task, after in columns["after"].items():
         theirs = columns["teacher"].get(task, {})
         for mode, found in after.items():
+            # beside the modes stands the metric's name; of a teacher's 0 there is no share
             if mode != "metric" and mode in theirs and (best := theirs[mode]["value"]):
                 parts.append(f"{task}, {mode}: {found['value'] / best:.0%}")
     return "share of the teacher's score: " + "; ".join(parts)

@@ -95,6 +95,7 @@ def as_markdown(found: list[Keys]) -> str:
         lines += [f"### {section.path or 'The whole config'}", "", section.text, ""]
         lines += ["| key | what it may be | default | |", "|---|---|---|---|"]
         for key in section.keys:
+            # a bar would end the table's cell
             kind = key.kind.replace("|", "\\|")
             default = f"`{key.default}`" if key.default not in ("", REQUIRED) else key.default
             lines.append(f"| `{key.name}` | {kind} | {default} | {key.text} |")
@@ -108,14 +109,16 @@ def _sections(path: str, schema: Mapping[str, Any], defs: Mapping[str, Any]) -> 
         section, many = _section_of(one)
         default = json.dumps(one["default"], ensure_ascii=False) if "default" in one else ""
         if section:
+            # 0: to have no default is not to have the default null
             default = "none" if one.get("default", 0) is None else ""
             inside.append((".".join(filter(None, (path, name, "NAME" * many))), section))
         elif name in schema.get("required", ()):
             default = REQUIRED
         elif not default:
-            default = "{}"
+            default = "{}"  # the schema has no default_factory; all of ours make an empty dict
         text = one.get("description") or defs.get(section, {}).get("description", "")
         kind = "{name: section}" if section and many else "section" if section else _kind(one)
+        # pydantic writes oneOf for a union with a discriminator: only `objective` is one
         kind += " | [section, ...]" * ("oneOf" in one)
         keys.append(Key(name=name, kind=kind, default=_yaml(default), text=_line(text)))
     if path == "objective":
@@ -127,6 +130,7 @@ def _sections(path: str, schema: Mapping[str, Any], defs: Mapping[str, Any]) -> 
 
 def _section_of(schema: Mapping[str, Any]) -> tuple[str, bool]:
     """(the section that a key holds, or nothing; whether it holds several by name)."""
+    # oneOf from its end: the losses of a list also have `weight`, which a single one lacks
     for one in (schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())[::-1]):
         many = one.get("additionalProperties")
         for holder, by_name in ((one, False), (one.get("items"), False), (many, True)):
@@ -139,6 +143,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
     """What a value may be."""
     if "anyOf" in schema:
         return " | ".join("none" if k == "null" else k for k in map(_kind, schema["anyOf"]))
+    # pydantic writes a Literal of one value as const
     if "enum" in schema or "const" in schema:
         return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
     what = schema["type"]
@@ -155,10 +160,11 @@ def _kind(schema: Mapping[str, Any]) -> str:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
+    # pydantic leaves a bound that stands behind a validator under its Python name, ge or le
     low, high = (schema.get(a, schema.get(b)) for a, b in (("minimum", "ge"), ("maximum", "le")))
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     if schema["type"] == "integer" and low is not None:
-        return f" from {low}"
+        return f" from {low}"  # the upper bound only catches slips (values.MOST)
     said = [f" from {low}"] * (low is not None) + [f" above {above}"] * (above is not None)
     said += [f" to {high}"] * (high is not None) + [f" below {below}"] * (below is not None)
     return "".join(said)
@@ -186,7 +192,7 @@ def _with_names(asked: str, paths: set[str]) -> str:
     parts = asked.split(".")
     if len(parts) > 1 and f"{parts[0]}.NAME" in paths:
         parts[1] = "NAME"
-    elif f"{asked}.NAME" in paths:
+    elif f"{asked}.NAME" in paths:  # `tasks` alone means the section that each name has
         parts.append("NAME")
     return ".".join(parts)
 

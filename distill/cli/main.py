@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         for said in ("stopped", *getattr(error, "__notes__", ())):
             print(f"tutelage: {said}", file=sys.stderr)
+        # a KeyboardInterrupt of Python's own, outside of Signals, has no number
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:  # the user's; other OSErrors are the machine's
         if os.environ.get("TUTELAGE_TRACEBACK"):
             raise
         _complain(error)
@@ -164,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    # commands import for themselves: `tutelage --help` waits for no torch
     _begin()
     from tutelage.distill.config.loading import load_config
 
@@ -198,9 +200,9 @@ def _eval(options: argparse.Namespace) -> int:
     _quiet()
     config = load_config(options.config, options.pairs)
     out = options.out or Path(config.run) / run_folder.SCORES
-    files.check_place(out)
+    files.check_place(out)  # before the games: no score is lost for want of a place
     last = run_folder.newest(Path(config.run) / run_folder.CHECKPOINTS)
-    model = options.model or (str(last) if last else None)
+    model = options.model or (str(last) if last else None)  # None: the untrained student
     with ConsoleObserver() as watcher:
         found = evaluate_model(config, model, watch=watcher)
     files.write_json(out, found)
@@ -263,7 +265,7 @@ def _play(options: argparse.Namespace) -> int:
     from tutelage.distill.cli.play import play
     from tutelage.envs.plugins import look_beside
 
-    look_beside(Path.cwd())
+    look_beside(Path.cwd())  # an installed command has its own folder on sys.path, not this one
     _quiet()
     return play(
         options.env_id,

@@ -30,6 +30,7 @@ def show_plan(plan: Plan, console: Console, also: Sequence[str] = ()) -> None:
         console.print(table)
     console.print()
     for line in (*notes(plan), *also):
+        # markup: a note may quote brackets, which rich would take for a style
         console.print(f"- {line}", highlight=False, markup=False)
 
 
@@ -44,7 +45,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
         table.add_row(Text(subject, style="bold"))
         for finding in findings:
             if finding.subject == subject:
-                text = Text(hidden(finding.text))
+                text = Text(hidden(finding.text))  # a server's message may quote its key
                 if finding.cure:
                     text.append(f"\n-> {finding.cure}", style="italic")
                 level = Text(finding.level, style=COLOURS[finding.level])
@@ -122,6 +123,7 @@ def _placement(plan: Plan) -> Table:
 
 
 def _model(model: Footprint) -> list[str]:
+    # without a shape the number is the one in the name, which is rounded
     about = "about " if model.parameters is not None and model.shape is None else ""
     return [model.reference.rstrip("/").rsplit("/", 1)[-1], about + count(model.parameters)]
 
@@ -169,6 +171,7 @@ def _table(
         pad_edge=False,
     )
     for number, heading in enumerate(headings):
+        # fold: rich cuts what is too long, and a plan's numbers must stay whole
         table.add_column(heading, justify="left" if number < words else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # Text: brackets are no markup here
@@ -187,7 +190,7 @@ def size(number: int | None) -> str:
 
 def _short(number: float, units: Sequence[str]) -> str:
     for unit in units[:-1]:
-        if number < 999.5:
+        if number < 999.5:  # from there on .3g rounds to 1e+03
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g}{units[-1]}"

@@ -32,6 +32,7 @@ def play(
     args = dict(env_args)
     try:
         if policy == "expert" and "expert" in _options(_class_of(_spec(env_id))):
+            # costly to compute, so environments tell the expert's action only if asked
             args.setdefault("expert", True)
         env = gymnasium.make(env_id, **args)
     except KeyboardInterrupt:  # the user's
@@ -63,6 +64,7 @@ def _played(
         )
         total, done = total + float(reward), bool(terminated or truncated)
     print(observation)
+    # as in rollouts: without success in info a positive reward counts as one
     print(f"{'won' if info.get('success', total > 0) else 'lost'}; reward {total:g}")
     return 0
 
@@ -204,6 +206,7 @@ def _options(cls: Any) -> dict[str, str]:
                 parent is cls and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             ):
                 required = parameter.default is parameter.empty
+                # setdefault: a class comes before its parents, and its own default holds
                 found.setdefault(
                     parameter.name, "required" if required else repr(parameter.default)
                 )

@@ -73,6 +73,7 @@ def _leave_terminal() -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
+            # not isatty, which says no of a terminal that has hung up
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -80,7 +80,7 @@ def check_url(key: str, url: str) -> None:
         port, host = where.port, where.hostname or ""  # .port raises for what is no port
         # as the socket will: labels that are empty or too long fail here rather than in the run
         host.encode("idna" if host.isascii() and not host.startswith("[") else "ascii")
-    except ValueError:
+    except ValueError:  # its text quotes the address: it is neither shown nor chained
         raise ValueError(
             f"{key} is no address: {hidden(url)!r}: write it as http://host:8000"
         ) from None
@@ -94,6 +94,7 @@ def check_url(key: str, url: str) -> None:
             f"{key} holds a query (what follows ? or #): take it out; a key belongs into an"
             " environment variable that api_key_env names"
         )
+    # port 0 stands for any free port: no server listens there
     if where.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError(f"engine: server needs url, such as http://host:8000 (it is {url!r})")
     if not re.fullmatch(r"[\x21-\x7e]+", url):
@@ -110,6 +111,7 @@ def hidden(text: str) -> str:
         text = text.replace(key, HIDDEN)
     for pattern, shown in _KNOWN:
         text = pattern.sub(shown, text)
+    # half a character (a lone surrogate) would make print raise
     text = text.encode(errors="backslashreplace").decode()
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 

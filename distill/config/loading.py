@@ -37,7 +37,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
         warnings.warn(
             f"optimizer.warmup: {config.optimizer.warmup} steps, and the run has {config.steps}: it"
             f" ends before the learning rate is {config.optimizer.lr:g}",
-            stacklevel=1,
+            stacklevel=1,  # a line of this package: the command line shows its warnings in one line
         )
     return config
 

@@ -181,8 +181,9 @@ class _Builder:
         self._values += 1
         if self._values > MOST_VALUES:
             raise ValueError(f"holds more than {MOST_VALUES:,} values, its aliases written out")
-        if id(node) in self._open:
+        if id(node) in self._open:  # PyYAML makes an alias the very node that it names
             raise ValueError(f"line {_line(node)}: an alias stands inside its own value")
+        # BaseLoader itself gives only these three: any other was written in the file
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in (
             "str",
             "seq",
@@ -214,7 +215,7 @@ class _Builder:
                     " leave one"
                 )
             lines[key] = line
-            if key == "<<" and key_node.style is None:
+            if key == "<<" and key_node.style is None:  # in quotes it is a key
                 for part in self._merged(value_node):
                     merged = part | merged  # the first mapping wins, and own keys over all
             else:
@@ -249,9 +250,10 @@ def _line(node: yaml.Node) -> int:
 def _described(error: yaml.YAMLError) -> str:
     """`line 3, column 7: what is wrong`."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    # PyYAML's ReaderError, of characters that YAML forbids, has only a reason, and no mark
     said = [getattr(error, name, None) for name in ("context", "problem", "reason")]
     text = ", ".join(str(one) for one in said if one) or str(error)
-    if "\\t" in text:
+    if "\\t" in text:  # PyYAML quotes the character as repr() does
         text += " (a tab: YAML is indented by spaces)"
     if mark is None:
         return " ".join(text.split())
@@ -287,4 +289,5 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def dump(data: Any) -> str:
     """YAML that `parse` and readers of version 1.1 read as the same data."""
+    # unsorted: the order of the tasks is that of their turns (schedule.policy alternate)
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False))

@@ -64,6 +64,7 @@ class RunConfig(Section):
     """The seed: every random draw is a function of it and of the step."""
     steps: Annotated[Positive, Field(le=MOST_STEPS)]
     """The steps of the run, over all tasks together."""
+    # not strict: in strict mode pydantic takes no text for a day, and a file has only text
     date: Annotated[datetime.date, Field(strict=False), BeforeValidator(day)] | None = None
     """The day that chat templates which show the date take for today. None: the day of the run's
     first start, which its config.yaml keeps for when it resumes or is evaluated."""
@@ -73,6 +74,7 @@ class RunConfig(Section):
     """The models that score the student's tokens, by a name of your choice."""
     tasks: dict[Name, TaskConfig]
     """What the student learns, by a name of your choice."""
+    # one default for all configs is safe, here and below: sections are frozen
     objective: Objectives = ObjectiveConfig()
     """The loss of all tasks that have none of their own; a list of losses is their weighted sum."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -154,6 +156,7 @@ class RunConfig(Section):
     def _check_engine(self, task: str, name: str, objective: Objective) -> None:
         """Raises ValueError for what the task's teacher `name` cannot do in its engine."""
         teacher, key = self.teachers[name], f"teachers.{name}.engine"
+        # in a cluster the teacher may run on another machine than this
         if teacher.sleeps and teacher.engine == "vllm" and self.cluster is None:
             check_sleep(f"teachers.{name}.sleeps")
         if lack := lacking(teacher, objective.needs, here=self.cluster is None):

@@ -175,6 +175,7 @@ class ContextConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> ContextConfig:
+        # ContextSettings checks itself when it is made: a config is to fail here, not in the run
         self.settings()
         return self
 
@@ -392,6 +393,7 @@ class CheckpointConfig(Section):
 CONSOLE = "console"
 """The observer that shows progress; the command line passes it to the run."""
 
+# as text: run is a room above this one, which may not import it
 OBSERVERS = {"tensorboard": "tutelage.distill.run.curves:TensorBoard"}
 """The other observers of this package: `module:Class` by name."""
 
@@ -428,7 +430,7 @@ class JournalConfig(Section):
     @classmethod
     def _either(cls, data: Any) -> Any:
         """Fills in whichever of `observers` and `tensorboard` is not given, from the other."""
-        if not isinstance(data, Mapping):
+        if not isinstance(data, Mapping):  # pydantic itself refuses it next, in its words
             return data
         named = data.get("observers")
         if named is None and data.get("tensorboard") is False:
@@ -477,6 +479,7 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _bundles(self) -> ClusterConfig:
+        # Ray refuses a placement group in which an actor has no resources
         if self.strategy and not (self.worker_resources and self.teacher_resources):
             raise ValueError(
                 f"cluster.strategy: {self.strategy} places resources: give worker_resources and"

@@ -32,6 +32,7 @@ def check_keys(teacher: TeacherConfig) -> None:
     # One class with this table, not a union discriminated on `engine`: a key of another engine
     # would be an unknown one there, and the message could not name the engine that has it.
     for key, engines in ENGINES_WITH.items():
+        # by value, not by model_fields_set: the config.yaml of a run folder gives every key
         default = type(teacher).model_fields[key].default
         if teacher.engine not in engines and getattr(teacher, key) != default:
             raise ValueError(

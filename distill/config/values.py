@@ -40,7 +40,7 @@ def _name(text: str) -> str:
 
 def _place(text: str) -> str:
     """A path, or a text that may be one, with ~ and $NAME replaced as in a shell."""
-    if not text.strip() or "\0" in text:
+    if not text.strip() or "\0" in text:  # no system takes a NUL in a path
         raise ValueError(f"it must not be empty (got {text!r})")
     text = os.path.expanduser(os.path.expandvars(text))
     left = re.search(r"^~[^/]*|\$\{?\w+\}?", text)  # os.path leaves what it does not know
@@ -66,6 +66,7 @@ def _device(text: str) -> str:
 
 def _address(text: str) -> str:
     """The address of a Ray cluster."""
+    # the last colon: an IPv6 host has others
     host, _, port = text.removeprefix("ray://").rpartition(":")
     known = re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) and re.fullmatch(r"[0-9]{1,5}", port)
     if text not in ("local", "auto") and not (known and 0 < int(port) < 65_536):

@@ -47,6 +47,7 @@ def examine_engine(
     subject, settings = f"teachers.{name}", config.teachers[name]
     check = Check(subject, f"engine: {settings.engine}")
     within = ROWS_TOLERANCE[settings.dtype]
+    # this teacher alone: the others have findings of their own
     own = config.model_copy(update={"teachers": {name: settings}})
     teacher: Teacher | None = None
     try:
@@ -61,7 +62,7 @@ def examine_engine(
             )
         if rows := [row for own_rows in played.values() for row in own_rows]:
             yield check_steadiness(subject, teacher.score, rows, within=within)
-        if known is None:
+        if known is None:  # else its weights here have answered this
             for task, own_rows in played.items():
                 theirs = teacher.score(own_rows, Needs(k=1))
                 yield check_teacher_on_student(subject, task, theirs, own_rows)
@@ -79,6 +80,7 @@ def check_parity(subject: str, score: Score, known: Known, *, within: float) -> 
     pairs = list(zip(theirs, known.scores, strict=True))
     gap_N = torch.cat([_gap(one.sampled_N, other.sampled_N) for one, other in pairs])
     top_NK = torch.cat([_gap(one.logprobs_NK, other.logprobs_NK) for one, other in pairs])
+    # sorted, as sets: ids that are nearly as probable may change places
     same_N = torch.cat(
         [(a.ids_NK.sort(-1)[0] == b.ids_NK.sort(-1)[0]).all(-1) for a, b in pairs]
     ).float()
@@ -104,7 +106,7 @@ def check_steadiness(subject: str, score: Score, rows: Sequence[Row], *, within:
     check = Check(subject, "the same twice")
     pairs = zip(score(rows, Needs(k=1)), score(rows, Needs(k=1)), strict=True)
     off = float(torch.cat([_gap(a.sampled_N, b.sampled_N) for a, b in pairs]).mean())
-    if not off <= within:
+    if not off <= within:  # NaN too
         return check.fault(
             f"the same rows scored twice are {off:.2g} nats apart in the mean",
             "replicas behind one url must serve the same weights",

@@ -103,6 +103,7 @@ def _checked_by_gymnasium(check: Check, env: gymnasium.Env[Any, Any]) -> list[Fi
         warnings.simplefilter("always")
         try:
             # unwrapped: gymnasium.make's wrappers would hide faults from the checker
+            # and without rendering: observations are text, and nothing here draws
             check_env(env.unwrapped, skip_render_check=True)
         except Undecided:  # the grader was too busy: no fault of the environment's
             raise
@@ -204,7 +205,7 @@ GRADES = (
     ("so the answer is \\boxed{\\frac{1}{2}}", "0.5", True),
     ("\\boxed{8}", "7", False),
     ("seven, I should think, is it not so", "7", False),
-    ("\\boxed{7} is wrong, so \\boxed{9}", "7", False),
+    ("\\boxed{7} is wrong, so \\boxed{9}", "7", False),  # the last one is the answer
 )
 SYMBOLIC = (("\\boxed{x(x+1)}", "x^2+x", True), ("\\boxed{x^2}", "x^2+x", False))
 ENDLESS = "9^{9^{9}}"
@@ -228,7 +229,7 @@ def check_grader(*, timeout: float = 5.0) -> list[Finding]:
         text = "math-verify is not installed: answers that only algebra can compare count as wrong"
         return [*found, Check("grader", "by algebra").note(text, INSTALL)]
     started = _started()
-    if not grading_pool.worker_pids():
+    if not grading_pool.worker_pids():  # it did not start, and would grade nothing
         return [*found, started]
     return [*found, started, _graded("by algebra", SYMBOLIC, timeout), _bounded(timeout=1.0)]
 

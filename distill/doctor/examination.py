@@ -104,10 +104,11 @@ def _environments(config: RunConfig, settings: Settings) -> Iterator[Finding]:
             yield from check_environment(
                 subject,
                 evaluation.env,
-                evaluation.env_args,
+                evaluation.env_args,  # no expert plays in an evaluation
                 admissible=evaluation.context.lists_actions,
                 check="environment, eval_args",
             )[:1]  # whether it can be made; all else was said of the same environment above
+    # an id may name the module that registers it first: module:tutelage/Math-v0
     if any(task.env.endswith("tutelage/Math-v0") for task in config.tasks.values()):
         yield from check_grader()
 
@@ -176,7 +177,7 @@ def _vllm(
     check = Check("student", "vllm and learner")
     try:
         engine = make_engine(config, rollouts_of(settings), student)
-        engine.load(None, 0)
+        engine.load(None, 0)  # None: the student's own tensors, in this process
     except (ConfigError, RuntimeError) as error:
         cure = "see the vllm section; rollout.engine=transformers needs none of it"
         yield check.fault(one_line(error), cure)
@@ -205,20 +206,21 @@ def _play(
         how,
         max_turns=min(how.max_turns, TURNS),
         max_new_tokens=min(how.max_new_tokens, TOKENS),
-        attempts=1,
+        attempts=1,  # an episode that is lost once is a finding already
     )
     check = Check(f"tasks.{name}", "rollout")
     worker = RolloutWorker(engine, tokenizer, {name: how}, **spoken(config))
     try:
         count = worker.num_episodes(name)
         orders = [
+            # an environment may have fewer games than are played here
             Order(task=name, number=n, seed=n, index=n if count is None else n % count)
             for n in range(EPISODES)
         ]
         outcomes = worker.collect(orders)
     except (ValueError, RuntimeError, OSError) as error:
         return check.fault(one_line(error), "correct env, env_args and rollout")
-    except ArithmeticError as error:
+    except ArithmeticError as error:  # the engine's, of NaN among the logits
         cure = "fetch the student's weights again, or set student.dtype to float32"
         return check.fault(one_line(error), cure)
     finally:
@@ -236,7 +238,7 @@ def _play(
             "the student had no room for a single token: the first prompt fills its context",
             "take a student with more max_position_embeddings, or shorten the prompt",
         )
-    first = int(rows[0].action_mask_T.argmax())
+    first = int(rows[0].action_mask_T.argmax())  # of booleans: where the first True is
     return Played(rows=rows, opening=tuple(rows[0].ids_T[:first].tolist()))
 
 
@@ -276,6 +278,7 @@ def _teacher(
         yield from examine_teacher(subject, teacher, model, prompt, tasks, size=len(tokenizer))
         if section.engine != "transformers":
             own_rows = [row for found in tasks.values() for row in found.rows]
+            # fixed rows where the student could not play
             own_rows = own_rows or self_test_rows(len(tokenizer))
             scores = teacher.score(own_rows, Needs(k=support_of(name, settings)))
             known = Known(reference=section.files, rows=tuple(own_rows), scores=tuple(scores))
@@ -290,6 +293,7 @@ def _teacher(
 def _ends(config: RunConfig, settings: Settings, tokenizer: Any, subject: str, own: Any) -> Finding:
     """Whether teacher and student end alike. own: the teacher's tokenizer."""
     name = subject.removeprefix("teachers.")
+    # there is one: RunConfig refuses a teacher without a task
     taught = next(task for task in settings.values() if name in task.schedule.teachers)
     try:
         student = chat_of(config, tokenizer, taught.rollout.context.system)

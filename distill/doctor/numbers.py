@@ -76,6 +76,7 @@ def greedy_probes(student: Student, prompt: Sequence[int]) -> list[Probe]:
     while not found:
         found = engine.step()
     said, logprobs = found[0].ids, found[0].logprobs
+    # from 1 on: nothing predicts the first token
     inside = range(max(1, len(ids) // 2), max(1, len(ids) // 2) + min(4, len(ids) // 4))
     short = GREEDY_TOKENS // 2
     return [
@@ -96,6 +97,7 @@ def _probe(
     turns_T = np.full(len(ids_T), NO_ACTION, dtype=np.int32)
     turns_T[inside.start : inside.stop] = 0
     turns_T[len(prompt) :] = 1
+    # NaN: not sampled by anyone, such as the reply inside the prompt
     behavior_logprobs_T = np.full(len(ids_T), np.nan, dtype=np.float32)
     behavior_logprobs_T[len(prompt) :] = logprobs
     row = Row(
@@ -214,7 +216,7 @@ def check_determinism(subject: str, score: Score, rows: Sequence[Row], *, within
     """Whether the same rows get the same scores twice, and a row alone the same as in a batch."""
     check = Check(subject, "determinism")
     first, again = (score(rows, Needs(k=1)) for _ in range(2))
-    if (off := _furthest(first, again)) > 0:
+    if (off := _furthest(first, again)) > 0:  # to the bit: the same shapes take the same kernels
         return check.fault(
             f"the same rows scored twice differ by up to {off:.2g} nats",
             "turn dropout off (model.eval()), and use deterministic kernels; replicas of a server"
@@ -345,16 +347,16 @@ def self_distilled(
             batch.targets_N,
             logprobs_N,
             generator=torch.Generator(student.device).manual_seed(0),
-            tokens=Tokens(sampling_logprobs_N=logprobs_N),
+            tokens=Tokens(sampling_logprobs_N=logprobs_N),  # as if drawn from the whole policy
         )
-        losses.append(loss_N.abs())
+        losses.append(loss_N.abs())  # or losses of opposite signs would cancel out
     loss, reward = float(torch.cat(losses).mean()), float(torch.cat(rewards).mean())
     text = f"{objective.name}: |log q - log pi| = {reward:.0e}"
     distance = all(rule.name in DIVERGENCES for rule in objective.rules)
     if distance:
         text += f", loss = {loss:.0e}"
     left = max(reward, loss) if distance else reward
-    if not left <= tolerance(student):
+    if not left <= tolerance(student):  # NaN too
         return check.fault(
             f"{text} nats of the student to itself, not 0",
             "teacher and learner read the rows differently (positions, mask, temperature, dtype),"

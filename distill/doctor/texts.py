@@ -83,6 +83,7 @@ def check_end_of_turn(
         )
     end = chat.end_id
     said = f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})"
+    # not closed: what follows then begins with the template's own closing token
     closing = chat.following("x", closed=False)[:1]
     if tokenizer.chat_template and closing != [end]:
         token = tokenizer.convert_ids_to_tokens(closing)
@@ -206,6 +207,7 @@ def _first_difference(tokenizer: Any, chat: Chat, rendered: str) -> int | None:
     appended = chat.opening(USERS[0])
     for said, user in zip(REPLIES, USERS[1:], strict=True):
         appended += [*chat.reply(said), *chat.following(user, closed=True)]
+    # the template has already written the special tokens that a conversation has
     whole = tokenizer.encode(rendered, add_special_tokens=False)
     for at, (ours, theirs) in enumerate(zip_longest(appended, whole)):
         if ours != theirs:

@@ -27,6 +27,7 @@ from tutelage.distill.models.loading import (
 from tutelage.distill.models.student import Student
 from tutelage.distill.plan.published import PUBLISHED
 
+# `7B` and `1.5B` of a name, but neither `4bit` nor the 2.5 of Qwen2.5
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z0-9])")
 
 
@@ -130,7 +131,9 @@ def at_hand(reference: str) -> Path | None:
         return None  # no hub id, which huggingface_hub would refuse with an error
     from huggingface_hub import try_to_load_from_cache
 
+    # either file: a tokenizer may have been fetched without its model
     for file in ("config.json", "tokenizer_config.json"):
+        # else None, or an object that stands for: the hub has no such file
         if isinstance(found := try_to_load_from_cache(reference, file), str):
             return Path(found).parent
     return None
@@ -139,6 +142,7 @@ def at_hand(reference: str) -> Path | None:
 def named_size(reference: str) -> int | None:
     """The parameters that a name speaks of: 7e9 for `Qwen/Qwen2.5-7B-Instruct`."""
     found = _SIZE.search(
+        # to a regular expression _ is part of a word, and would hide the size behind it
         reference.rstrip("/").rsplit("/", 1)[-1].replace("-", " ").replace("_", " ")
     )
     if found is None:
@@ -151,12 +155,13 @@ def _measured(reference: str, settings: Any) -> Footprint:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    text = settings.get_text_config()
+    text = settings.get_text_config()  # a multimodal config nests the language model's
     student = Student(model, vocabulary=text.vocab_size)
     # by id: a head that is tied to the embedding is one parameter
     trainable = {id(p): p.numel() for p in student.trainable()}
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads  # Qwen3's is its own
+    # GPT-2's family shares no keys and values among heads, and has no key for it
     kept = (getattr(text, "num_key_value_heads", None) or heads) * size
     return Footprint(
         reference=reference,
@@ -165,7 +170,7 @@ def _measured(reference: str, settings: Any) -> Footprint:
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            cache=2 * text.num_hidden_layers * kept,
+            cache=2 * text.num_hidden_layers * kept,  # 2: keys and values
             rows=text.vocab_size,
             context=text.max_position_embeddings,
             trainable=sum(trainable.values()),

@@ -80,6 +80,7 @@ def _over_ranks(config: RunConfig, alone: Sequence[Need], weights: int | None) -
     all weights."""
     ranks, device = config.learner.processes, alone[0].device
     found = []
+    # on the CPU all ranks share one memory: one line for all of them
     for rank in [0] if device == "cpu" else range(ranks):
         for i, need in enumerate(alone):
             cut, times = (ranks, "parts") if i < CUT else (1, "times")
@@ -113,6 +114,7 @@ def _head_needs(
     """Logits and log-probabilities of a micro-batch's tokens, or, for a large vocabulary, of one
     block of them after the other."""
     if vocabulary is None or vocabulary > DENSE_VOCABULARY:
+        # CHUNK float32 numbers: at least the logits, at most log-probabilities and a gradient too
         what, sizes = "output head, block by block", (4 * CHUNK, 3 * 4 * CHUNK)
         found = [Need(device=device, what=what, least=sizes[0], most=sizes[1], knob="-")]
     else:
@@ -162,6 +164,7 @@ def rollout_needs(
             )
         )
         if vllm and config.vllm.tensor_parallel_size > 1:
+            # its workers map one shared copy in this machine's memory (engines/vllm/sync.py)
             sent = student.weights(config.student.dtype)
             sent = None if sent is None else sent * workers
             found.append(
@@ -200,6 +203,7 @@ def _sessions(config: RunConfig, task: TaskSettings, workers: int) -> tuple[int,
     how, section = task.rollout, config.evaluation
     played = task.schedule.episodes
     if section.rounds(config.steps):
+        # nobody has counted the games yet: taken as enough to fill every engine
         played = (
             how.max_live * workers if section.episodes == "all" else max(played, section.episodes)
         )
@@ -285,6 +289,7 @@ def _vllm_need(
     size, room = options.cache_bytes(on_cpu=device == "cpu"), memory_here(device)
     kept = size
     if kept is None and room is not None and weights is not None:
+        # vLLM's share of the memory includes its weights
         kept = max(0, int(room * options.gpu_memory_utilization) - weights // engines)
     if kept is not None:
         kept *= engines * (options.tensor_parallel_size if device == "cpu" else 1)
@@ -307,6 +312,7 @@ def process_needs(config: RunConfig) -> Need:
     if config.rollout.engine == "vllm":
         engines += [config.vllm] * config.workers
     sizes = [one.tensor_parallel_size for one in engines if one is not None]
+    # a vLLM of one worker runs inside the process that asks it (engines/vllm/patches.py)
     count += sum(size for size in sizes if size > 1)
     return Need(
         device="cpu",
