@@ -200,6 +200,7 @@ class RayCluster(Generic[AskT, AnswerT]):
         # Ray's num_cpus reserves and does not limit: `_Actor` limits torch's threads.
         options: list[dict[str, Any]] = [
             {
+                # options of their own: under `resources` Ray refuses these two
                 "num_cpus": need.get("CPU", 0),
                 "num_gpus": need.get("GPU", 0),
                 "resources": {k: v for k, v in need.items() if k not in ("CPU", "GPU")},
@@ -250,6 +251,7 @@ class RayCluster(Generic[AskT, AnswerT]):
             deadline, lost = time.monotonic() + self._timeout, dict[int, Exception]()
             for i, one in waiting.items():
                 try:
+                    # At 0 Ray still returns what is there: a slow job does not fail those after it.
                     left = max(0.0, deadline - time.monotonic())
                     results[i] = pickle.loads(self._get(one.reference, left))
                 except self._ray.exceptions.RayTaskError:

@@ -81,6 +81,7 @@ class Prefetch:
         for step, one in enumerate(state, len(self._timetable.history)):
             outcomes = {task: [revived(o) for o in own] for task, own in one["outcomes"].items()}
             if outcomes and all(sound(task, own) for task, own in outcomes.items()):
+                # `partial`, not a lambda, which would see the last task's `own`
                 self._started[step] = {
                     task: Started(partial(list, own)) for task, own in outcomes.items()
                 }

@@ -86,5 +86,6 @@ class RewardClipped:
         entropy_N, counted_N = case.student.entropy(), case.unmasked()
         floor = case.tokens.entropy_floor
         if floor is None:  # called without a learner: this call's tokens are all that is known
+            # a quantile of no numbers is an error in numpy
             floor = entropy_floor(entropy_N[counted_N], self.share) if counted_N.any() else math.inf
         return entropy_N >= floor

@@ -69,6 +69,7 @@ def _make_worker(
     pools.open(rollouts)  # what the node lacks shows before a model loads
     tokenizer = load_tokenizer(student_tokenizer(config.student))
     engine = worker_engine(config, rollouts, vocabulary)
+    # A set: a teacher that guides several tasks is loaded once.
     teachers = {name: make_teacher(name, config, vocabulary) for name in set(guiding.values())}
     guides = _guides(guiding, teachers, vocabulary)
     return RolloutWorker(engine, tokenizer, rollouts, pools, guides, **spoken(config))

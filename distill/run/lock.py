@@ -70,6 +70,7 @@ class Owner:
 
     def same(self, other: Owner) -> bool:
         """Whether both are the same process."""
+        # `since` is when the folder was taken, which one process may do twice.
         mine, theirs = (asdict(one) | {"since": "", "command": ""} for one in (self, other))
         return bool(mine == theirs)
 

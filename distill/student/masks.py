@@ -31,6 +31,7 @@ def loss_mask(row: Row, special: Sequence[int]) -> npt.NDArray[np.bool_]:
     """
     mask_T = row.action_mask_T.copy()
     if special:
+        # Of action tokens alone: NO_ACTION would count as a turn.
         for turn in np.unique(row.turns_T[mask_T]):
             inside_T = row.turns_T == turn
             for token in special:

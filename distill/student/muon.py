@@ -65,6 +65,7 @@ def _iterated(x: torch.Tensor) -> torch.Tensor:
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALL)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
+        # aX + (bG + cGG)X, with G = XX'
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -95,6 +96,7 @@ class Muon(torch.optim.Optimizer):
             moved = [p for p in group["params"] if p.grad is not None]
             updates = self._orthogonalize([self._update(p, group["momentum"]) for p in moved])
             for parameter, update in zip(moved, updates, strict=True):
+                # decoupled, as in AdamW: the decay has no part in what is made orthogonal
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 # 0.2: about the RMS of AdamW's updates (arXiv:2502.16982, equation 4)
                 size = 0.2 * math.sqrt(max(parameter.shape))

@@ -225,6 +225,7 @@ class Sharded:
         # FSDP2 gathers weights and reduces gradients in every pass: all ranks need as many.
         for _ in range(int(most) - len(items)):
             nothing = self.inside(self._nothing)
+            # `Learner.answer` runs without gradients: there is nothing to reduce.
             if torch.is_grad_enabled():
                 nothing.backward()
         self._root.reshard()  # the weights outside the layers stay gathered between passes
@@ -235,6 +236,7 @@ class Sharded:
 
     def clip(self, parameters: Sequence[torch.nn.Parameter], most: float) -> float:
         norm: Any = torch.nn.utils.clip_grad_norm_(parameters, most)
+        # A DTensor: until it is gathered, each rank has the norm of its own part.
         return float(norm.full_tensor())
 
     def orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
@@ -296,6 +298,7 @@ class Sharded:
         device = self._student.device
         if whole.is_meta:
             whole = torch.empty(whole.shape, dtype=whole.dtype, device=device)
+        # Shard(0): by rows, as FSDP2 cuts the weights themselves.
         return distribute_tensor(
             whole.detach().to(device), self._mesh, [Shard(0)], src_data_rank=owner
         )

@@ -68,6 +68,7 @@ def plot_variance(runs: Sequence[ToyRun], path: Path) -> None:
 
     def line(field: str, label: str, color: str, style: str) -> None:
         means = [
+            # as on the axis, which is logarithmic
             statistics.geometric_mean([getattr(run, field) for run in runs if run.gamma == gamma])
             for gamma in gammas
         ]

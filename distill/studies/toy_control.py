@@ -177,6 +177,7 @@ def train_teachers(
         head_RBTO = policies.head(policies.hidden(seen.features_RBTF.flatten(1, 2)))
         score_RNO = score(head_RBTO, seen.moves_RBT.flatten(1))
         optimizer.zero_grad()
+        # Minus: a reward is to grow. (The students below have a cost, which is to fall.)
         head_RBTO.backward(-advantage_RBT.flatten(1)[..., None] * score_RNO / TRAJECTORIES)
         optimizer.step()
         if progress is not None:
@@ -298,6 +299,7 @@ def _records(
     distances_KR: torch.Tensor,
     variances_IRG: torch.Tensor,
 ) -> list[ToyRun]:
+    # Of an even number torch takes the lower of the two in the middle.
     median_RG = variances_IRG.median(dim=0).values
     return [
         ToyRun(
