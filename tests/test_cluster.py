@@ -246,7 +246,7 @@ def test_weights_of_one_version_travel_once(make: Make) -> None:
 
 
 def test_a_resource_that_no_node_has_is_named(make: Make) -> None:
-    with pytest.raises(ValueError, match=r"no node has {'GPU': 1.0}: the nodes have .*'far': 1"):
+    with pytest.raises(ValueError, match=r"no node has {'GPU': 1}: the nodes have .*'far': 1"):
         make(teacher_resources={"GPU": 1})
 
 

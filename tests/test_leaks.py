@@ -33,6 +33,12 @@ def _alive(mark: str) -> list[str]:
     return found
 
 
+def _heeding() -> None:
+    """A shell's background job, as CI may be, passes on that SIGINT is ignored, nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _wait(until: Callable[[], Any]) -> bool:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -81,8 +87,7 @@ def test_no_process_and_no_shared_memory_outlives_a_run(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            # a shell's background job, as CI may be, passes on that SIGINT is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_heeding,
         )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
