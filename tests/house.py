@@ -116,9 +116,10 @@ def main() -> None:
         rooms = room_arrows(inside)
         count, comments = lines(asked.root, wing)
         totals = [totals[0] + count, totals[1] + comments]
-        cells = (wing, len(rooms), max(floors(rooms).values()), sum(map(len, rooms.values())))
         share = f"{100 * comments / count:.1f} %"
-        print("", *cells, len(opened(inside)[1]), len(inside), f"{count:,}", share, "", sep=" | ")
+        shape = (len(rooms), max(floors(rooms).values()), sum(map(len, rooms.values())))
+        row = (wing, *shape, len(opened(inside)[1]), len(inside), f"{count:,}", share)
+        print(f"| {' | '.join(map(str, row))} |")
     print(f"| together | | | | | | {totals[0]:,} | {100 * totals[1] / totals[0]:.1f} % |")
     if asked.draw:
         rooms = room_arrows(module_arrows(asked.root, asked.draw))
