@@ -124,24 +124,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
+    def configured(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = command(name, run, text)
+        sub.add_argument("config", type=Path)
+        sub.add_argument("pairs", nargs="*", default=[], metavar="key=value")
+        return sub
+
     demo = command("demo", _demo, "the joint agent+math run on the CPU, end to end")
     demo.add_argument("pairs", nargs="*", default=[], metavar="key=value")
-    train = command("train", _train, "train; continues where the run folder left off")
-    train.add_argument("config", type=Path)
-    train.add_argument("pairs", nargs="*", default=[], metavar="key=value")
-    evaluate = command("eval", _eval, "success rate, pass@1, intervals; writes eval.json")
-    evaluate.add_argument("config", type=Path)
+    configured("train", _train, "train; continues where the run folder left off")
+    evaluate = configured("eval", _eval, "success rate, pass@1, intervals; writes eval.json")
     evaluate.add_argument(
         "--model", help="a folder, hub id or builtin:NAME; else the run's last checkpoint"
     )
     evaluate.add_argument("--out", type=Path, help="where eval.json goes; else the run folder")
-    evaluate.add_argument("pairs", nargs="*", default=[], metavar="key=value")
-    plan = command("plan", _plan, "what would run and what it takes; loads no weights")
-    plan.add_argument("config", type=Path)
-    plan.add_argument("pairs", nargs="*", default=[], metavar="key=value")
-    doctor = command("doctor", _doctor, "preflight: tokenizers, templates, scores, environments")
-    doctor.add_argument("config", type=Path)
-    doctor.add_argument("pairs", nargs="*", default=[], metavar="key=value")
+    configured("plan", _plan, "what would run and what it takes; loads no weights")
+    configured("doctor", _doctor, "preflight: tokenizers, templates, scores, environments")
     play = command("play", _play, "play an environment by hand, or watch a policy play")
     play.add_argument("env_id", metavar="ENV_ID")
     play.add_argument(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.resolved import TaskSettings
 from tutelage.distill.objectives import Needs, TeacherScores
-from tutelage.distill.student.examples import Example, TaskObjective
+from tutelage.distill.student.examples import Example
 from tutelage.distill.student.learner import Learner
 from tutelage.distill.student.masks import loss_mask
 from tutelage.distill.student.sampling_bias import with_sampling_logprobs
@@ -53,15 +53,13 @@ class Routing:
     def __init__(
         self,
         tasks: Mapping[str, TaskSettings],
-        task_objectives: Mapping[str, TaskObjective],
         special: Mapping[str, Sequence[int]],
         learner: Learner,
         placement: Placement[Ask, Answer],
         teachers: Iterable[str],
     ) -> None:
-        self._tasks, self._task_objectives = tasks, task_objectives
+        self._tasks, self._special = tasks, special
         self._learner, self._placement = learner, placement
-        self._special = special
         # an ask without rows: every answer carries the teacher's fingerprint
         asks = [Ask(teacher=name, rows=(), needs=Needs(k=1)) for name in teachers]
         answers = zip(asks, placement.score(asks), strict=True)
@@ -76,7 +74,7 @@ class Routing:
     def complete(self, outcomes: Outcomes) -> Outcomes:
         """The outcomes with the log-probabilities under their sampling parameters, where a task's
         objective needs them and the engine did not give them."""
-        needy = {task for task in outcomes if self._task_objectives[task].objective.needs.sampling}
+        needy = {task for task in outcomes if self._tasks[task].objective.needs.sampling}
         return {
             task: with_sampling_logprobs(own, self._learner) if task in needy else own
             for task, own in outcomes.items()
@@ -140,7 +138,7 @@ class Routing:
         """Every teacher's scores, in the order of `rows`; and the teachers' answers."""
         asks: list[tuple[str, list[int], Ask]] = []  # (task, indexes of its rows, the ask)
         for task, own in rows.items():
-            if self._task_objectives[task].objective.needs.teacher:
+            if self._tasks[task].objective.needs.teacher:
                 by_teacher: dict[str, list[int]] = defaultdict(list)
                 for place, (order, _) in enumerate(own):
                     assert order.teacher is not None
@@ -159,7 +157,7 @@ class Routing:
         return scores, answers
 
     def _ask(self, task: str, teacher: str, rows: Sequence[Row]) -> Ask:
-        needs, query_ids = self._task_objectives[task].objective.needs, None
+        needs, query_ids = self._tasks[task].objective.needs, None
         if needs.student_k:
             # Once, before the step's updates, as in the authors' code (kl_topk_source=actor).
             query_ids = self._learner.own_support(rows, needs.student_k)

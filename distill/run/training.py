@@ -140,7 +140,6 @@ class Run:
         self.num_games = cache(self.placement.num_episodes)
         self.routing = Routing(
             tasks,
-            self._task_objectives,
             self._special,
             self.learner,
             self.placement,
