@@ -11,6 +11,7 @@ import torch
 
 from tests.rounding import FORWARD_SUMS, rounding
 from tutelage.distill.models.batches import Batch, pack
+from tutelage.distill.models.decoders import TransformersDecoder
 from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transformers import TransformersTeacher
 from tutelage.scheduler.episodes import NO_ACTION, Row
@@ -44,7 +45,7 @@ def _hidden(model: Any, rows: Sequence[Row], **how: Any) -> dict[int, torch.Tens
     """By row: the hidden states that predict its action tokens."""
     found = {}
     for batch in pack(rows, **({"max_tokens": 1000} | how), device=CPU):
-        hidden_ND = batch.hidden(lambda **given: model.base_model(**given).last_hidden_state)
+        hidden_ND = batch.hidden(TransformersDecoder(model))
         for b, member in enumerate(batch.members):
             found[member] = hidden_ND[batch.rows_N == b]
     return found

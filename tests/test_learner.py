@@ -13,6 +13,7 @@ import torch
 
 from tests.rounding import UPDATE_SUMS, rounding
 from tutelage.distill.config.sections import OptimizerConfig
+from tutelage.distill.models.decoders import LeanDecoder, TransformersDecoder
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import (
     DenseStudent,
@@ -211,8 +212,9 @@ def test_the_two_means_differ_on_these_rows(
     assert abs(by_token - by_row) > 0.01 * by_token
 
 
+@pytest.mark.parametrize("kind", [LeanDecoder, TransformersDecoder])
 def test_recomputing_changes_no_bit_and_runs_each_layer_again(
-    make_model: Make, rows: list[Row], teacher: TransformersTeacher
+    make_model: Make, rows: list[Row], teacher: TransformersTeacher, kind: Any
 ) -> None:
     """And the model is as it was for rollouts: layers in evaluation mode, with their cache."""
     found, passes = [], []
@@ -223,8 +225,12 @@ def test_recomputing_changes_no_bit_and_runs_each_layer_again(
             nonlocal calls
             calls += 1
 
+        # a projection of another class, or the lean decoder would not call it
+        projection = model.base_model.layers[1].mlp.down_proj
+        projection.__class__ = type("Linear", (torch.nn.Linear,), {})
         learner = _learner(model, recompute=recompute)
-        model.base_model.layers[1].mlp.register_forward_pre_hook(count)
+        learner.student.decoder = kind(model)
+        projection.register_forward_pre_hook(count)
         examples = _examples(rows, teacher)
         metrics = _update(learner, examples, build("local_support", k=8), weight=1.0, seed=0)
         found.append((metrics, model.state_dict()))

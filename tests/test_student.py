@@ -10,6 +10,7 @@ import torch
 
 from tests.rounding import FORWARD_SUMS, rounding
 from tutelage.distill.models.batches import pack
+from tutelage.distill.models.decoders import Decoder, decoder_of
 from tutelage.distill.models.student import Student
 from tutelage.scheduler.episodes import Row
 
@@ -41,8 +42,9 @@ def test_what_takes_anothers_weights_says_what_it_says(make: Callable[..., Stude
 class Flipped(Student):
     """Another forward, as one with adapters would be."""
 
-    def hidden(self, **inputs: Any) -> torch.Tensor:
-        return -super().hidden(**inputs)
+    @property
+    def decoder(self) -> Decoder:  # type: ignore[override]
+        return lambda ids_BT, **given: -decoder_of(self.model)(ids_BT, **given)
 
 
 @torch.no_grad()

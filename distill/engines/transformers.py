@@ -121,15 +121,14 @@ def check_cache(student: Student) -> None:
         for t in range(2):
             cache.positions_BQ, cache.reach = torch.tensor([[t]], device=student.device), t + 1
             parts.append(
-                student.hidden(
-                    input_ids=ids_1T[:, t : t + 1],
-                    attention_mask=mask_B1QP[..., : t + 1],
-                    position_ids=cache.positions_BQ,
-                    past_key_values=cache,
-                    use_cache=True,
+                student.decoder(
+                    ids_1T[:, t : t + 1],
+                    positions_BT=cache.positions_BQ,
+                    mask_B1TP=mask_B1QP[..., : t + 1],
+                    cache=cache,
                 )
             )
-        whole_1TD = student.hidden(input_ids=ids_1T, use_cache=False).float()
+        whole_1TD = student.decoder(ids_1T).float()
     except Exception as error:  # transformers' models raise what comes
         raise ConfigError(
             f"{who} cannot generate token by token here ({one_line(error):.300}): {cure}"
@@ -325,14 +324,13 @@ class TransformersEngine:
         self._cache.slots_B = torch.tensor(slots, device=device) if anywhere else None
         self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
         with fitting(self._matrix_size, ids_BQ.size):
-            hidden_BQD = self._student.hidden(
-                input_ids=torch.from_numpy(ids_BQ).to(device),
-                attention_mask=mask_B1QP,
-                position_ids=positions_BQ,
-                past_key_values=self._cache,
-                use_cache=True,
+            last_BD = self._student.decoder(
+                torch.from_numpy(ids_BQ).to(device),
+                positions_BT=positions_BQ,
+                mask_B1TP=mask_B1QP,
+                cache=self._cache,
+                at=(torch.arange(len(rows)), torch.tensor(lengths) - 1),
             )
-            last_BD = hidden_BQD[torch.arange(len(rows)), torch.tensor(lengths) - 1]
             sampled = _sample(self._student.logits(last_BD).float(), rows)
         self.prefilled_tokens += sum(lengths) if width > 1 else 0  # width 1 is decoding
         for row, chunk, token, logprob, sampling in zip(rows, chunks, *sampled, strict=True):

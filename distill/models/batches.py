@@ -5,12 +5,13 @@ Letters: B rows, T tokens a row (padded), N action tokens of the batch, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from tutelage.distill.models.decoders import Decoder
 from tutelage.scheduler.episodes import Row
 
 
@@ -31,18 +32,14 @@ class Batch:
     segments_N: torch.Tensor  # tokens of one number are one turn's reply
     positions_N: torch.Tensor  # response positions, from 0
 
-    def hidden(self, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """The hidden states [N, D] that predict the action tokens.
-
-        forward: takes transformers' inputs, returns the last hidden states [B, T, D].
-        """
-        # Left out where rows have no branches: then models number the positions themselves, and
-        # sdpa may take its causal kernel instead of one with a mask.
-        positions = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
-        hidden_BTD = forward(
-            input_ids=self.ids_BT, attention_mask=self.mask_B1TT, use_cache=False, **positions
+    def hidden(self, decoder: Decoder) -> torch.Tensor:
+        """The hidden states [N, D] that predict the action tokens."""
+        return decoder(
+            self.ids_BT,
+            positions_BT=self.positions_BT,
+            mask_B1TP=self.mask_B1TT,
+            at=(self.rows_N, self.sources_N),
         )
-        return hidden_BTD[self.rows_N, self.sources_N]
 
     def by_row(self, values_N: torch.Tensor) -> dict[int, torch.Tensor]:
         """Each row's part of values of the batch's tokens."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.models.batches import Batch
+from tutelage.distill.models.decoders import Decoder, decoder_of
+from tutelage.distill.models.products import linear
 from tutelage.distill.objectives import DenseStudent, SparseStudent, StudentView
 from tutelage.evaluation.run_folder import WEIGHTS
 
@@ -61,19 +64,18 @@ class Student:
         """Rows of its embedding, padding included."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
-    def hidden(self, **inputs: Any) -> torch.Tensor:
-        """The last hidden states [B, T, D]. inputs: transformers' names."""
-        found: torch.Tensor = self.model.base_model(**inputs).last_hidden_state
-        return found
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Everything but the head."""
+        return decoder_of(self.model)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """The head's logits [N, V]."""
-        found: torch.Tensor = self.model.get_output_embeddings()(hidden_ND)[:, : self.vocabulary]
-        return found
+        return linear(self.model.get_output_embeddings(), hidden_ND)[:, : self.vocabulary]
 
     def view(self, batch: Batch) -> StudentView:
         """The student at the batch's tokens, as an objective sees it: one forward."""
-        hidden_ND = batch.hidden(self.hidden)
+        hidden_ND = batch.hidden(self.decoder)
         if self._dense:
             return DenseStudent(self.logits(hidden_ND))
         head = self.model.get_output_embeddings()
@@ -81,7 +83,7 @@ class Student:
 
     def plain_logprobs(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the token after each of one text's [T, V], by the model's own
-        forward: a reference that shares no code with `hidden` and `view`."""
+        forward: a reference that shares no code with `decoder` and `view`."""
         logits_TV = self.model(input_ids=ids_T.long()[None].to(self.device)).logits[0]
         found: torch.Tensor = logits_TV[:, : self.vocabulary].float().log_softmax(-1)
         return found

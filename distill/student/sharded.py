@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.sections import OptimizerConfig
 from tutelage.distill.models.batches import pack
+from tutelage.distill.models.decoders import TransformersDecoder
 from tutelage.distill.models.loading import prepare_process
 from tutelage.distill.models.student import Student
 from tutelage.distill.student.learner import Learner
@@ -176,6 +177,8 @@ class Sharded:
         self.count, self._student, self._whole, self._others = count, student, whole, others
         self._mesh: DeviceMesh = init_device_mesh(student.device.type, (count,))
         self._root: Any = _sharded(student.model, self._mesh)
+        # FSDP2 gathers a layer's weights in hooks of its forward
+        student.decoder = TransformersDecoder(student.model)
 
     @property
     def whole(self) -> Student:

@@ -12,6 +12,8 @@ import torch
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.models.architecture import context_of
 from tutelage.distill.models.batches import Batch, pack
+from tutelage.distill.models.decoders import decoder_of
+from tutelage.distill.models.products import linear
 from tutelage.distill.objectives import Needs, TeacherScores
 from tutelage.distill.objectives.scores import CHUNK
 from tutelage.distill.teachers.transport import QueryIds
@@ -35,7 +37,7 @@ class TransformersTeacher:
     ) -> None:
         self._name, self._context = name, context_of(model.config)
         self.model, self.vocabulary, self._max_tokens = model, vocabulary, max_tokens
-        self._device = model.device
+        self._device, self._decoder = model.device, decoder_of(model)
 
     @torch.no_grad()  # not inference_mode: its tensors could not meet the student's in a loss
     def score(
@@ -61,7 +63,7 @@ class TransformersTeacher:
         head = self.model.get_output_embeddings()
         size = max(1, CHUNK // self.vocabulary)
         for batch in pack(rows, max_tokens=self._max_tokens, device=self.model.device):
-            hidden_ND = batch.hidden(self._hidden)
+            hidden_ND = batch.hidden(self._decoder)
             query_ids_NJ = None
             if query_ids is not None:
                 ids_NJ = np.concatenate([query_ids[i] for i in batch.members])
@@ -69,7 +71,7 @@ class TransformersTeacher:
             parts = []
             # Block by block: the logits of all tokens at once might take more than the model.
             for at in range(0, len(hidden_ND), size):
-                logits_NV = head(hidden_ND[at : at + size])[:, : self.vocabulary]
+                logits_NV = linear(head, hidden_ND[at : at + size])[:, : self.vocabulary]
                 self._check(logits_NV, at, batch, rows)
                 part = TeacherScores.from_logits(
                     logits_NV,
@@ -86,10 +88,6 @@ class TransformersTeacher:
                 scores[member] = joined.take(torch.arange(start, start + count))
                 start += count
         return [scores[i] for i in range(len(rows))]
-
-    def _hidden(self, **inputs: Any) -> torch.Tensor:
-        found: torch.Tensor = self.model.base_model(**inputs).last_hidden_state
-        return found
 
     def _check(self, logits_NV: torch.Tensor, at: int, batch: Batch, rows: Sequence[Row]) -> None:
         """Refuse NaN and infinite logits. at: the first one's place among the batch's tokens."""
