@@ -106,6 +106,8 @@ class Row:
     def positions_T(self) -> npt.NDArray[np.int64]:
         """Position ids. The trunk is numbered as if there were no branches; a branch continues from
         where it leaves the trunk."""
+        if not self.branches_T.any():
+            return np.arange(len(self.ids_T), dtype=np.int64)
         on_trunk_T = self.branches_T == 0
         before_T = np.cumsum(on_trunk_T) - on_trunk_T  # trunk tokens before each token
         since_T = np.zeros(len(self.ids_T), dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.rounding import FORWARD_SUMS, rounding
-from tutelage.distill.models.batches import Batch, pack
+from tutelage.distill.models.batches import FORWARD, Batch, pack
 from tutelage.distill.models.decoders import TransformersDecoder
 from tutelage.distill.objectives import Needs
 from tutelage.distill.teachers.transformers import TransformersTeacher
@@ -170,12 +171,42 @@ def test_packing_takes_every_row_once_and_keeps_to_its_limit(
     assert sorted(members) == list(range(40))
     assert len(batches) < 40  # it packs
     for batch in batches:
-        width = max(len(rows[i].ids_T) for i in batch.members)
+        width = max(len(rows[i].ids_T) for i in batch.members) - 1  # nothing follows the last
         assert batch.ids_BT.shape == (len(batch.members), width)
         assert len(batch.members) * width <= 100 or len(batch.members) == 1
         assert len(batch.targets_N) == 2 * len(batch.members)
     (alone,) = pack([make_row([("prompt", [1] * 300), ("said", [2])])], max_tokens=100, device=CPU)
-    assert alone.ids_BT.shape == (1, 301)
+    assert alone.ids_BT.shape == (1, 300)
+
+
+def test_packing_costs_the_least_of_all_ways_to_cut(make_row: Callable[..., Row]) -> None:
+    """In tokens with their padding, and what one more forward costs."""
+    rng = np.random.default_rng(1)
+    for max_tokens in (1, 200, 700, 10_000):
+        lengths = sorted(int(n) for n in np.exp(rng.uniform(0, 5, 9)))
+        rows = [make_row([("prompt", [1] * n), ("said", [2])]) for n in lengths]
+        batches = pack(rows, max_tokens=max_tokens, device=CPU)
+        found = sum(FORWARD["cpu"] + batch.ids_BT.numel() for batch in batches)
+        costs = []
+        for inner in product([False, True], repeat=len(lengths) - 1):
+            cuts = [0, *(i for i, cut in enumerate(inner, start=1) if cut), len(lengths)]
+            sizes = [(end - start, lengths[end - 1]) for start, end in pairwise(cuts)]
+            if all(many * width <= max_tokens or many == 1 for many, width in sizes):
+                costs.append(sum(FORWARD["cpu"] + many * width for many, width in sizes))
+        assert found == min(costs)
+
+
+def test_what_follows_the_last_prediction_is_not_read(
+    model: Any, make_row: Callable[..., Row], branched: Row
+) -> None:
+    """An observation after the last reply, and a branch's place in the trunk is kept."""
+    talk = [("prompt", PROMPT), ("said", FIRST)]
+    long = make_row([*talk, ("prompt", [7] * 40)])
+    for rows in ([long], [long, branched]):
+        found = _hidden(model, rows)
+        _close(found[0], _hidden(model, [make_row(talk)])[0])
+    (batch,) = pack([long], max_tokens=1000, device=CPU)
+    assert batch.ids_BT.tolist() == [[*PROMPT, *FIRST[:-1]]]
 
 
 def test_a_row_is_found_again_in_its_batch(make_row: Callable[..., Row]) -> None:
@@ -183,9 +214,9 @@ def test_a_row_is_found_again_in_its_batch(make_row: Callable[..., Row]) -> None
     rows = [make_row([("prompt", [9] * n), ("said", [n, n + 10])]) for n in (5, 1, 3)]
     (batch,) = pack(rows, max_tokens=1000, device=CPU)
     for b, member in enumerate(batch.members):
-        ids = rows[member].ids_T
+        ids = rows[member].ids_T[:-1]
         assert batch.ids_BT[b, : len(ids)].tolist() == ids.tolist()
-        assert batch.targets_N[batch.rows_N == b].tolist() == ids[-2:].tolist()
+        assert batch.targets_N[batch.rows_N == b].tolist() == rows[member].ids_T[-2:].tolist()
 
 
 def test_no_rows_make_no_batches() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,29 +53,55 @@ class Batch:
         return self.members[int(row)], int((self.rows_N[:n] == row).sum())
 
 
+FORWARD = {"cpu": 64, "cuda": 2048}
+"""What starting one more forward costs, in tokens of a forward, by the kind of device. On a CPU as
+many rows in one forward as fit would read mostly padding; a GPU is hardly slower with more."""
+
+
 def pack(rows: Sequence[Row], *, max_tokens: int, device: torch.device) -> list[Batch]:
-    """Batches of rows of similar length, of at most `max_tokens`, padding included. A longer row
-    goes alone.
+    """The cheapest batches of rows of similar length, of at most `max_tokens`, padding included. A
+    longer row goes alone. What follows the last token that predicts anything is not read.
 
     Rows are padded on the right: under the causal mask no real token sees the padding.
     """
+    lengths = [_read_length(row) for row in rows]
     # The index breaks ties, so that equal lengths have one order, whoever sorts.
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids_T), i))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and len(rows[i].ids_T) * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [_batch(rows, tuple(group), device) for group in groups]
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
+    cuts = _cheapest([lengths[i] for i in order], max_tokens, FORWARD.get(device.type, 2048))
+    return [
+        _batch(rows, tuple(order[start:end]), lengths[order[end - 1]], device)
+        for start, end in pairwise(cuts)
+    ]
 
 
-def _batch(rows: Sequence[Row], members: tuple[int, ...], device: torch.device) -> Batch:
+def _read_length(row: Row) -> int:
+    """How many of a row's tokens a forward reads: up to the last that predicts an action token."""
+    return int(row.sources_T()[row.action_mask_T].max(initial=0)) + 1
+
+
+def _cheapest(lengths: Sequence[int], max_tokens: int, forward: int) -> list[int]:
+    """Where to cut rows of ascending lengths into batches, from 0 to their count, so that tokens,
+    padding included, and `forward` for every batch add up to the least."""
+    costs, starts = np.zeros(len(lengths) + 1, dtype=np.int64), [0] * (len(lengths) + 1)
+    for end, width in enumerate(lengths, start=1):
+        # the last batch's first row: it holds at least one row, and as many as fit
+        first = max(0, min(end - 1, end - max_tokens // width))
+        whole = costs[first:end] + width * np.arange(end - first, 0, -1) + forward
+        best = int(whole.argmin())
+        costs[end], starts[end] = whole[best], first + best
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    return cuts[::-1]
+
+
+def _batch(
+    rows: Sequence[Row], members: tuple[int, ...], width: int, device: torch.device
+) -> Batch:
     own = [rows[i] for i in members]
-    width = max(len(row.ids_T) for row in own)
     ids_BT = np.zeros((len(own), width), dtype=np.int64)
     for b, row in enumerate(own):
-        ids_BT[b, : len(row.ids_T)] = row.ids_T
+        ids_BT[b, : len(row.ids_T)] = row.ids_T[:width]
     branched = any(row.branches_T.any() for row in own)
     where = [np.flatnonzero(row.action_mask_T) for row in own]
     rows_N = np.concatenate([np.full(len(at), b) for b, at in enumerate(where)])
@@ -121,7 +148,7 @@ def _advantages(
 def _positions(rows: Sequence[Row], width: int) -> torch.Tensor:
     positions_BT = np.zeros((len(rows), width), dtype=np.int64)
     for b, row in enumerate(rows):
-        positions_BT[b, : len(row.ids_T)] = row.positions_T()
+        positions_BT[b, : len(row.ids_T)] = row.positions_T()[:width]
     return torch.from_numpy(positions_BT)
 
 
@@ -130,7 +157,7 @@ def _branch_mask(rows: Sequence[Row], width: int) -> torch.Tensor:
     its own branch."""
     branches_BT = np.zeros((len(rows), width), dtype=np.int64)
     for b, row in enumerate(rows):
-        branches_BT[b, : len(row.ids_T)] = row.branches_T
+        branches_BT[b, : len(row.ids_T)] = row.branches_T[:width]
     branches = torch.from_numpy(branches_BT)
     key_B1T, query_BT1 = branches[:, None, :], branches[:, :, None]
     earlier_TT = torch.ones(width, width, dtype=torch.bool).tril()
