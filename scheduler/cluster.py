@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import platform
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from tutelage.envs.errors import first_line
+from tutelage.scheduler.columns import Column, columns, restored
 from tutelage.scheduler.engine import Weights
 from tutelage.scheduler.episodes import Dropped, Episode, Order, SamplingParams
 from tutelage.scheduler.placement import LOAD_SECONDS, AnswerT, AskT, Service, Started
@@ -253,7 +253,7 @@ class RayCluster(Generic[AskT, AnswerT]):
                 try:
                     # At 0 Ray still returns what is there: a slow job does not fail those after it.
                     left = max(0.0, deadline - time.monotonic())
-                    results[i] = pickle.loads(self._get(one.reference, left))
+                    (results[i],) = restored(self._get(one.reference, left))
                 except self._ray.exceptions.RayTaskError:
                     raise  # the actor's own code raised: on a fresh actor it would again
                 except self._ray.exceptions.RayError as error:
@@ -372,8 +372,9 @@ class _Job:
     stored: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self) -> _Running:
-        actor, given = self.member.actor, _packed((self.args, self.kwargs))
-        return _Running(self, actor, actor.call.remote(self.method, given, **self.stored))
+        actor, args = self.member.actor, columns(self.args)
+        call = actor.call.remote(self.method, args, self.kwargs, **self.stored)
+        return _Running(self, actor, call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,19 +428,15 @@ class _Actor:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def call(self, method: str, given: bytes, /, **stored: Any) -> bytes:
-        """Call a method; its arguments and its result are packed."""
+    def call(
+        self, method: str, args: Column, kwargs: Mapping[str, Any], /, **stored: Any
+    ) -> Column:
+        """Call a method; its arguments and its result travel by columns."""
         if self._watchdog is not None:
             self._watchdog.watch()
         try:
-            args, kwargs = pickle.loads(given)
-            return _packed(getattr(self._held, method)(*args, **kwargs, **stored))
+            found = getattr(self._held, method)(*restored(args), **kwargs, **stored)
+            return columns([found])
         finally:
             if self._watchdog is not None:
                 self._watchdog.rest()
-
-
-def _packed(value: Any) -> bytes:
-    """A value as one string of bytes. Ray would send each of its thousand small arrays by itself,
-    which takes twice the time."""
-    return pickle.dumps(value, protocol=5)

@@ -4,7 +4,8 @@ run is told why not."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from tests.settings import cluster as cluster_of
+from tutelage.distill.objectives import Needs
+from tutelage.distill.teachers.service import Ask
 from tutelage.scheduler.cluster import RayCluster
-from tutelage.scheduler.episodes import Dropped, Order
+from tutelage.scheduler.episodes import Dropped, Episode, Order, Row, SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -243,6 +246,59 @@ def test_weights_of_one_version_travel_once(make: Make) -> None:
         cluster.sync(version)
     (outcome,) = _collect(cluster, ORDERS[:1])
     assert isinstance(outcome, Dropped) and outcome.detail == "({'w': 2.0}, 2)"
+
+
+def test_a_steps_episodes_are_read_where_ray_keeps_them(make_row: Callable[..., Row]) -> None:
+    """By the learner and by the teacher: what a crossing copies is the worker's rows into columns,
+    and the columns into Ray's memory. A copy would be writeable, and rows apart from each other."""
+
+    class Worker:
+        def play(self, orders: Any, **_: Any) -> list[Episode]:
+            return [episodes[order.number] for order in orders]
+
+        def close(self) -> None:
+            return
+
+    class Teacher:
+        def answer(self, ask: Any) -> list[tuple[bool, int]]:
+            return where(ask.rows)
+
+    def where(rows: Sequence[Row]) -> list[tuple[bool, int]]:
+        """Whether each row's ids may be written to, and how far they lie from the first row's."""
+        first = rows[0].ids_T.ctypes.data
+        return [(row.ids_T.flags.writeable, row.ids_T.ctypes.data - first) for row in rows]
+
+    orders = [Order(task="t", number=i, seed=i, index=i) for i in range(256)]
+    rows = [make_row([("prompt", range(9 + i)), ("said", [1, 2])]) for i in range(256)]
+    episodes = [
+        Episode(
+            order=order,
+            rows=(row,),
+            turns=(),
+            success=True,
+            reward=1.0,
+            task_type="",
+            ended="terminated",
+            sampling=SamplingParams(),
+            version=0,
+        )
+        for order, row in zip(orders, rows, strict=True)
+    ]
+    cluster: RayCluster = RayCluster(
+        cluster_of(workers=1),
+        make_worker=lambda: Worker(),
+        make_teachers={"t": lambda: Teacher()},
+        weights=lambda: {},
+    )
+    cluster.sync(0)
+    played = _collect(cluster, orders)
+    sent = [row for episode in played for row in episode.rows]
+    assert [row.ids_T.tolist() for row in sent] == [row.ids_T.tolist() for row in rows]
+    ends = [0, *accumulate(row.ids_T.nbytes for row in rows[:-1])]
+    assert where(sent) == [(False, end) for end in ends]
+    (told,) = cluster.score([Ask(teacher="t", rows=sent, needs=Needs(k=1))])
+    assert told == [(False, end) for end in ends]
+    cluster.close()
 
 
 def test_a_resource_that_no_node_has_is_named(make: Make) -> None:

@@ -177,6 +177,14 @@ class TeacherScores:
         """The scores at `index` (a mask or positions along N)."""
         return self._mapped(lambda tensor: tensor[index])
 
+    def split(self, counts: Sequence[int]) -> list[TeacherScores]:
+        """The scores of rows that have so many tokens each; they share this one's memory."""
+        parts = {name: tensor.split([*counts]) for name, tensor in self.tensors()}
+        return [
+            replace(self, checked=True, **{name: part[i] for name, part in parts.items()})
+            for i in range(len(counts))
+        ]
+
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TeacherScores:
         changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors()}
         return replace(self, checked=True, **changed)

@@ -6,8 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from tutelage.distill.objectives import TeacherScores
 from tutelage.distill.teachers.service import Answer, Ask
+from tutelage.distill.teachers.transport import CompactScores
+from tutelage.scheduler.episodes import Row
 
 SLACK = 1e-2
 """By how much rounding to float16, and other kernels, may make a probability exceed 1."""
@@ -22,27 +27,43 @@ def unpack_answer(ask: Ask, answer: Answer, *, vocabulary: int) -> list[TeacherS
     teacher, rows = ask.teacher, ask.rows
     if len(answer.scores) != len(rows):
         raise _refusal(teacher, f"it answered {len(answer.scores)} rows of {len(rows)}")
-    found = []
-    # The query ids do not travel back: the asker still has them (see CompactScores).
-    query_ids: Sequence[Any] = ask.query_ids or [None] * len(rows)
-    for at, (row, one, ids_NJ) in enumerate(zip(rows, answer.scores, query_ids, strict=True)):
-        where, wanted = f"row {at} of {len(rows)}", int(row.action_mask_T.sum())
+    if not rows:
+        return []
+    for at, (row, one) in enumerate(zip(rows, answer.scores, strict=True)):
+        wanted = np.count_nonzero(row.action_mask_T)
         if len(one) != wanted:
-            raise _refusal(teacher, f"{where}: it scored {len(one)} of {wanted} tokens")
+            raise _refusal(teacher, f"{_row(at, rows)}: it scored {len(one)} of {wanted} tokens")
         if one.vocabulary != vocabulary:
-            raise _refusal(
-                teacher, f"{where}: it knows {one.vocabulary} ids, the student {vocabulary}"
-            )
+            known = f"it knows {one.vocabulary} ids, the student {vocabulary}"
+            raise _refusal(teacher, f"{_row(at, rows)}: {known}")
+    # The query ids do not travel back: the asker still has them (see CompactScores).
+    query_ids = None if ask.query_ids is None else np.concatenate(ask.query_ids)
+    try:
+        scores = CompactScores.join(answer.scores).unpack(query_ids)
+    except (ValueError, IndexError) as error:
+        raise _fault(ask, answer) or _refusal(teacher, str(error)) from error
+    # TeacherScores has checked each number, not that together they can be a distribution
+    most_N = torch.maximum(scores.logprobs_NK.exp().sum(-1), scores.sampled_N.exp())
+    if len(most_N) and most_N.max() > 1 + SLACK:
+        n = int((most_N > 1 + SLACK).nonzero()[0])
+        at = int(np.searchsorted(np.cumsum([len(one) for one in answer.scores]), n, side="right"))
+        raise _refusal(teacher, f"{_row(at, rows)}: its probabilities sum to more than 1")
+    return scores.split([len(one) for one in answer.scores])
+
+
+def _fault(ask: Ask, answer: Answer) -> RuntimeError | None:
+    """The refusal of the first row whose scores cannot be unpacked."""
+    query_ids: Sequence[Any] = ask.query_ids or [None] * len(ask.rows)
+    for at, (one, ids_NJ) in enumerate(zip(answer.scores, query_ids, strict=True)):
         try:
-            scores = one.unpack(ids_NJ)
+            one.unpack(ids_NJ)
         except (ValueError, IndexError) as error:
-            raise _refusal(teacher, f"{where}: {error}") from error
-        # TeacherScores has checked each number, not that together they can be a distribution
-        mass_N = scores.logprobs_NK.exp().sum(-1)
-        if len(one) and max(mass_N.max().item(), scores.sampled_N.exp().max().item()) > 1 + SLACK:
-            raise _refusal(teacher, f"{where}: its probabilities sum to more than 1")
-        found.append(scores)
-    return found
+            return _refusal(ask.teacher, f"{_row(at, ask.rows)}: {error}")
+    return None
+
+
+def _row(at: int, rows: Sequence[Row]) -> str:
+    return f"row {at} of {len(rows)}"
 
 
 def _refusal(teacher: str, why: str) -> RuntimeError:

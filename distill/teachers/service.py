@@ -134,11 +134,12 @@ class TeacherService:
                 self.fingerprint = self._self_test()
             if self._sleeps:
                 self.sleep()
-            for i, scores in zip(new, fresh, strict=True):
-                # rounded before it is cached: a hit and a fresh answer have the same bits
-                found[i] = packed = CompactScores.pack(scores, teacher=self.name)
+            # rounded before it is cached: a hit and a fresh answer have the same bits
+            packed = CompactScores.pack(TeacherScores.join(fresh), teacher=self.name)
+            for i, scores in zip(new, packed.split([len(one) for one in fresh]), strict=True):
+                found[i] = scores
                 if self._cache is not None:
-                    self._cache.put(keys[i], packed)
+                    self._cache.put(keys[i], scores)
         return Answer(
             scores=tuple(scores for scores in found if scores is not None),
             fingerprint=self.fingerprint,

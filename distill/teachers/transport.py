@@ -14,7 +14,8 @@ Letters: N tokens, K support size, J query ids, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,35 @@ class CompactScores:
 
     @classmethod
     def pack(cls, scores: TeacherScores, *, teacher: str) -> CompactScores:
-        """`scores`, rounded."""
+        """`scores`, rounded, of one row or of several."""
         sent = {
             name: _narrow(name, tensor)
             for name, tensor in scores.tensors()
             if name != "query_ids_NJ"
         }
         return cls(teacher=teacher, vocabulary=scores.vocabulary, **sent)
+
+    @classmethod
+    def join(cls, parts: Sequence[CompactScores]) -> CompactScores:
+        """Several rows' scores as one. What one of them lacks, the whole lacks.
+
+        Raises:
+            ValueError: they are not of one teacher, or of different support sizes.
+        """
+        first, arrays = parts[0], [part.arrays() for part in parts]
+        if any((x.teacher, x.vocabulary) != (first.teacher, first.vocabulary) for x in parts):
+            raise ValueError("scores of several teachers cannot be joined")
+        names = [name for name in arrays[0] if all(name in own for own in arrays)]
+        joined = {name: np.concatenate([own[name] for own in arrays]) for name in names}
+        return cls(teacher=first.teacher, vocabulary=first.vocabulary, **joined)
+
+    def split(self, counts: Sequence[int]) -> list[CompactScores]:
+        """The scores of rows that have so many tokens each; they share this one's memory."""
+        arrays: dict[str, Any] = dict(self.arrays())
+        return [
+            replace(self, **{name: array[a:b] for name, array in arrays.items()})
+            for a, b in pairwise(accumulate(counts, initial=0))
+        ]
 
     def unpack(self, query_ids_NJ: npt.NDArray[np.int32] | None = None) -> TeacherScores:
         """The TeacherScores that objectives take, on the CPU. query_ids_NJ: the ids that
