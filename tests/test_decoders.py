@@ -150,6 +150,14 @@ def test_token_by_token_with_a_cache_is_the_whole_text(model: Any) -> None:
         _close(found[:, 0], whole_BTD[rows, where])
 
 
+def test_a_student_learns_after_it_played() -> None:
+    """The engine plays in inference mode, with the learner's own decoder."""
+    lean = LeanDecoder(_model("qwen2"))
+    with torch.inference_mode():
+        lean(IDS)
+    lean(IDS).sum().backward()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_agree_as_far_as_they_can(dtype: torch.dtype) -> None:

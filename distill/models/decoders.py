@@ -224,11 +224,12 @@ class LeanDecoder:
         half is negative, as `_Turn` wants them."""
         kept = self._turns
         if kept.shape[1] < count or kept.device != like.device or kept.dtype != like.dtype:
-            positions_1P = torch.arange(-(-count // BLOCK) * BLOCK, device=like.device)[None]
-            with torch.no_grad():
+            # an engine calls in inference mode, whose tensors no backward could keep
+            with torch.inference_mode(False), torch.no_grad():
+                positions_1P = torch.arange(-(-count // BLOCK) * BLOCK, device=like.device)[None]
                 cos, sin = self._rotary(like, positions_1P)
-            left, right = sin[0].chunk(2, dim=-1)
-            kept = self._turns = torch.stack([cos[0], torch.cat([-left, right], dim=-1)])
+                left, right = sin[0].chunk(2, dim=-1)
+                kept = self._turns = torch.stack([cos[0], torch.cat([-left, right], dim=-1)])
         return kept
 
 
