@@ -53,7 +53,7 @@ class Batch:
         return self.members[int(row)], int((self.rows_N[:n] == row).sum())
 
 
-FORWARD = {"cpu": 64, "cuda": 2048}
+FORWARD = {"cpu": 256, "cuda": 2048}
 """What starting one more forward costs, in tokens of a forward, by the kind of device. On a CPU as
 many rows in one forward as fit would read mostly padding; a GPU is hardly slower with more."""
 
