@@ -4,8 +4,8 @@ In a small model the calls of Python and of small operators take much of a forwa
 keyword arguments, a norm in six steps. The lean one has none of them, multiplies by the faster of
 torch's libraries, and computes the last layer only of the tokens that somebody asks for.
 
-Letters: B rows, T tokens a row, P positions that a query may look at, H heads, K head size, D
-hidden size, N tokens asked for.
+Letters: B rows, T tokens a row, S the tokens of all rows and some zeros (see `rounded`), P
+positions that a query may look at, H heads, K head size, D hidden size, N tokens asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.distill.models.architecture import window_of
-from tutelage.distill.models.products import linear
+from tutelage.distill.models.products import linear, rounded
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
 """Types whose layers are those of `LeanDecoder`, up to what `_reads` looks at."""
@@ -131,41 +131,51 @@ class LeanDecoder:
         cache: Cache | None = None,
         at: At | None = None,
     ) -> torch.Tensor:
-        x_BTD, width = self._embed(ids_BT), ids_BT.shape[1]
-        turns = self._turned(width if cache is None else cache.room, x_BTD)
+        rows, width = ids_BT.shape
+        x_SD = self._embed(ids_BT.flatten())
+        x_SD = _padded(x_SD, rounded(len(x_SD), x_SD))
+        turns = self._turned(width if cache is None else cache.room, x_SD)
         if positions_BT is None:
             cos, sin = turns[:, None, :width, None]
         else:
             cos, sin = turns[:, positions_BT, None]
         if width == 1 and mask_B1TP is not None:
-            mask_B1TP = self._bias(mask_B1TP, x_BTD)
+            mask_B1TP = self._bias(mask_B1TP, x_SD)
+        places_N = None if at is None else at[0] * width + at[1]
+        if places_N is not None:
+            places_N = _padded(places_N, rounded(len(places_N), x_SD))
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
-            given = i, layer, x_BTD, cos, sin, mask_B1TP, cache, at if i == last else None
+            wanted_N = places_N if i == last else None
+            given = i, layer, x_SD, (rows, width), cos, sin, mask_B1TP, cache, wanted_N
             # transformers' own flags: a layer is recomputed in the backward while both are set
             if layer.training and layer.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(self._layer, *given, use_reentrant=False)
+                x_SD = checkpoint(self._layer, *given, use_reentrant=False)
             else:
-                x_BTD = self._layer(*given)
-        return _normed(self._norm, x_BTD)
+                x_SD = self._layer(*given)
+        if at is None:
+            return _normed(self._norm, x_SD[: rows * width]).view(rows, width, -1)
+        return _normed(self._norm, x_SD[: len(at[0])])
 
     def _layer(
         self,
         i: int,
         layer: Any,
-        x_BTD: torch.Tensor,
+        x_SD: torch.Tensor,
+        shape: tuple[int, int],
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask_B1TP: torch.Tensor | None,
         cache: Cache | None,
-        at: At | None,
+        places_N: torch.Tensor | None,
     ) -> torch.Tensor:
         attention, mlp = layer.self_attn, layer.mlp
-        heads = (*x_BTD.shape[:2], -1, self._size)
-        normed_BTD = _normed(layer.input_layernorm, x_BTD)
-        query_BTHK = linear(attention.q_proj, normed_BTD).view(heads)
-        key_BTHK = linear(attention.k_proj, normed_BTD).view(heads)
-        value_BHTK = linear(attention.v_proj, normed_BTD).view(heads).transpose(1, 2)
+        normed_SD = _normed(layer.input_layernorm, x_SD)
+        query_BTHK, key_BTHK, value_BTHK = (
+            linear(projection, normed_SD)[: shape[0] * shape[1]].view(*shape, -1, self._size)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        value_BHTK = value_BTHK.transpose(1, 2)
         if hasattr(attention, "q_norm"):  # Qwen3
             query_BTHK = _normed(attention.q_norm, query_BTHK)
             key_BTHK = _normed(attention.k_norm, key_BTHK)
@@ -173,13 +183,15 @@ class LeanDecoder:
         key_BHTK = _turned(key_BTHK, cos, sin).transpose(1, 2)
         if cache is not None:
             key_BHTK, value_BHTK = cache.update(key_BHTK, value_BHTK, i)
-        seen_BTD = self._attend(query_BHTK, key_BHTK, value_BHTK, mask_B1TP)
-        if at is not None:
-            x_BTD, seen_BTD = x_BTD[at], seen_BTD[at]
-        x_BTD = x_BTD + linear(attention.o_proj, seen_BTD)
-        normed_BTD = _normed(layer.post_attention_layernorm, x_BTD)
-        inner = _gated(linear(mlp.gate_proj, normed_BTD), linear(mlp.up_proj, normed_BTD))
-        return x_BTD + linear(mlp.down_proj, inner)
+        seen_SD = self._attend(query_BHTK, key_BHTK, value_BHTK, mask_B1TP).flatten(0, 1)
+        if places_N is None:
+            seen_SD = _padded(seen_SD, len(x_SD))
+        else:
+            x_SD, seen_SD = x_SD[places_N], seen_SD[places_N]
+        x_SD = x_SD + linear(attention.o_proj, seen_SD)
+        normed_SD = _normed(layer.post_attention_layernorm, x_SD)
+        inner = _gated(linear(mlp.gate_proj, normed_SD), linear(mlp.up_proj, normed_SD))
+        return x_SD + linear(mlp.down_proj, inner)
 
     def _attend(
         self,
@@ -231,6 +243,11 @@ class LeanDecoder:
                 left, right = sin[0].chunk(2, dim=-1)
                 kept = self._turns = torch.stack([cos[0], torch.cat([-left, right], dim=-1)])
         return kept
+
+
+def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
+    """With zeros behind the first dimension."""
+    return x if len(x) == length else F.pad(x, [0, 0] * (x.ndim - 1) + [0, length - len(x)])
 
 
 def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
