@@ -11,20 +11,24 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
 from typing import Any
 
 import numpy as np
 import torch
 
 from tutelage.distill.config.faults import ConfigError
+from tutelage.distill.engines.sampling import Drawn, Laws, draw
 from tutelage.distill.models.architecture import context_of, window_of
+from tutelage.distill.models.decoders import At
 from tutelage.distill.models.student import Student
 from tutelage.distill.models.threads import fitting, matrix_size
 from tutelage.distill.models.weights import weight_of
 from tutelage.envs.errors import one_line
 from tutelage.scheduler.engine import Completion, Request, Weights
+from tutelage.scheduler.episodes import GREEDY
 
 CHUNK = 256
 """A slot's room grows by at least this many positions."""
@@ -37,8 +41,7 @@ are."""
 class SlotCache:
     """Keys and values of every session, per layer [slots, H, P, D]; a model takes it for its cache.
 
-    Before a forward set `positions_BQ` (where the tokens go), `reach` (how many positions the
-    queries may look at) and `slots_B` (the rows' slots; None: the first B, which need no copy).
+    `look` says before a forward what its rows and queries are.
     """
 
     is_compileable = False  # transformers reads it of a cache
@@ -47,9 +50,14 @@ class SlotCache:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.slots, self.room = 0, 0
-        self.positions_BQ: torch.Tensor | None = None
-        self.slots_B: torch.Tensor | None = None
-        self.reach = 0
+        self._rows: slice | torch.Tensor = slice(0)
+        self._positions_BQ = torch.empty(0, 0, dtype=torch.long)
+        self._reach = 0
+
+    def look(self, rows: slice | torch.Tensor, positions_BQ: torch.Tensor, reach: int) -> None:
+        """rows: the rows' slots; those of a slice need no copy. positions_BQ: where the queries'
+        tokens go. reach: how many positions they may look at."""
+        self._rows, self._positions_BQ, self._reach = rows, positions_BQ, reach
 
     def reserve(self, slots: int, room: int) -> None:
         """Grow to at least `slots` x `room`; what is stored stays."""
@@ -68,9 +76,8 @@ class SlotCache:
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
-    def swap(self, left: Sequence[int], right: Sequence[int], filled: int) -> None:
-        """Exchange the first `filled` positions of slots pairwise."""
-        to, source = [*left, *right], [*right, *left]
+    def move(self, source: int, to: int, filled: int) -> None:
+        """Copy the first `filled` positions of one slot to another."""
         for tensor in (*self.keys, *self.values):
             tensor[to, :, :filled] = tensor[source, :, :filled]
 
@@ -87,14 +94,13 @@ class SlotCache:
         return self._stored(keys, keys_BHQD), self._stored(values, values_BHQD)
 
     def _stored(self, kept: torch.Tensor, new_BHQD: torch.Tensor) -> torch.Tensor:
-        rows, heads, _queries, size = new_BHQD.shape
-        positions_BQ, slots_B = self.positions_BQ, self.slots_B
-        assert positions_BQ is not None
-        if slots_B is None:  # a view of the cache; indexing by slots, below, copies
+        heads, size = new_BHQD.shape[1], new_BHQD.shape[3]
+        rows, positions_BQ = self._rows, self._positions_BQ
+        if isinstance(rows, slice):  # a view of the cache; indexing by slots, below, copies
             index = positions_BQ[:, None, :, None].expand(-1, heads, -1, size)
-            return kept[:rows].scatter_(2, index, new_BHQD)[:, :, : self.reach]
-        kept[slots_B[:, None], :, positions_BQ] = new_BHQD.transpose(1, 2)
-        return kept[slots_B, :, : self.reach]
+            return kept[rows].scatter_(2, index, new_BHQD)[:, :, : self._reach]
+        kept[rows[:, None], :, positions_BQ] = new_BHQD.transpose(1, 2)
+        return kept[rows, :, : self._reach]
 
     def get_seq_length(self, *_: Any) -> int:
         """Models ask it to build a mask of their own; here the mask comes with the call."""
@@ -119,11 +125,12 @@ def check_cache(student: Student) -> None:
     cure = "choose a student whose layers attend, such as llama or qwen2, or rollout.engine=vllm"
     try:
         for t in range(2):
-            cache.positions_BQ, cache.reach = torch.tensor([[t]], device=student.device), t + 1
+            at_BQ = torch.tensor([[t]], device=student.device)
+            cache.look(slice(1), at_BQ, t + 1)
             parts.append(
                 student.decoder(
                     ids_1T[:, t : t + 1],
-                    positions_BT=cache.positions_BQ,
+                    positions_BT=at_BQ,
                     mask_B1TP=mask_B1QP[..., : t + 1],
                     cache=cache,
                 )
@@ -135,7 +142,7 @@ def check_cache(student: Student) -> None:
         ) from None
     apart = float((torch.cat(parts, dim=1).float() - whole_1TD).abs().max())
     # A tenth: bfloat16's rounding is far below it, a lost state far above. NaN compares as False
-    # and passes: `_sample` names it.
+    # and passes: `draw` names it.
     if apart > 0.1 * float(whole_1TD.abs().max()):
         raise ConfigError(
             f"{who} computes other hidden states token by token than in one piece: it keeps more"
@@ -146,10 +153,11 @@ def check_cache(student: Student) -> None:
 @dataclass(slots=True)
 class _Session:
     slot: int
-    cached: list[int] = field(default_factory=list)  # ids whose keys and values the slot holds
+    cached: list[int] = field(default_factory=list)
+    """Ids whose keys and values the slot holds; while a reply is made, those of the last one."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     request: Request
     session: _Session
@@ -157,7 +165,67 @@ class _Running:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
-    done: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        return self.ids[-1] in self.request.stop_ids
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or len(self.ids) == self.request.max_new_tokens
+
+    @property
+    def filled(self) -> int:
+        """Positions whose keys and values the slot holds: all but the last token's."""
+        return len(self.request.ids) + len(self.ids) - 1
+
+
+class _Batch:
+    """What decodes, as tensors over the first slots: row b is slot b.
+
+    A slot in between whose reply is finished, or that nobody has, is computed in vain: it writes
+    where its own next token will go, and nobody reads what it says.
+    """
+
+    def __init__(
+        self, running: Sequence[_Running], filled: Mapping[int, int], device: torch.device
+    ) -> None:
+        """filled: by slot, positions that must stay as they are."""
+        self.size = len(running)  # those that ran when it was made
+        self.rows: list[_Running | None] = [None] * (1 + max(row.session.slot for row in running))
+        for row in running:
+            self.rows[row.session.slot] = row
+        width = 1 + max(len(row.draws) for row in running)  # one more, for a row that has ended
+        draws_BN = np.zeros((len(self.rows), width), dtype=np.float32)
+        ids, drawn, steps = np.zeros((3, len(self.rows), 1), dtype=np.int64)
+        for b, each in enumerate(self.rows):
+            if each is not None:
+                draws_BN[b, : len(each.draws)] = each.draws
+                ids[b], drawn[b], steps[b] = each.ids[-1], len(each.ids), 1
+        at = [filled.get(b, 0) if r is None else r.filled for b, r in enumerate(self.rows)]
+        self.positions_B1 = torch.tensor(at, device=device)[:, None]
+        self.ids_B1 = torch.from_numpy(ids).to(device)
+        self.laws = Laws.of([r.request.sampling if r else GREEDY for r in self.rows], device)
+        self._draws_BN, self._drawn_B1 = (torch.from_numpy(x).to(device) for x in (draws_BN, drawn))
+        self._steps_B1 = torch.from_numpy(steps).to(device)
+
+    @property
+    def uniform_B1(self) -> torch.Tensor:
+        """Each row's next uniform number."""
+        return self._draws_BN.gather(1, self._drawn_B1)
+
+    def advance(self, ids_B1: torch.Tensor) -> None:
+        """Go on with these tokens."""
+        self.ids_B1 = ids_B1
+        self.positions_B1 += self._steps_B1
+        self._drawn_B1 += self._steps_B1
+
+    def end(self, row: _Running) -> None:
+        """Compute a row in vain from now on."""
+        slot = row.session.slot
+        if slot < len(self.rows) and self.rows[slot] is row:
+            self.rows[slot] = None
+            self._steps_B1[slot] = 0
 
 
 class TransformersEngine:
@@ -181,9 +249,10 @@ class TransformersEngine:
         check_cache(student)
         self._cache = SlotCache()
         self._sessions: dict[int, _Session] = {}
-        self._free: list[int] = []
+        self._free: list[int] = []  # a heap
         self._queue: list[Request] = []
-        self._batch: list[_Running] = []
+        self._running: list[_Running] = []
+        self._batch: _Batch | None = None  # None: to be made of the running
         self._in_flight: set[int] = set()  # sessions that are owed a reply
         self.generated_tokens = 0
         self.prefilled_tokens = 0
@@ -204,7 +273,8 @@ class TransformersEngine:
             self._student.take(tensors, version=version)
         self._sessions.clear()
         self._free = list(range(self._cache.slots))
-        self._batch.clear()
+        self._running.clear()
+        self._batch = None
         self.version = version
 
     def submit(self, request: Request) -> None:
@@ -230,10 +300,10 @@ class TransformersEngine:
     def release(self, session: int) -> None:
         owned = self._sessions.pop(session, None)
         if owned is not None:
-            self._free.append(owned.slot)
-            # Only marked: its row stays in the batch, whose rows must fill the first slots.
-            for row in self._batch:
-                row.done = row.done or row.session is owned
+            heappush(self._free, owned.slot)
+            running = [row for row in self._running if row.session is not owned]
+            if len(running) < len(self._running):
+                self._running, self._batch = running, None
         self._in_flight.discard(session)
         self._queue = [request for request in self._queue if request.session != session]
 
@@ -243,25 +313,25 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        running = [row for row in self._batch if not row.done]
         # Prefill once as many wait as still run: a forward costs about as much for one as for many.
-        if self._queue and len(self._queue) >= len(running):
-            self._prefill(running)
-        elif running:
-            self._decode(running)
+        if self._queue and len(self._queue) >= len(self._running):
+            self._prefill()
+        elif self._running:
+            self._decode()
         return self._collect()
 
-    def _prefill(self, running: list[_Running]) -> None:
+    def _prefill(self) -> None:
         """Feed every queued request's new ids and sample its first token."""
         fresh = [self._admit(request) for request in self._queue]
         self._queue.clear()
-        self._batch = fresh + running
         reach = max(len(row.request.ids) + row.request.max_new_tokens for row in fresh)
         self._cache.reserve(self._cache.slots, reach)
         chunks = [row.request.ids[len(row.session.cached) :] for row in fresh]
+        self._running += fresh
+        self._batch = None
         for part in _parts([len(chunk) for chunk in chunks], most=self._prefill_tokens):
-            self._feed([fresh[i] for i in part], [chunks[i] for i in part], anywhere=True)
-        self._bring_to_front([row.session for row in self._batch])
+            part.sort(key=lambda i: fresh[i].session.slot)
+            self._read([fresh[i] for i in part], [chunks[i] for i in part])
 
     def _admit(self, request: Request) -> _Running:
         session = self._sessions.get(request.session)
@@ -270,97 +340,125 @@ class TransformersEngine:
                 old = self._cache.slots
                 self._cache.reserve(max(8, 2 * old), self._cache.room)
                 self._free = list(range(old, self._cache.slots))
-            self._free.sort(reverse=True)  # the lowest slot first: the batch uses the first ones
-            session = self._sessions[request.session] = _Session(slot=self._free.pop())
+            # the lowest slot: what decodes are the first ones
+            session = self._sessions[request.session] = _Session(slot=heappop(self._free))
         draws = np.random.default_rng(request.seed).random(request.max_new_tokens, dtype=np.float32)
         return _Running(request, session, draws)
 
-    def _decode(self, running: list[_Running]) -> None:
-        # Finished rows stay in the batch, their output unread, until they are a quarter of it:
-        # moving slots costs more than computing them.
-        if 4 * len(running) <= 3 * len(self._batch):
-            self._batch = running
-            self._bring_to_front([row.session for row in running])
-        self._feed(self._batch, [row.ids[-1:] for row in self._batch])
-
-    def _bring_to_front(self, sessions: Sequence[_Session]) -> None:
-        """Move `sessions` into slots 0..n-1. Those that are there already stay where they are."""
-        count = len(sessions)
-        taken = {session.slot for session in sessions}
-        holes = [slot for slot in range(count) if slot not in taken]
-        outside = [session for session in sessions if session.slot >= count]
-        if not holes:
-            return
-        filled = max(len(session.cached) for session in self._sessions.values())
-        self._cache.swap(holes, [session.slot for session in outside], filled)
-        owners = {session.slot: session for session in self._sessions.values()}
-        for hole, session in zip(holes, outside, strict=True):  # the other side of each exchange
-            if hole in owners:
-                owners[hole].slot = session.slot
-            else:
-                self._free[self._free.index(hole)] = session.slot
-            session.slot = hole
-
-    def _feed(
-        self, rows: list[_Running], chunks: list[Sequence[int]], *, anywhere: bool = False
-    ) -> None:
-        """One forward over rows in the first slots, or in any (`anywhere`); each row that still
-        runs samples a token."""
-        # In the order of slots: without slots_B the cache takes row i for slot i.
-        order = sorted(range(len(rows)), key=lambda i: rows[i].session.slot)
-        rows, chunks = [rows[i] for i in order], [chunks[i] for i in order]
+    def _read(self, rows: list[_Running], chunks: list[Sequence[int]]) -> None:
+        """One forward over prompts' new ids, the rows in the order of their slots."""
         device = self._student.device
-        lengths = [len(chunk) for chunk in chunks]
-        past = [len(row.session.cached) for row in rows]
-        width, reach = max(lengths), max(p + n for p, n in zip(past, lengths, strict=True))
-        ids_BQ = np.zeros((len(rows), width), dtype=np.int64)
+        lengths = np.array([len(chunk) for chunk in chunks])
+        past = np.array([len(row.session.cached) for row in rows])
+        ids_BQ = np.zeros((len(rows), lengths.max()), dtype=np.int64)
         for i, chunk in enumerate(chunks):
-            ids_BQ[i, : lengths[i]] = chunk
-        positions = np.asarray(past)[:, None] + np.arange(width)
-        self._cache.reserve(self._cache.slots, max(reach, int(positions.max()) + 1))
-        positions_BQ = torch.from_numpy(positions).to(device)
-        mask_B1QP = torch.arange(reach, device=device) <= positions_BQ[:, None, :, None]
+            ids_BQ[i, : len(chunk)] = chunk
+        positions = past[:, None] + np.arange(ids_BQ.shape[1])
+        self._cache.reserve(self._cache.slots, int(positions.max()) + 1)
+        self.prefilled_tokens += int(lengths.sum())
+        drawn = self._forward(
+            torch.from_numpy(ids_BQ).to(device),
+            torch.from_numpy(positions).to(device),
+            slots=self._slots(rows),
+            reach=int((past + lengths).max()),
+            at=tuple(torch.from_numpy(x).to(device) for x in (np.arange(len(rows)), lengths - 1)),
+            laws=Laws.of([row.request.sampling for row in rows], device),
+            uniform_B1=torch.from_numpy(np.stack([row.draws[:1] for row in rows])).to(device),
+        )
+        self._note(rows, drawn)
+
+    def _slots(self, rows: Sequence[_Running]) -> slice | torch.Tensor:
         slots = [row.session.slot for row in rows]
-        self._cache.slots_B = torch.tensor(slots, device=device) if anywhere else None
-        self._cache.positions_BQ, self._cache.reach = positions_BQ, reach
-        with fitting(self._matrix_size, ids_BQ.size):
-            last_BD = self._student.decoder(
-                torch.from_numpy(ids_BQ).to(device),
+        if slots[-1] - slots[0] < len(slots):
+            return slice(slots[0], slots[-1] + 1)
+        return torch.tensor(slots, device=self._student.device)
+
+    def _decode(self) -> None:
+        """One more token of every row that runs."""
+        batch = self._batch = self._batch or self._batched()
+        drawn = self._forward(
+            batch.ids_B1,
+            batch.positions_B1,
+            slots=slice(len(batch.rows)),
+            reach=1 + max(row.filled for row in self._running),
+            at=None,
+            laws=batch.laws,
+            uniform_B1=batch.uniform_B1,
+        )
+        batch.advance(drawn.ids_B1)
+        self._note(batch.rows, drawn)
+
+    def _batched(self) -> _Batch:
+        """Moves the running down where slots are free, since all up to the last one are computed."""
+        for row in sorted(self._running, key=lambda row: -row.session.slot):
+            slot = row.session.slot
+            if not self._free or self._free[0] > slot:
+                break
+            row.session.slot = heapreplace(self._free, slot)
+            self._cache.move(slot, row.session.slot, row.filled)
+        filled = {session.slot: len(session.cached) for session in self._sessions.values()}
+        return _Batch(self._running, filled, self._student.device)
+
+    def _forward(
+        self,
+        ids_BQ: torch.Tensor,
+        positions_BQ: torch.Tensor,
+        *,
+        slots: slice | torch.Tensor,
+        reach: int,
+        at: At | None,
+        laws: Laws,
+        uniform_B1: torch.Tensor,
+    ) -> Drawn:
+        """Feed these ids at these positions; draw what follows the token `at` of each row (None:
+        its only one)."""
+        self._cache.look(slots, positions_BQ, reach)
+        looked_P = torch.arange(reach, device=ids_BQ.device)
+        with fitting(self._matrix_size, ids_BQ.numel()):
+            hidden = self._student.decoder(
+                ids_BQ,
                 positions_BT=positions_BQ,
-                mask_B1TP=mask_B1QP,
+                mask_B1TP=looked_P <= positions_BQ[:, None, :, None],
                 cache=self._cache,
-                at=(torch.arange(len(rows)), torch.tensor(lengths) - 1),
+                at=at,
             )
-            sampled = _sample(self._student.logits(last_BD).float(), rows)
-        self.prefilled_tokens += sum(lengths) if width > 1 else 0  # width 1 is decoding
-        for row, chunk, token, logprob, sampling in zip(rows, chunks, *sampled, strict=True):
-            if row.done:  # finished or released
-                continue
-            row.session.cached.extend(chunk)
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            row.sampling_logprobs.append(sampling)
-            self.generated_tokens += 1
+            last_BD = hidden[:, 0] if at is None else hidden
+            return draw(self._student.logits(last_BD).float(), laws, uniform_B1)
+
+    def _note(self, rows: Sequence[_Running | None], drawn: Drawn) -> None:
+        """Give each row that runs its token."""
+        said = zip(rows, drawn.ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
+        for row, token, logprob, sampling in said:
+            if row is not None:
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.sampling_logprobs.append(sampling)
+                self.generated_tokens += 1
 
     def _collect(self) -> list[Completion]:
-        finished = []
-        for row in self._batch:
-            if row.done or not row.ids:
-                continue
-            stopped = row.ids[-1] in row.request.stop_ids
-            if stopped or len(row.ids) == row.request.max_new_tokens:
-                row.done = True
-                self._in_flight.discard(row.request.session)
-                finished.append(
-                    Completion(
-                        session=row.request.session,
-                        ids=row.ids,
-                        logprobs=row.logprobs,
-                        stopped=stopped,
-                        sampling_logprobs=row.sampling_logprobs,
-                    )
-                )
-        return finished
+        finished = [row for row in self._running if row.ended]
+        for row in finished:
+            self._end(row)
+            row.session.cached = [*row.request.ids, *row.ids[:-1]]  # the last one was not fed
+            self._in_flight.discard(row.request.session)
+        return [
+            Completion(
+                session=row.request.session,
+                ids=row.ids,
+                logprobs=row.logprobs,
+                stopped=row.stopped,
+                sampling_logprobs=row.sampling_logprobs,
+            )
+            for row in finished
+        ]
+
+    def _end(self, row: _Running) -> None:
+        self._running.remove(row)
+        if self._batch is not None:
+            self._batch.end(row)
+            # Moving a slot costs about as much as a few steps that compute it in vain.
+            if 4 * len(self._running) <= 3 * self._batch.size:
+                self._batch = None
 
 
 def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
@@ -379,62 +477,3 @@ def _parts(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
             waiting += [part[at:], part[:at]]
         else:
             yield part
-
-
-def _sample(
-    logits_BV: torch.Tensor, rows: Sequence[_Running]
-) -> tuple[list[int], list[float], list[float]]:
-    """Draw a token for each row, by its own sampling parameters and its next uniform number, so
-    that no row depends on another. Returns tokens, their log-probabilities at temperature 1 over
-    the whole vocabulary, and those under the sampling parameters."""
-    if not torch.isfinite(logits_BV).all():
-        raise FloatingPointError(
-            "the student's logits hold NaN or infinity during a rollout: its weights are broken"
-            " (lower optimizer.lr, or go back to an earlier checkpoint)"
-        )
-    logprobs_BV = logits_BV.log_softmax(-1)
-    device = logits_BV.device
-    params = [row.request.sampling for row in rows]
-    if all(sampling.temperature == 0 for sampling in params):  # `_draw` would sort in vain
-        tokens_B = logits_BV.argmax(-1)
-        sampling_B = torch.zeros_like(logits_BV[:, 0])
-    else:
-        # min: a finished row that stays in the batch has used its draws up
-        draw = [row.draws[min(len(row.ids), len(row.draws) - 1)] for row in rows]
-        tokens_B, sampling_B = _draw(
-            logits_BV,
-            temperature_B=torch.tensor([each.temperature for each in params], device=device),
-            top_p_B=torch.tensor([each.top_p for each in params], device=device),
-            uniform_B=torch.tensor(np.asarray(draw), device=device),
-        )
-    behavior_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-    return tokens_B.tolist(), behavior_B.tolist(), sampling_B.tolist()
-
-
-def _draw(
-    logits_BV: torch.Tensor,
-    *,
-    temperature_B: torch.Tensor,
-    top_p_B: torch.Tensor,
-    uniform_B: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF sampling from the nucleus, the fewest most probable tokens with mass >= top_p:
-    the tokens, and their log-probabilities under the sampling parameters (greedy: 0). At
-    temperature 1 and top-p 1 these are bit-identical to the policy's own."""
-    greedy_B = temperature_B == 0  # divided by 1, so that nothing is infinite; decided by rank 0
-    scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
-    # stable: equal probabilities keep the order of ids, on every device
-    probs_BV, order_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulative_BV = probs_BV.cumsum(-1)
-    outside_BV = cumulative_BV - probs_BV >= top_p_B[:, None]
-    outside_BV[:, 0] = False  # at top_p 0 the nucleus is the most probable token
-    mass_B = probs_BV.masked_fill(outside_BV, 0.0).sum(-1)
-    rank_B = (cumulative_BV <= (uniform_B * mass_B)[:, None]).sum(-1)
-    kept_B = (~outside_BV).sum(-1) - 1
-    # minimum: where the sums round below 1, a draw near 1 would land beyond the nucleus
-    rank_B = torch.minimum(rank_B, kept_B).masked_fill(greedy_B, 0)
-    tokens_B = order_BV.gather(1, rank_B[:, None])[:, 0]
-    sampling_B = scaled_BV.log_softmax(-1).gather(1, tokens_B[:, None])[:, 0]
-    sampling_B = sampling_B - torch.where(top_p_B < 1, mass_B.log(), 0.0)
-    # clamp: a nucleus of one token, whose mass rounds, would have a probability above 1
-    return tokens_B, sampling_B.clamp(max=0).masked_fill(greedy_B, 0.0)
