@@ -108,18 +108,18 @@ def test_rollouts_share_out_what_is_worth_it(
     two_threads: None, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt of many tokens on both threads, the tokens after it on one."""
-    model = make_model()
-    monkeypatch.setattr(threads, "WORK", int(matrix_size(Student(model, vocabulary=101)) * 50))
+    student = Student(make_model(), vocabulary=101)
+    monkeypatch.setattr(threads, "WORK", int(matrix_size(student) * 50))
     seen = []
-    inner = model.base_model.forward
+    inner = student.decoder
 
-    def forward(*args: Any, **given: Any) -> Any:
-        seen.append((given["input_ids"].numel(), torch.get_num_threads()))
-        return inner(*args, **given)
+    def decoder(ids_BT: torch.Tensor, **given: Any) -> torch.Tensor:
+        seen.append((ids_BT.numel(), torch.get_num_threads()))
+        return inner(ids_BT, **given)
 
-    engine = TransformersEngine(Student(model, vocabulary=101))
+    engine = TransformersEngine(student)
     engine.load(None, 0)
-    monkeypatch.setattr(model.base_model, "forward", forward)
+    monkeypatch.setattr(student, "decoder", decoder)
     ids = tuple(range(1, 61))
     engine.submit(
         Request(session=0, ids=ids, max_new_tokens=3, stop_ids=frozenset(), sampling=GREEDY, seed=0)

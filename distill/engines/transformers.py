@@ -361,7 +361,10 @@ class TransformersEngine:
             torch.from_numpy(positions).to(device),
             slots=self._slots(rows),
             reach=int((past + lengths).max()),
-            at=tuple(torch.from_numpy(x).to(device) for x in (np.arange(len(rows)), lengths - 1)),
+            at=(
+                torch.arange(len(rows), device=device),
+                torch.from_numpy(lengths - 1).to(device),
+            ),
             laws=Laws.of([row.request.sampling for row in rows], device),
             uniform_B1=torch.from_numpy(np.stack([row.draws[:1] for row in rows])).to(device),
         )
@@ -389,7 +392,7 @@ class TransformersEngine:
         self._note(batch.rows, drawn)
 
     def _batched(self) -> _Batch:
-        """Moves the running down where slots are free, since all up to the last one are computed."""
+        """Moves the running down where slots are free: all up to the last one are computed."""
         for row in sorted(self._running, key=lambda row: -row.session.slot):
             slot = row.session.slot
             if not self._free or self._free[0] > slot:
