@@ -312,7 +312,7 @@ def process_needs(config: RunConfig) -> Need:
     if config.rollout.engine == "vllm":
         engines += [config.vllm] * config.workers
     sizes = [one.tensor_parallel_size for one in engines if one is not None]
-    # a vLLM of one worker runs inside the process that asks it (engines/vllm/patches.py)
+    # a vLLM of one worker runs inside the process that asks it (engines/vllm/environment.py)
     count += sum(size for size in sizes if size > 1)
     return Need(
         device="cpu",

@@ -25,8 +25,7 @@ from tests.vllm.students import (
 )
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.teachers import VllmConfig
-from tutelage.distill.engines.vllm import patches, sync
-from tutelage.distill.engines.vllm import start as starting
+from tutelage.distill.engines.vllm import environment, sync
 
 TEXT = [4, 8, 15, 16, 23, 42, 77, 99]
 
@@ -97,19 +96,17 @@ def test_a_lost_parameter_is_caught(pair: Any, lost: str, monkeypatch: pytest.Mo
     engine.load(None, 62)
 
 
-def test_what_vllm_packs_is_not_reached_and_that_is_caught(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The trap itself: with vLLM's own CPU layers a reload says nothing and leaves them alone."""
-    from vllm.model_executor.layers import utils
-
-    patches.keep_unpacked()
-    packed = utils.dispatch_cpu_unquantized_gemm.replaced
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", packed)
-    monkeypatch.setattr(starting, "keep_unpacked", lambda: None)
-    engine = engine_of(make_student(seed=2, tied=True))
+def test_a_tied_head_that_is_not_packed_again_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap itself: no weights come for a tied head, so a reload says nothing and leaves the
+    CPU's packed copy of it alone."""
+    student = make_student(seed=2, tied=True)
+    engine = engine_of(student)
+    monkeypatch.setattr(sync, "repack_head", lambda _: None)
     with pytest.raises(sync.SyncError, match="did not reach the vllm engine"):
         engine.load(None, 0)
+    monkeypatch.undo()
+    engine.load(None, 1)
+    assert engine.gap < 1e-5
     engine.close()
 
 
@@ -199,7 +196,7 @@ def test_a_start_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     torch.set_num_threads(1)  # vLLM forbids it
     assert "skip" not in torch.set_num_threads.__name__
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with patches.undisturbed():  # as for workers on a GPU
+    with environment.undisturbed():  # as for workers on a GPU
         torch.set_num_threads(3)
         os.environ["OMP_NUM_THREADS"] = "3"
     assert torch.get_num_threads() == 1

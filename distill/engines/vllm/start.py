@@ -20,9 +20,8 @@ import torch
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.teachers import VllmConfig
 from tutelage.distill.engines.vllm import processes
-from tutelage.distill.engines.vllm.patches import (
+from tutelage.distill.engines.vllm.environment import (
     QUIET_WORKERS,
-    keep_unpacked,
     set_environment,
     undisturbed,
 )
@@ -96,7 +95,7 @@ def start(
         model: a folder or hub id with config.json.
         options: the user's.
         dtype: of the weights, unless `options` has one.
-        syncs: whether weights will be replaced: see `keep_unpacked`.
+        syncs: whether weights will be replaced: see `sync`.
         sleeps: whether the engine can leave the GPU (vLLM's sleep mode).
         more: further arguments of vLLM's EngineArgs.
 
@@ -108,8 +107,6 @@ def start(
     with undisturbed():
         engine_class, arguments_class, platform = _load()
         on_cpu = platform.is_cpu()
-        if on_cpu and syncs:
-            keep_unpacked()
         eager = on_cpu if options.enforce_eager is None else options.enforce_eager
         arguments = {
             "model": model,
@@ -198,17 +195,21 @@ def _load() -> tuple[Any, Any, Any]:
     try:
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.model_executor.layers import utils
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
     except ImportError as error:
         raise ConfigError(f"vllm {installed()} does not import: {error}: {CURE}") from error
-    calls = ("add_request", "step", "abort_request", "reset_prefix_cache", "collective_rpc")
+    calls = (
+        "add_request",
+        "step",
+        "abort_request",
+        "reset_prefix_cache",
+        "collective_rpc",
+        "apply_model",
+    )
     missing = [f"LLMEngine.{name}" for name in calls if not hasattr(LLMEngine, name)]
     if not hasattr(SamplingParams, "flat_logprobs"):
         missing.append("SamplingParams.flat_logprobs")
-    if current_platform.is_cpu() and not hasattr(utils, "dispatch_cpu_unquantized_gemm"):
-        missing.append("model_executor.layers.utils.dispatch_cpu_unquantized_gemm")
     if missing:
         raise ConfigError(
             f"vllm {installed()} has no {missing[0]}, which tutelage calls: install vllm {RELEASE}"

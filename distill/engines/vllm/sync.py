@@ -114,11 +114,27 @@ def push(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """
     if not has_workers(engine):
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
+        engine.apply_model(repack_head)
         return
     with in_memory(weights) as where:
         engine.collective_rpc("start_weight_update", timeout=PATIENCE)
         engine.collective_rpc("update_weights", timeout=PATIENCE, kwargs={"update_info": where})
         engine.collective_rpc("finish_weight_update", timeout=PATIENCE)
+
+
+def repack_head(model: Any) -> None:
+    """On the CPU, pack a head that is tied to the embedding again after a reload.
+
+    There vLLM computes with a packed copy of each layer's weights, and packs a layer again when
+    weights come for it. For a tied head none come: it would keep the old ones, without an error.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextmanager

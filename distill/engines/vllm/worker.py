@@ -1,9 +1,8 @@
 """Prepares vLLM's worker processes, where tensor_parallel_size is above 1.
 
 vLLM imports this module in each of them before it builds the model (EXTENSION is the engine's
-worker_extension_cls). The import prepares the worker: its linear layers keep the weights as loaded,
-it can read the learner's weights, and it ends with the process that started it. In any other
-process the import does nothing.
+worker_extension_cls). The import prepares the worker: it can read the learner's weights, and it
+ends with the process that started it. In any other process the import does nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 
-from tutelage.distill.engines.vllm.patches import keep_unpacked
-from tutelage.distill.engines.vllm.sync import mapped
+from tutelage.distill.engines.vllm.sync import mapped, repack_head
 
 EXTENSION = f"{__name__}.Extension"
 
@@ -75,6 +73,7 @@ def receiver() -> type:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            repack_head(self.model)
 
         def shutdown(self) -> None:
             pass
@@ -88,13 +87,10 @@ RECEIVER = "tutelage"
 
 def _prepare() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-    from vllm.platforms import current_platform
 
     _report_failed_starts()
     _end_with_the_parent()
     _accept_removed_memory()
-    if current_platform.is_cpu():
-        keep_unpacked()
     WeightTransferEngineFactory.register_engine(RECEIVER, receiver())
 
 

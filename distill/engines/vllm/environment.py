@@ -1,4 +1,4 @@
-"""What is patched in vLLM, and what vLLM must not change in this process."""
+"""What vLLM reads from the environment, and what it must not change in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,23 +35,6 @@ def set_environment() -> None:
         ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # the learner computes on the same cores
     ):
         os.environ.setdefault(name, value)
-
-
-def keep_unpacked() -> None:
-    """Patch vLLM for the CPU: linear layers keep their weights as loaded.
-
-    vLLM would pack each and leave an empty parameter, so that reloading would change only the
-    embedding and the norms, without an error.
-    """
-    from vllm.model_executor.layers import utils
-
-    if utils.dispatch_cpu_unquantized_gemm is not _plain:
-        _plain.replaced = utils.dispatch_cpu_unquantized_gemm  # type: ignore[attr-defined]
-        utils.dispatch_cpu_unquantized_gemm = _plain
-
-
-def _plain(layer: Any, remove_weight: bool) -> None:
-    layer.cpu_linear = torch.nn.functional.linear
 
 
 @contextmanager
