@@ -196,16 +196,17 @@ class Timetable:
         Games come in passes: each once in an order shuffled anew, before any comes again.
         """
         plan, turn = self._tasks[task], self._turns[task] if turn is None else turn
+        key = _key(task)
         games = -(-plan.episodes // plan.group)  # rounded up: the last group may be smaller
         first = turn * games
-        indexes = _passes(first, games, num_games, entropy=[self._seed, _key(task)])
+        indexes = _passes(first, games, num_games, entropy=[self._seed, key])
         begin, end = plan.expert_share
         progress = self.progress(task, turn)
         by_expert = round((begin + (end - begin) * progress) * plan.episodes) if plan.labels else 0
         guided, guide = round(plan.guided_share * plan.episodes), plan.guide_at(progress)
         orders = []
         for number in range(plan.episodes):
-            entropy = np.random.SeedSequence([self._seed, _key(task), turn, number])
+            entropy = np.random.SeedSequence([self._seed, key, turn, number])
             orders.append(
                 Order(
                     task=task,
@@ -262,6 +263,8 @@ def _route(place: int, weights: Mapping[str, float]) -> str | None:
     The first teacher takes its share of the places, evenly spaced; the second its share of those
     that are left, and so on.
     """
+    if len(weights) == 1:  # nearly always: every place is its
+        return next(iter(weights))
     # fractions: with floats, rounding would give a place to two teachers or to none
     left = {name: Fraction(str(weight)) for name, weight in weights.items()}
     for name in weights:
