@@ -412,16 +412,20 @@ class TransformersEngine:
         at: At | None,
         laws: Laws,
         uniform_B1: torch.Tensor,
+        opens: bool = False,
     ) -> Drawn:
         """Feed these ids at these positions; draw what follows the token `at` of each row (None:
-        its only one)."""
+        its only one). opens: these are all of every row's ids, from position 0."""
         self._cache.look(slots, positions_BQ, reach)
-        looked_P = torch.arange(reach, device=ids_BQ.device)
+        mask_B1QP = None  # a row up to itself: a mask would have the square of a prompt's length
+        if not opens:
+            looked_P = torch.arange(reach, device=ids_BQ.device)
+            mask_B1QP = looked_P <= positions_BQ[:, None, :, None]
         with fitting(self._matrix_size, ids_BQ.numel()):
             hidden = self._student.decoder(
                 ids_BQ,
                 positions_BT=positions_BQ,
-                mask_B1TP=looked_P <= positions_BQ[:, None, :, None],
+                mask_B1TP=mask_B1QP,
                 cache=self._cache,
                 at=at,
             )

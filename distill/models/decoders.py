@@ -91,6 +91,9 @@ class TransformersDecoder:
         cache: Cache | None = None,
         at: At | None = None,
     ) -> torch.Tensor:
+        if cache is not None and mask_B1TP is None:  # models would ask the cache for its shape
+            seen_TT = torch.ones(2 * ids_BT.shape[1:], dtype=torch.bool, device=ids_BT.device)
+            mask_B1TP = seen_TT.tril()[None, None]
         given: dict[str, Any] = {"attention_mask": mask_B1TP, "use_cache": cache is not None}
         # Left out where they are the usual ones: then models number positions themselves, and sdpa
         # may take its causal kernel instead of one with a mask.
