@@ -3,6 +3,7 @@ run is told why not."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -23,8 +24,7 @@ pytestmark = pytest.mark.slow
 
 def _fragile(plan: Path) -> Any:
     """Makes what stands for a worker and for a teacher. A file `METHOD.die`, `.hang` or `.raise` in
-    `plan` makes the method go wrong: once, or always if it holds "always". (A class inside a
-    function travels to actors, which cannot import the tests.)"""
+    `plan` makes the method go wrong: once, or always if it holds "always"."""
     import os
     import signal
     import time
@@ -64,11 +64,19 @@ def _fragile(plan: Path) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nodes() -> Iterator[dict[str, Any]]:
-    """A Ray cluster of three raylets on this machine: here, and two with a resource `far`."""
+def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A Ray cluster of three raylets on this machine: here, and two with a resource `far`. Its
+    actors, fifty of them, load neither these tests nor torch, which would take most of the time:
+    they get a torch that can only be told of threads."""
     import ray
+    from ray import cloudpickle
     from ray.cluster_utils import Cluster
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    (folder := tmp_path_factory.mktemp("path") / "torch").mkdir()
+    (folder / "__init__.py").write_text("def set_num_threads(count): pass")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(folder.parent))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     nodes = {
         name: cluster.add_node(num_cpus=1, resources={"far": 1, name: 1}) for name in ("one", "two")
@@ -77,6 +85,8 @@ def _nodes() -> Iterator[dict[str, Any]]:
     yield nodes | {"cluster": cluster}
     ray.shutdown()
     cluster.shutdown()
+    patch.undo()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 Make = Callable[..., RayCluster]
@@ -122,7 +132,7 @@ ORDERS = [Order(task="t", number=i, seed=i, index=i) for i in range(5)]
 def test_a_lost_workers_share_is_played_again_with_the_same_weights(
     make: Make, tmp_path: Path, fate: str
 ) -> None:
-    cluster = make(timeout=4.0)
+    cluster = make(timeout=2.0)
     cluster.sync(7)
     (tmp_path / f"play.{fate}").touch()
     outcomes = _collect(cluster, ORDERS)
@@ -134,7 +144,7 @@ def test_a_lost_workers_share_is_played_again_with_the_same_weights(
 
 @pytest.mark.parametrize("fate", ["die", "hang"])
 def test_a_lost_teacher_scores_again(make: Make, tmp_path: Path, fate: str) -> None:
-    cluster = make(workers=1, timeout=4.0)
+    cluster = make(workers=1, timeout=2.0)
     (tmp_path / f"answer.{fate}").touch()
     assert _score(cluster, 3, 5, k=2) == [6, 10]
     assert cluster.restarts == 1
@@ -146,7 +156,7 @@ def test_what_was_started_before_a_sync_is_played_with_the_weights_of_then(
 ) -> None:
     """Also when the worker is lost in the first of two: one fresh actor plays both again."""
     sent = iter([1.5, 2.5])
-    cluster = make(workers=1, timeout=4.0)
+    cluster = make(workers=1, timeout=2.0)
     cluster._weights = lambda: {"w": next(sent)}
     (tmp_path / f"play.{fate}").touch()
     cluster.sync(7)
@@ -179,7 +189,7 @@ def test_actors_that_always_die_as_they_start_are_not_replaced_for_ever(
 
 
 def test_a_hung_actors_stack_is_kept(make: Make, tmp_path: Path) -> None:
-    cluster = make(workers=1, timeout=3.0)
+    cluster = make(workers=1, timeout=2.0)
     (tmp_path / "answer.hang").touch()
     _score(cluster, 1)
     cluster.close()
