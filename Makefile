@@ -44,12 +44,15 @@ $(VENV)/.alfworld: $(VENV)/.installed
 	    test -z "$$TUTELAGE_REQUIRE_ALFWORLD"; }
 	@touch $@
 
+# Two processes at once, for two cores; who runs dry takes tests from the other. ARGS="-n 0" for one, and a debugger.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # What can be known within a minute or so: all but whole runs, servers, Ray, and what is slow alone.
 test-fast: install
-	$(BIN)/python -m pytest -m "not runs and not slow" $(ARGS)
+	$(PYTEST) -m "not runs and not slow" $(ARGS)
 
 # vLLM has an environment of its own: it takes 3 GB, and pins what the rest need not wait for.
 $(VLLM)/.installed: constraints-vllm.txt

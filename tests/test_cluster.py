@@ -132,7 +132,7 @@ ORDERS = [Order(task="t", number=i, seed=i, index=i) for i in range(5)]
 def test_a_lost_workers_share_is_played_again_with_the_same_weights(
     make: Make, tmp_path: Path, fate: str
 ) -> None:
-    cluster = make(timeout=2.0)
+    cluster = make(timeout=3.0)
     cluster.sync(7)
     (tmp_path / f"play.{fate}").touch()
     outcomes = _collect(cluster, ORDERS)
@@ -144,7 +144,7 @@ def test_a_lost_workers_share_is_played_again_with_the_same_weights(
 
 @pytest.mark.parametrize("fate", ["die", "hang"])
 def test_a_lost_teacher_scores_again(make: Make, tmp_path: Path, fate: str) -> None:
-    cluster = make(workers=1, timeout=2.0)
+    cluster = make(workers=1, timeout=3.0)
     (tmp_path / f"answer.{fate}").touch()
     assert _score(cluster, 3, 5, k=2) == [6, 10]
     assert cluster.restarts == 1
@@ -156,7 +156,7 @@ def test_what_was_started_before_a_sync_is_played_with_the_weights_of_then(
 ) -> None:
     """Also when the worker is lost in the first of two: one fresh actor plays both again."""
     sent = iter([1.5, 2.5])
-    cluster = make(workers=1, timeout=2.0)
+    cluster = make(workers=1, timeout=3.0)
     cluster._weights = lambda: {"w": next(sent)}
     (tmp_path / f"play.{fate}").touch()
     cluster.sync(7)
@@ -189,7 +189,7 @@ def test_actors_that_always_die_as_they_start_are_not_replaced_for_ever(
 
 
 def test_a_hung_actors_stack_is_kept(make: Make, tmp_path: Path) -> None:
-    cluster = make(workers=1, timeout=2.0)
+    cluster = make(workers=1, timeout=3.0)
     (tmp_path / "answer.hang").touch()
     _score(cluster, 1)
     cluster.close()
