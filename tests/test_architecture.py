@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -100,8 +101,8 @@ def test_modules_load_no_more_than_they_say(module: str, loaded: str, left_out: 
 
 def test_every_module_imports() -> None:
     names = [_module(source) for wing in WINGS for source in _sources(wing)]
-    done = _python(f"import importlib\nfor name in {names}: importlib.import_module(name)")
-    assert done.returncode == 0, done.stderr
+    for name in names:
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -1,4 +1,4 @@
-"""Every command once, as a user types it, on a run of seconds."""
+"""Every command once, as a user types it, on a run of seconds; `study`: tests/test_studies.py."""
 
 from __future__ import annotations
 
@@ -96,8 +96,3 @@ def test_whoever_reads_may_stop_reading() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
-
-
-def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _says(capsys, "study", "estimators", f"--out={tmp_path}", "--iterations=3", "--seeds", 1, 2)
-    assert list(tmp_path.glob("*.png")) and list(tmp_path.glob("*.md"))

@@ -675,18 +675,28 @@ def sick_teacher(tmp_path: Path, tokenizer: Any) -> Iterator[str]:
 ARITHMETIC = "tasks.math.env_args={problems: arithmetic}"
 
 
+@pytest.fixture
+def _no_grader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked at elsewhere, for seconds."""
+    monkeypatch.setattr(examination, "check_grader", lambda: [])
+
+
 @pytest.mark.slow
 def test_a_sound_config_ends_with_0_and_a_sick_teacher_with_1(
-    run_doctor: Callable[..., tuple[int, str, str]], sick_teacher: str
+    run_doctor: Callable[..., tuple[int, str, str]],
+    sick_teacher: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     code, out, _ = run_doctor(ARITHMETIC, "student={model: builtin:start, threads: 1}")
     assert code == 0
     assert "faults 0" in out and "gold answers" in out
+    monkeypatch.setattr(examination, "check_grader", lambda: [])
     code, out, _ = run_doctor(ARITHMETIC, f"teachers.calculator.model={sick_teacher}")
     assert code == 1
     assert "weights lost" in out and "faults 1" in out
 
 
+@pytest.mark.usefixtures("_no_grader")
 @pytest.mark.slow
 def test_a_model_that_is_there_and_does_not_load_is_not_called_missing(
     run_doctor: Callable[..., tuple[int, str, str]], tmp_path: Path, tokenizer: Any
@@ -701,6 +711,7 @@ def test_a_model_that_is_there_and_does_not_load_is_not_called_missing(
     assert "do as it says" in said and "name a folder that is there" not in said
 
 
+@pytest.mark.usefixtures("_no_grader")
 @pytest.mark.slow
 def test_what_is_missing_is_a_finding_and_a_mistake_in_the_config_is_not(
     run_doctor: Callable[..., tuple[int, str, str]],

@@ -18,7 +18,7 @@ import yaml
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 120.0  # seconds
 
 BEGIN = """
 import os, signal, sys

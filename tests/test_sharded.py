@@ -236,6 +236,17 @@ SPARSE = {"sparse": True, "tied": True, "minibatch": 3, "aggregate": "sequence",
 MUON = {"name": "muon", "minibatch": 3, "normalize": "all"}
 
 
+def test_two_processes_say_what_one_does_of_a_sampling_law(
+    pair: Pairs, student_rows: list[Row]
+) -> None:
+    sampling = SamplingParams(temperature=0.7, top_p=0.8)
+    alone, over_two = (
+        learner.sampling_logprobs(student_rows, sampling) for learner in pair(**SPARSE).reset()
+    )
+    for one, other in zip(alone, over_two, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "how"), OBJECTIVES)
 @pytest.mark.parametrize(
     "options",
@@ -256,17 +267,6 @@ def test_two_processes_learn_what_one_does(
         lambda learner: _examples(learner, student_rows, teacher, objective),
         {"t": TaskObjective(objective=objective, weight=0.7)},
     )
-
-
-def test_two_processes_say_what_one_does_of_a_sampling_law(
-    pair: Pairs, student_rows: list[Row]
-) -> None:
-    sampling = SamplingParams(temperature=0.7, top_p=0.8)
-    alone, over_two = (
-        learner.sampling_logprobs(student_rows, sampling) for learner in pair(sparse=True).reset()
-    )
-    for one, other in zip(alone, over_two, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
 def test_one_row_is_learned_by_two_processes(

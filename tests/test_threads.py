@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,12 +31,24 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _openmp(code: str, **environment: str) -> str:
-    """What OpenMP itself says of its settings, as it is loaded."""
+@pytest.fixture(scope="module")
+def only_openmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a torch that loads its OpenMP, which takes no second, and ends."""
+    folder = tmp_path_factory.mktemp("path")
+    (library,) = (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(
+        f"import ctypes, os\nctypes.CDLL({str(library)!r})\nos._exit(0)\n"
+    )
+    return folder
+
+
+def _openmp(folder: Path, code: str, **environment: str) -> str:
+    """What OpenMP itself says of its settings, as torch loads it."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=kept | {"OMP_DISPLAY_ENV": "verbose"} | environment,
+        [sys.executable, "-c", f"{code}; raise SystemExit('no torch was loaded')"],
+        env=kept | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(folder)} | environment,
         capture_output=True,
         text=True,
     )
@@ -53,15 +66,15 @@ def _openmp(code: str, **environment: str) -> str:
         "import tutelage.scheduler.cluster, torch",  # an actor
     ],
 )
-def test_a_waiting_thread_soon_sleeps(code: str) -> None:
-    assert "GOMP_SPINCOUNT = '1000'" in _openmp(code)
+def test_a_waiting_thread_soon_sleeps(code: str, only_openmp: Path) -> None:
+    assert "GOMP_SPINCOUNT = '1000'" in _openmp(only_openmp, code)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")
-def test_who_says_how_threads_wait_is_obeyed() -> None:
+def test_who_says_how_threads_wait_is_obeyed(only_openmp: Path) -> None:
     code = "import tutelage.distill.objectives"
-    assert "GOMP_SPINCOUNT = '7'" in _openmp(code, GOMP_SPINCOUNT="7")
-    active = _openmp(code, OMP_WAIT_POLICY="active")
+    assert "GOMP_SPINCOUNT = '7'" in _openmp(only_openmp, code, GOMP_SPINCOUNT="7")
+    active = _openmp(only_openmp, code, OMP_WAIT_POLICY="active")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in active and "SPINCOUNT = '1000'" not in active
 
 

@@ -95,8 +95,8 @@ def test_another_seed_has_other_draws() -> None:
 def test_it_is_the_same_in_another_process() -> None:
     """Python's own hash of a name differs from process to process."""
     code = (
-        "from tests.settings import schedule; from tutelage.scheduler.timetable import *;"
-        "t = Timetable({'math': schedule(episodes=6, group=3)}, steps=60, seed=3);"
+        "from tutelage.scheduler.timetable import *;"
+        f"t = Timetable({{'math': {schedule(episodes=6, group=3)!r}}}, steps=60, seed=3);"
         "print([(o.index, o.seed) for o in t.orders('math', 17)])"
     )
     printed = subprocess.run(

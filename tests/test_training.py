@@ -11,10 +11,10 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -38,6 +38,7 @@ from tutelage.envs.pool import EnvironmentPool
 from tutelage.evaluation import files, run_folder
 from tutelage.scheduler.episodes import Dropped, Row
 from tutelage.scheduler.placement import InProcess, Started
+from tutelage.scheduler.ray_start import connected
 
 pytestmark = pytest.mark.runs
 
@@ -84,6 +85,14 @@ def configure(tmp_path: Path, models: dict[str, str]) -> Configure:
         return parse_config(data | sections, "test")
 
     return configure
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One on this machine for all runs that ask for it, as a program may have that joined Ray
+    itself; how a run starts its own: tests/test_leaks.py."""
+    with connected("local", attempts=3):
+        yield
 
 
 class Killed(BaseException):
@@ -458,6 +467,7 @@ def test_every_task_of_a_mixed_step_is_at_its_own_progress(
     ]
 
 
+@pytest.mark.usefixtures("ray")
 @pytest.mark.slow
 def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
     """Rollouts and teachers as actors on this machine: the same metrics, episodes and weights."""
@@ -469,6 +479,7 @@ def test_ray_actors_do_what_one_process_does(configure: Configure) -> None:
     runs.assert_same(here, there, 3)
 
 
+@pytest.mark.usefixtures("ray")
 @pytest.mark.slow
 def test_killed_ray_actors_cost_a_run_nothing(configure: Configure, models: dict[str, str]) -> None:
     """Worker and teacher are killed by SIGKILL after the first step: the same run, to the byte. The
@@ -642,6 +653,7 @@ class TestLosses:
 
 class TestCollectingAhead:
     STEPS = 6
+    wholes: ClassVar[dict[str, Path]] = {}  # of each schedule: the run that nothing cut off
 
     def _config(self, configure: Configure, run: str, **schedule: Any) -> RunConfig:
         return configure(
@@ -695,7 +707,9 @@ class TestCollectingAhead:
         self, configure: Configure, schedule: dict[str, Any], kill: bool
     ) -> None:
         """What was collected ahead is in the checkpoint: the weights that played it are not."""
-        whole = train(self._config(configure, "whole", **schedule))
+        key = str(schedule)
+        if key not in self.wholes:
+            self.wholes[key] = train(self._config(configure, "whole", **schedule))
         config = self._config(configure, "parts", **schedule)
         often = {"checkpoint": config.checkpoint.model_copy(update={"every": 2})}
         config = config.model_copy(update=often)
@@ -704,17 +718,18 @@ class TestCollectingAhead:
             with Run(config, watch=watch) as run, contextlib.suppress(Killed):
                 watch.run = run
                 run.train()
-        runs.assert_same(train(config), whole, self.STEPS)
+        runs.assert_same(train(config), self.wholes[key], self.STEPS)
 
+    @pytest.mark.usefixtures("ray")
     @pytest.mark.slow
     def test_on_ray_it_is_the_same_run(self, configure: Configure) -> None:
         """There the next episodes are played while the student learns."""
-        here = self._config(configure, "here")
-        there = self._config(configure, "there")
-        cluster = configure({"math": MATH}, cluster={"address": "local", "workers": 1}).cluster
-        runs.assert_same(
-            train(here), train(there.model_copy(update={"cluster": cluster})), self.STEPS
-        )
+        tasks = {"household": HOUSEHOLD, "math": MATH | {"teacher": HOUSEHOLD["teacher"]}}
+        ahead = {"steps": self.STEPS, "schedule": {"policy": "alternate", "max_staleness": 1}}
+        cluster = {"address": "local", "workers": 1, "threads": 1}
+        here = train(configure(tasks, "here", **ahead))
+        there = train(configure(tasks, "there", cluster=cluster, **ahead))
+        runs.assert_same(here, there, self.STEPS)
 
     def test_a_step_that_lost_too_much_is_played_anew(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch

@@ -125,10 +125,14 @@ def test_plan_and_evaluation_take_them(configure: Configure, engines: tuple[str,
 
 
 def test_the_doctors_page_is_shown_on_the_command_line(
-    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import yaml
 
+    monkeypatch.setattr("tutelage.distill.doctor.examination.check_grader", lambda: [])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(configure("server", "server")))
     with pytest.raises(SystemExit) as ended:
