@@ -196,7 +196,7 @@ class _Builder:
                 return self._mapping(node)
             if isinstance(node, yaml.SequenceNode):
                 return [self.build(item) for item in node.value]
-            quoted = isinstance(node, yaml.ScalarNode) and node.style is not None  # or a | block
+            quoted = isinstance(node, yaml.ScalarNode) and bool(node.style)  # or a | block
             return node.value if quoted else scalar(node.value)
         except RecursionError:
             raise ValueError("is nested too deeply") from None
