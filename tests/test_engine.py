@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rounding import FORWARD_SUMS, rounding
-from tutelage.distill.engines.transformers import FORWARD, TransformersEngine, _parts
+from tutelage.distill.engines.transformers import FORWARD, SlotCache, TransformersEngine, _parts
 from tutelage.distill.models.student import Student
 from tutelage.distill.objectives import DenseStudent, SparseStudent
 from tutelage.scheduler.engine import Completion, Request
@@ -447,6 +447,46 @@ class TestBatches:
             for j in range(6):
                 engine.release(10 * i + j)
         assert engine._cache.slots == 8
+
+
+def test_a_cache_that_grows_token_by_token_copies_each_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a fixed number of positions each time, 8K of them would be copied 16 times over."""
+    cache, copied, grown = SlotCache(), 0, SlotCache._grown
+    cache.reserve(1, 1)
+    cache.keys = [torch.zeros(1, 1, cache.room, 1)]
+
+    def counted(old: torch.Tensor, slots: int, room: int) -> torch.Tensor:
+        nonlocal copied
+        copied += old.shape[2]
+        return grown(old, slots, room)
+
+    monkeypatch.setattr(SlotCache, "_grown", staticmethod(counted))
+    for room in range(1, 8193):
+        cache.reserve(1, room)
+        assert cache.keys[0].shape[2] == cache.room >= room
+    assert copied < 5 * 8192 and cache.room < 1.25 * 8192
+
+
+def test_a_prompt_that_opens_is_read_without_a_mask_and_one_that_goes_on_with_one(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask has the square of a prompt's length for each row. Where one row of a batch goes on,
+    all have one: the kernel's own would hide the row's past from it."""
+    masks: list[tuple[int, ...] | None] = []
+    decoder = engine._student.decoder
+
+    def watched(ids_BT: torch.Tensor, **given: Any) -> torch.Tensor:
+        mask = given["mask_B1TP"]
+        if ids_BT.shape[1] > 1:
+            masks.append(None if mask is None else tuple(mask.shape))
+        return decoder(ids_BT, **given)
+
+    monkeypatch.setattr(engine._student, "decoder", watched)
+    first = _run(engine, [_request(1, range(4, 24)), _request(2, range(5, 15))])
+    _run(engine, [_request(1, [*range(4, 24), *first[1].ids, 7, 8]), _request(3, range(6, 12))])
+    assert masks[0] is None and None not in masks[1:]
 
 
 class TestSampling:
