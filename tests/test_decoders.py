@@ -138,8 +138,9 @@ def test_token_by_token_with_a_cache_is_the_whole_text(model: Any) -> None:
     positions_BT = torch.arange(6).expand(2, 6)
 
     def look(ids_BT: torch.Tensor, positions_BT: torch.Tensor, at: Any) -> torch.Tensor:
-        cache.positions_BQ, cache.reach = positions_BT, int(positions_BT.max()) + 1
-        mask_B1TP = torch.arange(cache.reach) <= positions_BT[:, None, :, None]
+        reach = int(positions_BT.max()) + 1
+        cache.look(slice(2), positions_BT, reach)
+        mask_B1TP = torch.arange(reach) <= positions_BT[:, None, :, None]
         return lean(ids_BT, positions_BT=positions_BT, mask_B1TP=mask_B1TP, cache=cache, at=at)
 
     rows = torch.arange(2)
