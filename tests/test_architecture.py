@@ -80,23 +80,36 @@ def test_only_the_scheduler_imports_ray() -> None:
     assert users == {"scheduler"}
 
 
-@pytest.mark.parametrize(
-    ("module", "loaded", "left_out"),
-    [
-        ("tutelage.distill.objectives", "torch", "transformers ray"),
-        ("tutelage.envs", "gymnasium", "torch transformers ray textworld alfworld"),
-        ("tutelage.envs.household.generated", "gymnasium", "torch ray textworld alfworld"),
-        ("tutelage.envs.math.env", "gymnasium", "torch ray datasets sympy"),
-        ("tutelage.scheduler.cluster", "tutelage.scheduler.rollouts", "torch ray transformers"),
-        ("tutelage.distill.config.loading", "pydantic", "transformers ray httpcore2"),
-    ],
-)
-def test_modules_load_no_more_than_they_say(module: str, loaded: str, left_out: str) -> None:
-    done = _python(f"import sys, {module}; print(*sys.modules)")
+LOADS = {
+    # each after those above it: what it loads, and what nobody has loaded by then
+    "tutelage.envs": ("gymnasium", "torch transformers ray textworld alfworld"),
+    "tutelage.envs.household.generated": ("gymnasium", "torch ray textworld alfworld"),
+    "tutelage.envs.math.env": ("gymnasium", "torch ray datasets sympy"),
+    "tutelage.scheduler.cluster": ("tutelage.scheduler.rollouts", "torch ray transformers"),
+    "tutelage.distill.objectives": ("torch", "transformers ray"),
+    "tutelage.distill.config.loading": ("pydantic", "transformers ray httpcore2"),
+}
+
+
+@pytest.fixture(scope="module")
+def opened_modules() -> dict[str, set[str]]:
+    """What a process has loaded after each of LOADS."""
+    code = "import importlib, sys\n" + "".join(
+        f"importlib.import_module({module!r}); print(*sys.modules)\n" for module in LOADS
+    )
+    done = _python(code)
     assert done.returncode == 0, done.stderr
-    modules = set(done.stdout.split())
-    assert loaded in modules
-    assert modules & set(left_out.split()) == set()
+    lines = done.stdout.splitlines()
+    return {module: set(line.split()) for module, line in zip(LOADS, lines, strict=True)}
+
+
+@pytest.mark.parametrize("module", LOADS)
+def test_modules_load_no_more_than_they_say(
+    module: str, opened_modules: dict[str, set[str]]
+) -> None:
+    loaded, left_out = LOADS[module]
+    assert loaded in opened_modules[module]
+    assert opened_modules[module] & set(left_out.split()) == set()
 
 
 def test_every_module_imports() -> None:

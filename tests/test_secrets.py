@@ -18,10 +18,12 @@ import yaml
 
 from tests.hostile_server import Caller, HostileServer
 from tests.stand_in_server import StandIn
+from tutelage.distill.cli.main import main
 from tutelage.distill.config.credentials import HIDDEN, api_key, hidden
 from tutelage.distill.config.faults import ConfigError
 from tutelage.distill.config.loading import parse_config
 from tutelage.distill.config.teachers import TeacherConfig
+from tutelage.distill.doctor import examination
 from tutelage.distill.models.loading import load_model
 from tutelage.distill.teachers.server import ServerTeacher
 
@@ -201,39 +203,57 @@ def server(sound: Callable[[Any], Any]) -> Iterator[HostileServer]:
     made.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", [{}, {"cluster": {"address": "local"}}], ids=["here", "ray"])
-@pytest.mark.parametrize("command", ["train", "doctor", "plan"])
-def test_nothing_that_a_command_leaves_behind_holds_the_key(
-    tmp_path: Path, server: HostileServer, command: str, where: dict[str, Any]
-) -> None:
-    """The server refuses it, and repeats it, after some answers; every traceback is asked for."""
-    if command != "train" and where:
-        pytest.skip("starts no Ray")
+@pytest.fixture
+def path(tmp_path: Path, server: HostileServer) -> Path:
+    """A config that is taught by that server."""
     config = _config(server.url, api_key_env="A_KEY", attempts=2, timeout=20.0)
-    config |= {"run": str(tmp_path / "run"), "steps": 50, "checkpoint": {"every": 1}} | where
+    config |= {"run": str(tmp_path / "run"), "steps": 50, "checkpoint": {"every": 1}}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["here", "ray"])
+def test_nothing_that_training_leaves_behind_holds_the_key(path: Path, where: str) -> None:
+    """The server refuses it, and repeats it, after some answers; every traceback is asked for."""
     with tempfile.TemporaryDirectory(dir="/tmp") as ray:
         # The folder of Ray's logs stays, to be looked into.
         keep = "from tutelage.scheduler import ray_start as r; r.shutil = __import__('types')"
         keep += ".SimpleNamespace(rmtree=lambda *_, **__: None); "
         code = f"{keep}from tutelage.distill.cli.main import main; main()"
+        pairs = ["cluster={address: local}"] if where == "ray" else []
         done = subprocess.run(
-            [sys.executable, "-c", code, command, str(path)],
+            [sys.executable, "-c", code, "train", str(path), *pairs],
             env=os.environ | {"A_KEY": f"{KEY}\n", "TUTELAGE_TRACEBACK": "1", "RAY_TMPDIR": ray},
             capture_output=True,
             text=True,
             timeout=240,
         )
-        files = [*Path(ray).rglob("*"), *(tmp_path / "run").rglob("*")]
-        texts = {str(file): file.read_bytes() for file in files if file.is_file()}
-    assert bool(where) == any(name.startswith(ray) for name in texts)
+        texts = _texts(Path(ray)) | _texts(path.parent / "run")
+    assert (where == "ray") == any(name.startswith(ray) for name in texts)
     assert KEY not in done.stdout + done.stderr
     assert [name for name, data in texts.items() if KEY.encode() in data] == []
-    if command == "train":
-        assert done.returncode == 1 and "refuses the key" in done.stderr, done.stderr
-        assert HIDDEN in done.stderr
-        mode = stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode)
-        assert mode == 0o600
-        assert list((tmp_path / "run" / "checkpoints").iterdir())  # nothing was lost
+    assert done.returncode == 1 and "refuses the key" in done.stderr, done.stderr
+    assert HIDDEN in done.stderr
+    mode = stat.S_IMODE((path.parent / "run" / "config.yaml").stat().st_mode)
+    assert mode == 0o600
+    assert list((path.parent / "run" / "checkpoints").iterdir())  # nothing was lost
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan"])
+def test_nothing_that_a_look_leaves_behind_holds_the_key(
+    path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("A_KEY", f"{KEY}\n")
+    monkeypatch.setenv("TUTELAGE_TRACEBACK", "1")
+    monkeypatch.setattr(examination, "check_grader", lambda: [])  # it is told of no server
+    with pytest.raises(SystemExit):
+        main([command, str(path)])
+    said = capfd.readouterr()
+    assert KEY not in said.out + said.err and "teacher" in said.out
+    assert [name for name, data in _texts(path.parent).items() if KEY.encode() in data] == []
+
+
+def _texts(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
