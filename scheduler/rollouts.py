@@ -19,10 +19,10 @@ from tutelage.scheduler.contexts import Context, ContextSettings, Reply
 from tutelage.scheduler.engine import Completion, Engine, Request, Weights
 from tutelage.scheduler.episodes import Dropped, Ending, Episode, Order, SamplingParams, Turn
 
-GRACE, POLL = 0.1, 0.0005
+GRACE, POLL = 0.25, 0.0005
 """Before each step, an engine that does not go in lockstep waits for environments for this share of
 its last step's time (looking every POLL seconds): an episode whose answer comes just too late would
-lose a whole step."""
+lose a whole step. Where an answer took longer than a step, it does not wait."""
 
 MAX_VERDICT = 32  # characters of info["reason"]: a word to count, no sentence
 
@@ -203,6 +203,7 @@ class _Play:
         self._done: dict[int, Episode | Dropped] = {}
         self._waiting: deque[_Try] = deque()
         self._step_seconds = 0.0  # of the engine's last one
+        self._late = 0  # answers that were not there when it began
 
     def run(self, orders: Sequence[Order]) -> list[Episode | Dropped]:
         self._waiting.extend(_Try(order=order) for order in orders)
@@ -235,10 +236,12 @@ class _Play:
             # with nothing to generate, wait for an answer; else the loop would spin
             busy = self._engine.pending or (self._guide is not None and self._guide.pending)
             answers += self._pool.receive(block=not busy)
-            until = time.monotonic() + GRACE * self._step_seconds
+            soon = len(answers) >= self._late  # else some are owed through a whole step
+            until = time.monotonic() + (GRACE * self._step_seconds if soon else 0.0)
             while busy and self._pool.outstanding and time.monotonic() < until:
                 time.sleep(POLL)
                 answers += self._pool.receive(block=False)
+            self._late = self._pool.outstanding
             return answers
         while self._pool.outstanding:
             answers += self._pool.receive()

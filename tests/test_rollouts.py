@@ -16,7 +16,7 @@ from gymnasium import spaces
 from tests.settings import rollout
 from tutelage.scheduler.engine import Completion, Request
 from tutelage.scheduler.episodes import GREEDY, Dropped, Episode, Order, SamplingParams
-from tutelage.scheduler.rollouts import RolloutWorker
+from tutelage.scheduler.rollouts import RolloutWorker, _Play
 
 Say = Callable[[str], str]
 
@@ -214,6 +214,31 @@ class _Unruly:
     def receive(self, *, block: bool = True) -> list[Any]:
         self._held += self._pool.receive(block=block)
         return [self._held.pop(int(self._rng.integers(len(self._held))))]
+
+
+class _Owing:
+    """A pool that owes one answer, and counts how often it is asked."""
+
+    outstanding, looks = 1, 0
+
+    def receive(self, *, block: bool = True) -> list[Any]:
+        self.looks += 1
+        return []
+
+
+def test_a_busy_engine_waits_only_for_environments_that_answer_within_a_step(
+    make_worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(engine={"lockstep": False})
+    monkeypatch.setattr(FakeEngine, "pending", 1)
+    play = _Play(worker, "t", GREEDY)
+    pool = _Owing()
+    play._pool, play._step_seconds = pool, 1.0  # type: ignore[assignment]
+    play._answers()
+    assert pool.looks > 2  # it was asked just now
+    pool.looks = 0
+    play._answers()
+    assert pool.looks == 1  # it has been owing through a whole step
 
 
 def test_in_lockstep_it_shows_nowhere_whose_answer_came_first(make_worker: Any) -> None:
