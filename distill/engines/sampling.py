@@ -10,7 +10,7 @@ Letters: B rows, V vocabulary, K candidates, the most probable first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,28 +18,43 @@ from torch.nn import functional as F
 
 from tutelage.scheduler.episodes import SamplingParams
 
+GREEDIEST = 1e-30
+"""A top-p below every probability of a most probable token: the nucleus is that token."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Laws:
-    """How each of some rows is drawn. Greedy is a nucleus of one token: top-p 0, temperature 1."""
+    """How each of some rows is drawn. Greedy is the smallest nucleus, at temperature 1.
+
+    tempered, greedy: whether any row has another temperature than 1, or is greedy.
+    """
 
     temperature_B1: torch.Tensor
     top_p_B1: torch.Tensor
-    tempered: bool  # some temperature is not 1
+    cut_B1: torch.Tensor  # top_p < 1
+    tempered: bool
+    greedy: bool
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> Laws:
         found = np.array([(p.temperature, p.top_p) for p in params], dtype=np.float32)
-        found[found[:, 0] == 0] = 1.0, 0.0
-        tempered = bool((found[:, 0] != 1).any())
+        greedy = found[:, 0] == 0
+        found[greedy] = 1.0, GREEDIEST
         found_2B1 = torch.from_numpy(found.T[..., None].copy()).to(device)
-        return cls(temperature_B1=found_2B1[0], top_p_B1=found_2B1[1], tempered=tempered)
+        return cls(
+            temperature_B1=found_2B1[0],
+            top_p_B1=found_2B1[1],
+            cut_B1=found_2B1[1] < 1,
+            tempered=bool((found[:, 0] != 1).any()),
+            greedy=bool(greedy.any()),
+        )
 
     def __getitem__(self, rows: list[int]) -> Laws:
-        return Laws(
+        return replace(
+            self,
             temperature_B1=self.temperature_B1[rows],
             top_p_B1=self.top_p_B1[rows],
-            tempered=self.tempered,
+            cut_B1=self.cut_B1[rows],
         )
 
 
@@ -92,7 +107,6 @@ def _draw(
     The nucleus is the fewest most probable tokens with mass >= top_p. At temperature 1 and top-p 1
     both log-probabilities are the same to the bit.
     """
-    top_p_B1 = laws.top_p_B1
     plain_BV = logits_BV.log_softmax(-1)
     law_BV = plain_BV
     if laws.tempered:
@@ -103,22 +117,24 @@ def _draw(
         values_BK, ids_BK = law_BV.topk(_candidates(law_BV.shape[1]))
     upto_BK = values_BK.exp().cumsum(-1)
     before_BK = F.pad(upto_BK[:, :-1], (1, 0))
-    inside_BK = before_BK < top_p_B1
-    inside_BK[:, 0] = True  # at top_p 0 the nucleus is the most probable token
+    inside_BK = before_BK < laws.top_p_B1
     kept_B1 = inside_BK.sum(-1, keepdim=True) - 1
-    mass_B1 = upto_BK.gather(1, kept_B1).where(top_p_B1 < 1, 1.0)
+    mass_B1 = upto_BK.gather(1, kept_B1).where(laws.cut_B1, 1.0)
     goal_B1 = uniform_B1 * mass_B1
     # minimum: where the sums round below 1, a draw near 1 would land beyond the nucleus
     rank_B1 = torch.minimum((upto_BK <= goal_B1).sum(-1, keepdim=True), kept_B1)
     ids_B1, value_B1 = ids_BK.gather(1, rank_B1), values_BK.gather(1, rank_B1)
     plain_B1 = plain_BV.gather(1, ids_B1) if laws.tempered else value_B1
     # clamp: a nucleus of one token, whose mass rounds, would have a probability above 1
-    value_B1 = (value_B1 - mass_B1.log()).clamp(max=0).masked_fill(top_p_B1 == 0, 0.0)
+    value_B1 = (value_B1 - mass_B1.log()).clamp_(max=0)
+    if laws.greedy:
+        value_B1.masked_fill_(laws.top_p_B1 == GREEDIEST, 0.0)
     # Among equals topk has no order. A comparison with NaN is False, so that NaN is never exact.
     apart_BK = F.pad(values_BK[:, :-1] > values_BK[:, 1:], (0, 1), value=whole)
-    needed_BK = inside_BK.where(top_p_B1 < 1, before_BK <= goal_B1)
-    exact_B = (apart_BK | ~needed_BK).all(-1) & logits_BV.sum(-1).isfinite()
-    return torch.stack([ids_B1[:, 0], plain_B1[:, 0], value_B1[:, 0], exact_B])
+    needed_BK = inside_BK.where(laws.cut_B1, before_BK <= goal_B1)
+    exact_B1 = (apart_BK | ~needed_BK).all(-1, keepdim=True)
+    exact_B1 &= logits_BV.sum(-1, keepdim=True).isfinite()
+    return torch.cat([ids_B1, plain_B1, value_B1, exact_B1], dim=1).T
 
 
 def _candidates(vocabulary: int) -> int:

@@ -194,21 +194,24 @@ class _Batch:
         """filled: by slot, positions that must stay as they are."""
         self.size = len(running)  # those that ran when it was made
         self.rows: list[_Running | None] = [None] * (1 + max(row.session.slot for row in running))
-        for row in running:
-            self.rows[row.session.slot] = row
         width = 1 + max(len(row.draws) for row in running)  # one more, for a row that has ended
         draws_BN = np.zeros((len(self.rows), width), dtype=np.float32)
-        ids, drawn, steps = np.zeros((3, len(self.rows), 1), dtype=np.int64)
-        for b, each in enumerate(self.rows):
-            if each is not None:
-                draws_BN[b, : len(each.draws)] = each.draws
-                ids[b], drawn[b], steps[b] = each.ids[-1], len(each.ids), 1
-        at = [filled.get(b, 0) if r is None else r.filled for b, r in enumerate(self.rows)]
-        self.positions_B1 = torch.tensor(at, device=device)[:, None]
-        self.ids_B1 = torch.from_numpy(ids).to(device)
+        ids_B1, positions_B1, drawn_B1, steps_B1 = found = np.zeros(
+            (4, len(self.rows), 1), dtype=np.int64
+        )
+        for slot, count in filled.items():
+            if slot < len(self.rows):
+                positions_B1[slot] = count
+        for row in running:
+            b = row.session.slot
+            self.rows[b], draws_BN[b, : len(row.draws)] = row, row.draws
+            ids_B1[b], positions_B1[b], drawn_B1[b] = row.ids[-1], row.filled, len(row.ids)
+            steps_B1[b] = 1
+        self.ids_B1, self.positions_B1, self._drawn_B1, self._steps_B1 = torch.from_numpy(found).to(
+            device
+        )
+        self._draws_BN = torch.from_numpy(draws_BN).to(device)
         self.laws = Laws.of([r.request.sampling if r else GREEDY for r in self.rows], device)
-        self._draws_BN, self._drawn_B1 = (torch.from_numpy(x).to(device) for x in (draws_BN, drawn))
-        self._steps_B1 = torch.from_numpy(steps).to(device)
 
     @property
     def uniform_B1(self) -> torch.Tensor:
