@@ -57,19 +57,29 @@ TRL = "TRL"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """episodes, tokens: of a step, and of a reply at most. model: None is --smollm2. steps: of a
-    turn. micro: TRL's rows of one forward and backward; fewer and more were slower."""
+    turn. micro: TRL's rows of one forward and backward; fewer and more were slower. system: the
+    system message."""
 
     episodes: int
     tokens: int
     model: str | None
     steps: int
     micro: int
+    system: str | None = None
 
 
 SHAPES = {
     "small": Shape(episodes=32, tokens=32, model=TINY, steps=2, micro=32),
     "large": Shape(episodes=128, tokens=64, model=TINY, steps=1, micro=64),
-    "smollm2": Shape(episodes=8, tokens=64, model=None, steps=1, micro=8),
+    "smollm2": Shape(
+        episodes=8,
+        tokens=64,
+        model=None,
+        steps=1,
+        micro=4,
+        # with it replies end at the limit: the lengths of 8 would differ from side to side
+        system="Tell a very long story about what the user writes, in many paragraphs.",
+    ),
 }
 
 
@@ -140,7 +150,11 @@ def config_of(shape: Shape, model: str, run: Path, chosen: argparse.Namespace) -
                 "env_args": {"problems": "arithmetic"},
                 "teacher": "teacher",
                 "episodes": shape.episodes,
-                "rollout": {"max_turns": 1, "max_new_tokens": shape.tokens},
+                "rollout": {
+                    "max_turns": 1,
+                    "max_new_tokens": shape.tokens,
+                    "context": {"system": shape.system},
+                },
             }
         },
         "rollout": {"temperature": 1.0, "top_p": chosen.top_p},
@@ -149,18 +163,19 @@ def config_of(shape: Shape, model: str, run: Path, chosen: argparse.Namespace) -
     }
 
 
-def conversations(config: Mapping[str, Any]) -> list[list[dict[str, str]]]:
+def conversations(config: Mapping[str, Any], shape: Shape) -> list[list[dict[str, str]]]:
     """Problem and answer of every episode of the run, in its order."""
     checked = parse_config(dict(config), "peers.py")
-    timetable = checked.timetable(checked.resolve())
-    task = checked.tasks["math"]
+    timetable, task = checked.timetable(checked.resolve()), checked.tasks["math"]
     env = gymnasium.make(task.env, **task.env_args)
+    opening = [] if shape.system is None else [{"role": "system", "content": shape.system}]
     found = []
     for turn in range(checked.steps):
         for order in timetable.orders("math", env.get_wrapper_attr("num_episodes"), turn):
             problem, info = env.reset(seed=order.seed, options={"index": order.index})
             found.append(
                 [
+                    *opening,
                     {"role": "user", "content": problem},
                     {"role": "assistant", "content": info["answer"]},
                 ]
@@ -182,7 +197,7 @@ def started(
             if name == TRL:
                 job |= {
                     "model": plain,
-                    "conversations": conversations(config),
+                    "conversations": conversations(config, shape),
                     "episodes": shape.episodes,
                     "micro": shape.micro,
                     "max_new_tokens": shape.tokens,
@@ -328,7 +343,7 @@ def main() -> None:
         "--tutelage", type=Path, nargs="+", default=[], help="checkouts, installed"
     )
     options.add_argument("--top-p", type=float, default=0.9, help="of both sides' sampling")
-    options.add_argument("--beta", type=float, default=0.5, help="of TRL's JSD; 1: reverse KL")
+    options.add_argument("--beta", type=float, default=1.0, help="of TRL's JSD: reverse KL is 1")
     options.add_argument("--lr", type=float, default=1e-9)
     options.add_argument(
         "--environment", type=Path, default=Path("~/.cache/tutelage/peers").expanduser()
