@@ -137,3 +137,19 @@ def test_mismatch_is_the_distance_of_the_learners_log_probability_from_the_recor
     recorded_N = torch.tensor([0.5, 0.25]).log()
     found = diagnostics.mismatch(student, torch.tensor([0, 1]), recorded_N)
     assert found["gap/engine"].tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_nothing_is_read_before_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a look at a number waits for all that was begun: metrics are read all at once."""
+
+    def look(*_: object) -> None:
+        raise AssertionError("a look at a number")
+
+    meter, ones_N = Meter(), torch.ones(2)
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+            patch.setattr(torch.Tensor, name, look)
+        meter.add({"x": ones_N, "y": 3 * ones_N}, ones_N, ones_N > 0)
+        diagnostics.add_by_position(meter, ones_N, torch.tensor([0, 5]), ones_N)
+    assert meter.means() == {"x": 1, "y": 3, "gap/place_0": 1, "gap/place_4": 1}
+    assert meter.sums("x") == (2, 2)

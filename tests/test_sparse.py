@@ -341,3 +341,25 @@ def test_a_fused_kernels_cross_entropy_gives_the_same_normaliser(
     for plain, by_kernel in zip(*found, strict=True):
         size = plain.abs().max().item()
         torch.testing.assert_close(plain, by_kernel, rtol=0, atol=rounding(sums=4 * 11, size=size))
+
+
+@pytest.mark.usefixtures("many_chunks")
+@pytest.mark.parametrize("k", [0, 3, 7, V])
+def test_one_pass_over_the_head_tells_all_that_diagnostics_ask(
+    k: int, draw: Draw, head: Callable[..., torch.nn.Linear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entropy and most probable ids, also more than a block has; then log-probabilities."""
+    hidden_ND, layer, passes = draw(N, D), head(torch.float64, bias=True), []
+    blocks = sparse._blocks
+    monkeypatch.setattr(sparse, "_blocks", lambda *given: passes.append(1) or blocks(*given))
+    every_NV = torch.arange(V).expand(N, -1)
+    with torch.no_grad():
+        dense, student = _dense(hidden_ND, layer), _sparse(hidden_ND, layer)
+        entropy_N, ids_NK = student.survey(k)
+        logprobs_NV = student.logprobs_at(every_NV)
+        assert len(passes) == 1
+        torch.testing.assert_close(entropy_N, dense.entropy())
+        torch.testing.assert_close(logprobs_NV, dense.logprobs())
+        assert torch.equal(ids_NK, dense.survey(k)[1])
+        assert ids_NK.shape == (N, k)
+    assert student.logprobs_at(every_NV).requires_grad

@@ -136,6 +136,7 @@ class Objective:
             generator=generator,
         )
         self._check(case)
+        self._check_tokens(case)
         return self.rule(case)
 
     def _check(self, case: Case) -> None:
@@ -155,14 +156,6 @@ class Objective:
                 raise ValueError(
                     f"{self.name}: {what} of {len(value)} tokens for {count} positions"
                 )
-        # An id outside ends a GPU process in a device-side assert that names nothing.
-        if count and (case.ids_N.max() >= vocabulary or case.ids_N.min() < 0):
-            outside_N = (case.ids_N >= vocabulary) | (case.ids_N < 0)
-            where = int(outside_N.nonzero()[0])
-            raise ValueError(
-                f"{self.name}: sampled id {int(case.ids_N[where])} of token {where} lies outside"
-                f" the student's vocabulary of {vocabulary}: the rollouts' tokenizer is another"
-            )
         # Later torch's topk would say `selected index k out of range`, and name no key.
         if needs.width > vocabulary:
             raise ValueError(
@@ -185,13 +178,32 @@ class Objective:
                 f"{self.name}: k={needs.k}, but the teacher's scores hold"
                 f" {case.scores.ids_NK.shape[1]} ids a token"
             )
+
+    def _check_tokens(self, case: Case) -> None:
+        """Refuse tokens that the objective cannot take: one look at the device where all are fine.
+
+        Raises:
+            ValueError: names the first of them.
+        """
+        # An id outside ends a GPU process in a device-side assert that names nothing.
+        outside_N = (case.ids_N < 0) | (case.ids_N >= case.student.vocabulary)
         # Else the NaN would spread through the ratio pi / pi_old into the whole gradient.
-        if not needs.given and case.behavior_logprobs_N.isnan().any():
-            where = int(case.behavior_logprobs_N.isnan().nonzero()[0])
+        takes = self.needs.given or not self.needs.teacher
+        given_N = torch.zeros_like(outside_N) if takes else case.behavior_logprobs_N.isnan()
+        if not (outside_N | given_N).any():
+            return
+        if outside_N.any():
+            where = int(outside_N.nonzero()[0])
             raise ValueError(
-                f"{self.name}: token {where} was not sampled by the student (its behavior"
-                " log-probability is NaN): only imitation and trust_region take off-policy tokens"
+                f"{self.name}: sampled id {int(case.ids_N[where])} of token {where} lies outside"
+                f" the student's vocabulary of {case.student.vocabulary}: the rollouts' tokenizer"
+                " is another"
             )
+        raise ValueError(
+            f"{self.name}: token {int(given_N.nonzero()[0])} was not sampled by the student (its"
+            " behavior log-probability is NaN): only imitation and trust_region take off-policy"
+            " tokens"
+        )
 
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from tutelage.distill.objectives.largest import top_k
 from tutelage.distill.objectives.students import StudentView
 
 CHUNK = 1 << 25
 """Elements of a [tokens, vocabulary] block that exist at once: 128 MB in float32."""
+
+FINITE = -1e4
+"""A log-probability of which float32's and float64's exponential is 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,14 +149,14 @@ class TeacherScores:
             raise ValueError(f"k={k}: it must be between 1 and the vocabulary's {vocabulary} ids")
         # float32: in bfloat16 a log-probability has two digits, and a KL is a difference of them
         full_NV = logits_NV.detach().float().log_softmax(-1)
-        top = full_NV.topk(k, dim=-1)
+        logprobs_NK, ids_NK = top_k(full_NV, k)
         return cls(
-            ids_NK=top.indices,
-            logprobs_NK=top.values,
+            ids_NK=ids_NK,
+            logprobs_NK=logprobs_NK,
             sampled_N=full_NV.gather(1, sampled_ids_N[:, None].long())[:, 0],
             vocabulary=vocabulary,
             # 0 log 0 is 0; computed as 0 * -inf it would be NaN
-            entropy_N=-torch.where(full_NV == -torch.inf, 0.0, full_NV.exp() * full_NV).sum(-1),
+            entropy_N=-full_NV.exp().mul_(full_NV.clamp(min=FINITE)).sum(-1),
             query_ids_NJ=query_ids_NJ,
             query_logprobs_NJ=None if query_ids_NJ is None else full_NV.gather(1, query_ids_NJ),
             full_NV=full_NV if keep_full else None,

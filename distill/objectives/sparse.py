@@ -19,6 +19,7 @@ import torch
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from tutelage.distill.objectives.largest import top_k
 from tutelage.distill.objectives.scores import CHUNK
 from tutelage.distill.objectives.students import sampling_logprobs
 
@@ -44,6 +45,7 @@ class SparseStudent:
         # minus the mean row), which must meet before they are narrowed.
         self._hidden_ND, self.vocabulary = hidden_ND.to(_wide(head.weight)), vocabulary
         self._normaliser_N: torch.Tensor | None = None
+        self._surveyed_N: torch.Tensor | None = None  # the same without its gradient
 
     def __len__(self) -> int:
         return len(self._hidden_ND)
@@ -55,6 +57,8 @@ class SparseStudent:
         return logits_NK
 
     def logprobs_at(self, ids_NK: torch.Tensor) -> torch.Tensor:
+        if self._surveyed_N is not None and not torch.is_grad_enabled():
+            return self.logits_at(ids_NK) - self._surveyed_N[:, None]
         if self._normaliser_N is None:
             with torch.enable_grad():  # kept: a later caller may need its gradient
                 self._normaliser_N = self._normaliser(ids_NK[:, 0])
@@ -103,13 +107,16 @@ class SparseStudent:
             ]
         )
 
-    @torch.no_grad()
     def entropy(self) -> torch.Tensor:
-        normaliser_N, mean_N = _normalise(
-            self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary
+        return self.survey(0)[0]
+
+    @torch.no_grad()
+    def survey(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._surveyed_N, mean_N, ids_NK = _surveyed(
+            self._hidden_ND, self._weight_VD, self._bias_V, self.vocabulary, k
         )
         # H = log Z - E[logit]: it needs no log-probabilities [N, V]
-        return normaliser_N - mean_N
+        return self._surveyed_N - mean_N, ids_NK
 
     def over_vocabulary(
         self,
@@ -244,7 +251,7 @@ class _LogSumExp(Function):
         bias_V: torch.Tensor | None,
         vocabulary: int,
     ) -> torch.Tensor:
-        normaliser_N, _ = _normalise(hidden_ND, weight_VD, bias_V, vocabulary)
+        normaliser_N, _, _ = _surveyed(hidden_ND, weight_VD, bias_V, vocabulary, 0)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, normaliser_N)
         ctx.vocabulary = vocabulary
         return normaliser_N
@@ -279,17 +286,29 @@ class _LogSumExp(Function):
         return hidden_gradient_ND, weight_gradient_VD, bias_gradient_V, None
 
 
-def _normalise(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, vocabulary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log sum exp of the logits, their mean under the softmax) [N], in one pass over blocks."""
+def _surveyed(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    vocabulary: int,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log sum exp of the logits, their mean under the softmax [N], the K most probable ids [N, K],
+    largest first) in one pass over blocks."""
     # -inf: the first block's maximum always replaces it, and its scale exp(-inf) is 0
     top_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf, dtype=_wide(weight_VD))
     sum_N, weighted_N = torch.zeros_like(top_N), torch.zeros_like(top_N)
     wide_ND = hidden_ND.to(top_N.dtype)
-    for _, rows_UD, bias_U in _blocks(weight_VD, bias_V, vocabulary):
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each block: logits and ids [N, K]
+    for block, rows_UD, bias_U in _blocks(weight_VD, bias_V, vocabulary):
+        width = min(k, len(rows_UD))
+        best_NK = top_N.new_empty(len(top_N), width)
+        ids_NK = torch.empty_like(best_NK, dtype=torch.long)
+        best.append((best_NK, ids_NK))
         for tokens in _spans(len(hidden_ND)):
             logits_CU = _affine(wide_ND[tokens], rows_UD, bias_U)
+            if k:
+                best_NK[tokens], ids_NK[tokens] = top_k(logits_CU, width)
             # The streaming softmax: sums so far are rescaled whenever a larger logit turns up.
             higher_C = torch.maximum(top_N[tokens], logits_CU.amax(-1))
             scale_C = (top_N[tokens] - higher_C).exp()
@@ -297,7 +316,10 @@ def _normalise(
             sum_N[tokens] = sum_N[tokens] * scale_C + share_CU.sum(-1)
             weighted_N[tokens] = weighted_N[tokens] * scale_C + share_CU.mul_(logits_CU).sum(-1)
             top_N[tokens] = higher_C
-    return top_N + sum_N.log(), weighted_N / sum_N
+        ids_NK += block.start
+    _, order_NK = top_k(torch.cat([best_NK for best_NK, _ in best], 1), k)
+    found_NK = torch.cat([ids_NK for _, ids_NK in best], 1).gather(1, order_NK)
+    return top_N + sum_N.log(), weighted_N / sum_N, found_NK
 
 
 def _blocks(

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from tutelage.distill.objectives.largest import top_k
+
 
 class StudentView(Protocol):
     """N positions of a student. Float32 (or float64), differentiable unless said."""
@@ -29,6 +31,10 @@ class StudentView(Protocol):
 
     def entropy(self) -> torch.Tensor:
         """Over the whole vocabulary, in nats [N]. No gradient."""
+
+    def survey(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(`entropy` [N], `top_k` [N, K], none for k = 0) in one pass over the vocabulary, after
+        which log-probabilities without a gradient need no other."""
 
     def sampling_logprobs_at(
         self, ids_N: torch.Tensor, *, temperature: float, top_p: float
@@ -92,11 +98,15 @@ class DenseStudent:
         return self.logprobs().gather(1, ids_NK)
 
     def top_k(self, k: int) -> torch.Tensor:
-        return self.logits_NV.detach().topk(k, dim=-1).indices
+        return top_k(self.logits_NV, k)[1]
 
     def entropy(self) -> torch.Tensor:
         logprobs_NV = self.logprobs().detach()
         return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+    def survey(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids_NK = self.top_k(k) if k else torch.empty(len(self), 0, dtype=torch.long)
+        return self.entropy(), ids_NK
 
     def sampling_logprobs_at(
         self, ids_N: torch.Tensor, *, temperature: float, top_p: float

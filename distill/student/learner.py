@@ -348,8 +348,8 @@ class Learner:
         """Add a batch's part of the gradient of `scale` times one task's mean loss, and of its
         metrics."""
         device = self._student.device
-        masks = [torch.from_numpy(x.mask_T[x.row.action_mask_T]) for x, _ in members]
-        weights_N = torch.cat([self._weights(mask, size) for mask in masks]).to(device)
+        weights = [self._weights(x.mask_T[x.row.action_mask_T], size) for x, _ in members]
+        weights_N = torch.from_numpy(np.concatenate(weights)).to(device)
         uniforms = [uniforms_T[x.row.action_mask_T] for x, uniforms_T in members]
         tokens = Tokens(
             segments_N=batch.segments_N,
@@ -384,11 +384,12 @@ class Learner:
             meter.add({"loss/mean": loss_N, **metrics}, weights_N)
             self._diagnose(meter, batch, student, scores, weights_N, costly=diagnose)
 
-    def _weights(self, mask_N: torch.Tensor, size: float) -> torch.Tensor:
+    def _weights(self, mask_N: npt.NDArray[np.bool_], size: float) -> npt.NDArray[np.float32]:
         """Each token's share of the mean: over the task's tokens, or over rows and their tokens."""
-        if self._config.aggregate == "token":
-            return mask_N.float() / size
-        return mask_N.float() / mask_N.sum().clamp(min=1) / size  # a row without loss: 0 / 1
+        shares_N = mask_N.astype(np.float32)
+        if self._config.aggregate == "sequence":
+            shares_N /= max(1, np.count_nonzero(mask_N))  # a row without loss: 0 / 1
+        return shares_N / np.float32(size)
 
     @staticmethod
     def _diagnose(

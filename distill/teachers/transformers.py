@@ -81,12 +81,9 @@ class TransformersTeacher:
                     query_ids_NJ=None if query_ids_NJ is None else query_ids_NJ[at : at + size],
                 )
                 parts.append(part.to("cpu"))  # scores wait for the learner without device memory
-            joined = TeacherScores.join(parts)
-            start = 0
-            for member in batch.members:
-                count = int(rows[member].action_mask_T.sum())
-                scores[member] = joined.take(torch.arange(start, start + count))
-                start += count
+            counts = [np.count_nonzero(rows[i].action_mask_T) for i in batch.members]
+            own = TeacherScores.join(parts).split(counts)
+            scores.update(zip(batch.members, own, strict=True))
         return [scores[i] for i in range(len(rows))]
 
     def _check(self, logits_NV: torch.Tensor, at: int, batch: Batch, rows: Sequence[Row]) -> None:
