@@ -60,14 +60,35 @@ def _wide(matrix: torch.Tensor) -> torch.Tensor:
 
 def _iterated(x: torch.Tensor) -> torch.Tensor:
     """Newton-Schulz on a batch of wide matrices."""
-    a, b, c = COEFFICIENTS
     # The Frobenius norm bounds the largest singular value: the iteration diverges far above one.
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALL)
+    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        return _by_gram(_by_gram(x, 3), ITERATIONS - 3)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        # aX + (bG + cGG)X, with G = XX'
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, _bent(gram), x, beta=COEFFICIENTS[0])
     return x
+
+
+def _by_gram(x: torch.Tensor, iterations: int) -> torch.Tensor:
+    """The same iterations on the small square G = XX' alone, with P = aI + bG + cGG: X <- PX makes
+    G <- PGP. What P amplifies of G's rounding stays below the plain iteration's for three of them;
+    after five it would be forty times that."""
+    gram = x @ x.mT
+    product = None
+    for left in reversed(range(iterations)):
+        factor = _bent(gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(COEFFICIENTS[0])
+        product = factor if product is None else factor @ product
+        if left:
+            gram = factor @ gram @ factor
+    return x if product is None else product @ x
+
+
+def _bent(gram: torch.Tensor) -> torch.Tensor:
+    """bG + cGG."""
+    _, b, c = COEFFICIENTS
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
 
 class Muon(torch.optim.Optimizer):

@@ -89,7 +89,12 @@ class Alone:
         return function()
 
     def clip(self, parameters: Sequence[torch.nn.Parameter], most: float) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, most))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # Where nothing is clipped, torch would multiply every gradient by one.
+        if not norm <= most:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return float(norm)
 
     def orthogonalized(self, matrices: Sequence[Any]) -> list[Any]:
         return orthogonalized(matrices)
