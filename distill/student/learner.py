@@ -388,7 +388,7 @@ class Learner:
         """Each token's share of the mean: over the task's tokens, or over rows and their tokens."""
         shares_N = mask_N.astype(np.float32)
         if self._config.aggregate == "sequence":
-            shares_N /= max(1, np.count_nonzero(mask_N))  # a row without loss: 0 / 1
+            shares_N /= max(1, int(mask_N.sum()))  # a row without loss: 0 / 1
         return shares_N / np.float32(size)
 
     @staticmethod

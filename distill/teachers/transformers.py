@@ -81,7 +81,7 @@ class TransformersTeacher:
                     query_ids_NJ=None if query_ids_NJ is None else query_ids_NJ[at : at + size],
                 )
                 parts.append(part.to("cpu"))  # scores wait for the learner without device memory
-            counts = [np.count_nonzero(rows[i].action_mask_T) for i in batch.members]
+            counts = [int(rows[i].action_mask_T.sum()) for i in batch.members]
             own = TeacherScores.join(parts).split(counts)
             scores.update(zip(batch.members, own, strict=True))
         return [scores[i] for i in range(len(rows))]
