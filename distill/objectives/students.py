@@ -105,7 +105,7 @@ class DenseStudent:
         return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
 
     def survey(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids_NK = self.top_k(k) if k else torch.empty(len(self), 0, dtype=torch.long)
+        ids_NK = self.top_k(k) if k else self.logits_NV.new_empty((len(self), 0), dtype=torch.long)
         return self.entropy(), ids_NK
 
     def sampling_logprobs_at(
