@@ -10,6 +10,7 @@ positions that a query may look at, H heads, K head size, D hidden size, N token
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.distill.models.architecture import window_of
-from tutelage.distill.models.products import linear, rounded
+from tutelage.distill.models.products import Projections, linear, rounded
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
 """Types whose layers are those of `LeanDecoder`, up to what `_reads` looks at."""
@@ -107,6 +108,41 @@ class TransformersDecoder:
         return hidden_BTD if at is None else hidden_BTD[at]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A layer's modules at hand: to find one in transformers' takes as long as a small operator."""
+
+    whole: Any
+    norm: Any
+    second_norm: Any
+    reads: Projections  # queries, keys and values
+    query_norm: Any  # Qwen3's; None: others have none
+    key_norm: Any
+    writes: Any
+    widens: Projections  # gate and up
+    narrows: Any
+
+    @property
+    def recomputed(self) -> bool:
+        """In the backward; transformers' own flags."""
+        return bool(self.whole.training and self.whole.gradient_checkpointing)
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            whole=layer,
+            norm=layer.input_layernorm,
+            second_norm=layer.post_attention_layernorm,
+            reads=Projections(attention.q_proj, attention.k_proj, attention.v_proj),
+            query_norm=getattr(attention, "q_norm", None),
+            key_norm=getattr(attention, "k_norm", None),
+            writes=attention.o_proj,
+            widens=Projections(mlp.gate_proj, mlp.up_proj),
+            narrows=mlp.down_proj,
+        )
+
+
 class LeanDecoder:
     """The decoder of Llama, Mistral, Qwen2 and Qwen3 without sliding windows.
 
@@ -116,13 +152,16 @@ class LeanDecoder:
 
     def __init__(self, model: Any) -> None:
         base, settings = model.base_model, model.config
-        self._embed, self._layers, self._norm = base.embed_tokens, list(base.layers), base.norm
+        self._embed, self._norm = base.embed_tokens, base.norm
+        self._layers = [_Layer.of(layer) for layer in base.layers]
         self._rotary = base.rotary_emb
+        self._most = settings.hidden_size * settings.intermediate_size
         self._size = int(
             getattr(settings, "head_dim", None)
             or settings.hidden_size // settings.num_attention_heads
         )
-        self._groups = settings.num_attention_heads // settings.num_key_value_heads
+        self._heads = settings.num_key_value_heads
+        self._groups = settings.num_attention_heads // self._heads
         self._turns = torch.empty(2, 0, 0)  # cosines and sines [2, positions, K]
 
     def __call__(
@@ -136,7 +175,7 @@ class LeanDecoder:
     ) -> torch.Tensor:
         rows, width = ids_BT.shape
         x_SD = self._embed(ids_BT.flatten())
-        x_SD = _padded(x_SD, rounded(len(x_SD), x_SD))
+        x_SD = _padded(x_SD, rounded(len(x_SD), x_SD, self._most))
         turns = self._turned(width if cache is None else cache.room, x_SD)
         if positions_BT is None:
             cos, sin = turns[:, None, :width, None]
@@ -146,13 +185,12 @@ class LeanDecoder:
             mask_B1TP = self._bias(mask_B1TP, x_SD)
         places_N = None if at is None else at[0] * width + at[1]
         if places_N is not None:
-            places_N = _padded(places_N, rounded(len(places_N), x_SD))
+            places_N = _padded(places_N, rounded(len(places_N), x_SD, self._most))
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             wanted_N = places_N if i == last else None
             given = i, layer, x_SD, (rows, width), cos, sin, mask_B1TP, cache, wanted_N
-            # transformers' own flags: a layer is recomputed in the backward while both are set
-            if layer.training and layer.gradient_checkpointing and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and layer.recomputed:
                 x_SD = checkpoint(self._layer, *given, use_reentrant=False)
             else:
                 x_SD = self._layer(*given)
@@ -163,7 +201,7 @@ class LeanDecoder:
     def _layer(
         self,
         i: int,
-        layer: Any,
+        layer: _Layer,
         x_SD: torch.Tensor,
         shape: tuple[int, int],
         cos: torch.Tensor,
@@ -172,16 +210,15 @@ class LeanDecoder:
         cache: Cache | None,
         places_N: torch.Tensor | None,
     ) -> torch.Tensor:
-        attention, mlp = layer.self_attn, layer.mlp
-        normed_SD = _normed(layer.input_layernorm, x_SD)
+        join = cache is not None  # to generate: few tokens at a time
         query_BTHK, key_BTHK, value_BTHK = (
-            linear(projection, normed_SD)[: shape[0] * shape[1]].view(*shape, -1, self._size)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            projected_S[: shape[0] * shape[1]].view(*shape, -1, self._size)
+            for projected_S in layer.reads(_normed(layer.norm, x_SD), join=join)
         )
         value_BHTK = value_BTHK.transpose(1, 2)
-        if hasattr(attention, "q_norm"):  # Qwen3
-            query_BTHK = _normed(attention.q_norm, query_BTHK)
-            key_BTHK = _normed(attention.k_norm, key_BTHK)
+        if layer.query_norm is not None:
+            query_BTHK = _normed(layer.query_norm, query_BTHK)
+            key_BTHK = _normed(layer.key_norm, key_BTHK)
         query_BHTK = _turned(query_BTHK, cos, sin).transpose(1, 2)
         key_BHTK = _turned(key_BTHK, cos, sin).transpose(1, 2)
         if cache is not None:
@@ -191,10 +228,9 @@ class LeanDecoder:
             seen_SD = _padded(seen_SD, len(x_SD))
         else:
             x_SD, seen_SD = x_SD[places_N], seen_SD[places_N]
-        x_SD = x_SD + linear(attention.o_proj, seen_SD)
-        normed_SD = _normed(layer.post_attention_layernorm, x_SD)
-        inner = _gated(linear(mlp.gate_proj, normed_SD), linear(mlp.up_proj, normed_SD))
-        return x_SD + linear(mlp.down_proj, inner)
+        x_SD = x_SD + linear(layer.writes, seen_SD)
+        gate, up = layer.widens(_normed(layer.second_norm, x_SD), join=join)
+        return x_SD + linear(layer.narrows, _gated(gate, up))
 
     def _attend(
         self,
@@ -231,8 +267,7 @@ class LeanDecoder:
         """What a single query adds to its scores [B H, groups, P]: 0 or minus infinity."""
         bias = torch.zeros_like(mask_B11P, dtype=like.dtype)
         bias.masked_fill_(~mask_B11P, float("-inf"))
-        heads = self._layers[0].self_attn.k_proj.weight.shape[0] // self._size
-        return bias.expand(-1, heads, self._groups, -1).flatten(0, 1)
+        return bias.expand(-1, self._heads, self._groups, -1).flatten(0, 1)
 
     def _turned(self, count: int, like: torch.Tensor) -> torch.Tensor:
         """Cosines and sines [2, P, K] of at least the first `count` positions. The sines' first

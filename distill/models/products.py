@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,18 @@ def onednn_pays() -> float:
     return PAYS.get(torch.backends.cpu.get_cpu_capability(), math.inf)
 
 
-def rounded(tokens: int, like: torch.Tensor) -> int:
-    """So many tokens or up to an eighth more: as many as matrices like this should have rows.
+JOIN = 1 << 18
+"""Weights of a projection up to which a joined copy is kept: a larger one would gain nothing by it,
+and hold its weights twice."""
+
+
+def rounded(tokens: int, like: torch.Tensor, weights: int) -> int:
+    """So many tokens or up to an eighth more: as many rows as a matrix like this should have that
+    is multiplied by one of so many weights.
 
     oneDNN compiles for each number of rows, 0.4 ms, and keeps what it compiled.
     """
-    if _pays(like) == math.inf:
+    if tokens * weights < _pays(like):
         return tokens
     step = 1 << max(0, tokens.bit_length() - 4)
     return -(-tokens // step) * step
@@ -51,13 +58,43 @@ def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if type(layer) is not torch.nn.Linear:
         found: torch.Tensor = layer(x)
         return found
-    weight, bias = layer.weight, layer.bias
+    return _linear(x, layer.weight, layer.bias)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.numel() * len(weight) < _pays(x):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         product: torch.Tensor = _Product.apply(x, weight, bias)
         return product
     return _product(x, weight, bias)
+
+
+class Projections:
+    """Linear layers that read the same input. Small ones are multiplied as one: where few tokens
+    come at a time, calls take more time than products."""
+
+    def __init__(self, *layers: Any) -> None:
+        self._layers = layers
+        self._joins = all(
+            type(layer) is torch.nn.Linear and layer.weight.numel() <= JOIN for layer in layers
+        )
+        self._weight = torch.empty(0)
+        self._bias: torch.Tensor | None = None
+        self._copied: list[tuple[int, int]] = []  # from what: versions and places
+
+    def __call__(self, x: torch.Tensor, *, join: bool) -> Sequence[torch.Tensor]:
+        """What each layer makes of x. join: from a copy of all weights, without gradients."""
+        if not (join and self._joins) or torch.is_grad_enabled():
+            return [linear(layer, x) for layer in self._layers]
+        weights = [layer.weight for layer in self._layers]
+        now = [(weight._version, weight.data_ptr()) for weight in weights]
+        if now != self._copied:  # an update changed them, in place
+            biases = [layer.bias for layer in self._layers]
+            self._weight = torch.cat(weights)
+            self._bias = None if biases[0] is None else torch.cat(biases)
+            self._copied = now
+        return _linear(x, self._weight, self._bias).split([len(one) for one in weights], dim=-1)
 
 
 def _pays(x: torch.Tensor) -> float:
