@@ -175,7 +175,7 @@ class LeanDecoder:
     ) -> torch.Tensor:
         rows, width = ids_BT.shape
         x_SD = self._embed(ids_BT.flatten())
-        x_SD = _padded(x_SD, rounded(len(x_SD), x_SD, self._most))
+        x_SD = _padded(x_SD, rounded(x_SD.shape[0], x_SD, self._most))
         turns = self._turned(width if cache is None else cache.room, x_SD)
         if positions_BT is None:
             cos, sin = turns[:, None, :width, None]
@@ -185,7 +185,7 @@ class LeanDecoder:
             mask_B1TP = self._bias(mask_B1TP, x_SD)
         places_N = None if at is None else at[0] * width + at[1]
         if places_N is not None:
-            places_N = _padded(places_N, rounded(len(places_N), x_SD, self._most))
+            places_N = _padded(places_N, rounded(places_N.shape[0], x_SD, self._most))
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             wanted_N = places_N if i == last else None
@@ -196,7 +196,7 @@ class LeanDecoder:
                 x_SD = self._layer(*given)
         if at is None:
             return _normed(self._norm, x_SD[: rows * width]).view(rows, width, -1)
-        return _normed(self._norm, x_SD[: len(at[0])])
+        return _normed(self._norm, x_SD[: at[0].shape[0]])
 
     def _layer(
         self,
@@ -225,7 +225,7 @@ class LeanDecoder:
             key_BHTK, value_BHTK = cache.update(key_BHTK, value_BHTK, i)
         seen_SD = self._attend(query_BHTK, key_BHTK, value_BHTK, mask_B1TP).flatten(0, 1)
         if places_N is None:
-            seen_SD = _padded(seen_SD, len(x_SD))
+            seen_SD = _padded(seen_SD, x_SD.shape[0])
         else:
             x_SD, seen_SD = x_SD[places_N], seen_SD[places_N]
         x_SD = x_SD + linear(layer.writes, seen_SD)
@@ -285,7 +285,8 @@ class LeanDecoder:
 
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
     """With zeros behind the first dimension."""
-    return x if len(x) == length else F.pad(x, [0, 0] * (x.ndim - 1) + [0, length - len(x)])
+    more = length - x.shape[0]
+    return F.pad(x, [0, 0] * (x.ndim - 1) + [0, more]) if more else x
 
 
 def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:

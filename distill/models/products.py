@@ -62,7 +62,7 @@ def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.numel() * len(weight) < _pays(x):
+    if x.numel() * weight.shape[0] < _pays(x):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         product: torch.Tensor = _Product.apply(x, weight, bias)
@@ -94,7 +94,7 @@ class Projections:
             self._weight = torch.cat(weights)
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._copied = now
-        return _linear(x, self._weight, self._bias).split([len(one) for one in weights], dim=-1)
+        return _linear(x, self._weight, self._bias).split([one.shape[0] for one in weights], dim=-1)
 
 
 def _pays(x: torch.Tensor) -> float:
@@ -134,6 +134,6 @@ class _Product(torch.autograd.Function):
 
 def _across(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left right', begun with the smaller one, which is faster."""
-    if len(left) > len(right):
+    if left.shape[0] > right.shape[0]:
         return _product(right, left, None).t()
     return _product(left, right, None)
