@@ -63,18 +63,39 @@ def _fragile(plan: Path) -> Any:
     return Fragile()
 
 
+TORCH = """
+import sys
+from pathlib import Path
+
+own = sys.modules[__name__]
+
+def set_num_threads(count):
+    pass
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if sys.modules["torch"] is own:
+        sys.path.remove(str(Path(own.__file__).parent.parent))
+        del sys.modules["torch"]
+    import torch
+
+    return getattr(torch, name)
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A Ray cluster of three raylets on this machine: here, and two with a resource `far`. Its
     actors, fifty of them, load neither these tests nor torch, which would take most of the time:
-    they get a torch that can only be told of threads."""
+    they get a torch that is told of threads, and loads when it is asked for more."""
     import ray
     from ray import cloudpickle
     from ray.cluster_utils import Cluster
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     (folder := tmp_path_factory.mktemp("path") / "torch").mkdir()
-    (folder / "__init__.py").write_text("def set_num_threads(count): pass")
+    (folder / "__init__.py").write_text(TORCH)
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", str(folder.parent))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
