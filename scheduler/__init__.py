@@ -11,7 +11,7 @@ if __name__ == "scheduler":
 # waking its threads.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# How many of its compiled products torch keeps, and oneDNN below it; each takes about 0.2 MB, and by
-# default both keep the last 1,024.
+# How many of its compiled products torch keeps, and oneDNN below it. Each takes about 0.2 MB, and
+# by default both keep 1,024.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

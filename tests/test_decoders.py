@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from tests.rounding import FORWARD_SUMS, rounding
-from tutelage.distill.engines.transformers import SlotCache
+from tutelage.distill.engines.transformers import SlotCache, TransformersEngine
 from tutelage.distill.models import products
 from tutelage.distill.models.decoders import LeanDecoder, TransformersDecoder, decoder_of
+from tutelage.distill.models.student import Student
+from tutelage.scheduler.engine import Request
+from tutelage.scheduler.episodes import SamplingParams
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -190,6 +193,34 @@ def test_a_model_that_computes_something_else_keeps_transformers_forward() -> No
     plain = type(norm).forward
     norm.forward = lambda x: 1.01 * plain(norm, x)
     assert isinstance(decoder_of(model), TransformersDecoder)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_after_an_update_the_engine_plays_by_the_new_weights(
+    products_by: None, fused: bool
+) -> None:
+    """Though it keeps copies of some, and fused optimizers hide that they changed them."""
+    model = _model("qwen2")
+    student = Student(model, vocabulary=61)
+    engine = TransformersEngine(student)
+
+    def played() -> list[float]:
+        engine.load(None, 1)
+        greedy = SamplingParams(temperature=0.0, top_p=1.0)
+        engine.submit(
+            Request(session=0, ids=[5, 6], max_new_tokens=4, stop_ids=[], sampling=greedy, seed=0)
+        )
+        while not (done := engine.step()):
+            pass
+        return list(done[0].logprobs)
+
+    before = played()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    student.decoder(IDS).sum().backward()
+    optimizer.step()
+    after = played()
+    engine = TransformersEngine(Student(model, vocabulary=61))
+    assert after == played() and after != before
 
 
 def test_what_stands_in_a_projections_place_is_called() -> None:

@@ -251,6 +251,7 @@ class TransformersEngine:
         context = context_of(student.settings)
         self.max_context = min(context, window_of(student.settings) or context)
         check_cache(student)
+        student.decoder.forget()  # until `load` the weights may still change
         self._cache = SlotCache()
         self._sessions: dict[int, _Session] = {}
         self._free: list[int] = []  # a heap
@@ -275,6 +276,7 @@ class TransformersEngine:
         if weights is not None:
             tensors = {name: weight_of(array) for name, array in weights.items()}
             self._student.take(tensors, version=version)
+        self._student.decoder.forget()
         self._sessions.clear()
         self._free = list(range(self._cache.slots))
         self._running.clear()

@@ -66,6 +66,10 @@ class Decoder(Protocol):
         row up to itself.
         """
 
+    def forget(self) -> None:
+        """Keep no copies of weights: they may have changed. Due before a call with a cache that
+        follows such a change; calls without a cache use the model's own."""
+
 
 def decoder_of(model: Any) -> Decoder:
     """The lean decoder where it computes what transformers' does, else transformers'."""
@@ -107,6 +111,9 @@ class TransformersDecoder:
         ).last_hidden_state
         return hidden_BTD if at is None else hidden_BTD[at]
 
+    def forget(self) -> None:
+        """It has no copies."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
@@ -146,8 +153,7 @@ class _Layer:
 class LeanDecoder:
     """The decoder of Llama, Mistral, Qwen2 and Qwen3 without sliding windows.
 
-    Its weights are the model's own: a change shows at the next call. What stands in a projection's
-    place (an adapter, say) is called.
+    What stands in a projection's place (an adapter, say) is called.
     """
 
     def __init__(self, model: Any) -> None:
@@ -197,6 +203,11 @@ class LeanDecoder:
         if at is None:
             return _normed(self._norm, x_SD[: rows * width]).view(rows, width, -1)
         return _normed(self._norm, x_SD[: at[0].shape[0]])
+
+    def forget(self) -> None:
+        for layer in self._layers:
+            layer.reads.forget()
+            layer.widens.forget()
 
     def _layer(
         self,

@@ -79,22 +79,24 @@ class Projections:
         self._joins = all(
             type(layer) is torch.nn.Linear and layer.weight.numel() <= JOIN for layer in layers
         )
-        self._weight = torch.empty(0)
+        self._sizes = [layer.out_features for layer in layers] if self._joins else []
+        self._weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
-        self._copied: list[tuple[int, int]] = []  # from what: versions and places
 
     def __call__(self, x: torch.Tensor, *, join: bool) -> Sequence[torch.Tensor]:
         """What each layer makes of x. join: from a copy of all weights, without gradients."""
         if not (join and self._joins) or torch.is_grad_enabled():
             return [linear(layer, x) for layer in self._layers]
-        weights = [layer.weight for layer in self._layers]
-        now = [(weight._version, weight.data_ptr()) for weight in weights]
-        if now != self._copied:  # an update changed them, in place
-            biases = [layer.bias for layer in self._layers]
-            self._weight = torch.cat(weights)
-            self._bias = None if biases[0] is None else torch.cat(biases)
-            self._copied = now
-        return _linear(x, self._weight, self._bias).split([one.shape[0] for one in weights], dim=-1)
+        if self._weight is None:
+            self._weight = torch.cat([layer.weight for layer in self._layers])
+            if self._layers[0].bias is not None:
+                self._bias = torch.cat([layer.bias for layer in self._layers])
+        return _linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
+
+    def forget(self) -> None:
+        """Copy anew at the next call: the weights have changed. Their versions would not tell:
+        fused optimizers leave them as they are."""
+        self._weight = self._bias = None
 
 
 def _pays(x: torch.Tensor) -> float:
